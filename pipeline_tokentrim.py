@@ -1,0 +1,553 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""TokenTrim (arXiv 2602.00268) for causal video diffusion models in Diffusers: the pipeline."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import (
+    AnyFlowFARPipeline,
+    AnyFlowFARTransformer3DModel,
+    AutoencoderKLWan,
+    FlowMapEulerDiscreteScheduler,
+    WanTransformer3DModel,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from .tokentrim_attention import cached_attention, rotary_dims
+from .tokentrim_cache import RollingKVCache
+from .tokentrim_inputs import (
+    check_callables,
+    check_components,
+    check_context,
+    check_draws,
+    check_method,
+    check_noise,
+    check_number,
+    check_prompt_embeds,
+    check_schedule,
+    check_sizes,
+    check_tensor,
+    count_given_chunks,
+    partition_chunks,
+)
+from .tokentrim_policy import TokenTrimPolicy
+from .tokentrim_scheduler import lift_scheduler
+from .tokentrim_stability import token_grid
+
+
+@dataclass
+class TokenTrimPipelineOutput(BaseOutput):
+    r"""
+    Output of [`TokenTrimPipeline`].
+
+    Args:
+        frames (`torch.Tensor`, `np.ndarray`, or `list[list[PIL.Image.Image]]`):
+            The videos, as `output_type` asks; latents are (B, C, T, H, W).
+        decisions (`list[list[dict]]`):
+            `decisions[video][chunk]`, plain JSON types: `chunk`, `severity` (`None` for the first), `threshold`
+            (`None` while the gate is closed), `trim`, `tokens` (evicted grid indices), `drift` (one per token of the
+            grid, `None` for the first chunk) and `regenerated_severity` (`None` where nothing was regenerated).
+    """
+
+    frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
+    decisions: list[list[dict]]
+
+
+class _Renoise:
+    """The noise that re-noises each chunk after each step: drawn once, so that a regeneration repeats it."""
+
+    def __init__(self, given, generator, shape, chunk_partition, device):
+        self.given = given
+        self.generator = generator
+        self.shape = shape
+        self.chunk_partition = chunk_partition
+        self.device = device
+        self.drawn: dict[tuple[int, int], torch.Tensor] = {}
+
+    def __call__(self, chunk: int, step: int) -> torch.Tensor:
+        """(B, C, frames of the chunk, H, W), in fp32."""
+        if (chunk, step) not in self.drawn:
+            self.drawn = {key: noise for key, noise in self.drawn.items() if key[0] == chunk}
+            shape = (*self.shape[:2], self.chunk_partition[chunk], *self.shape[3:])
+            if self.given is None:
+                noise = randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+            else:
+                noise = self.given(chunk, step)
+                check_noise(noise, chunk, step, shape)
+            self.drawn[chunk, step] = noise.to(self.device, torch.float32)
+        return self.drawn[chunk, step]
+
+
+@dataclass
+class _Rollout:
+    """What one call fixes for all its chunks; the prompt, which a callback may change; the draft in hand."""
+
+    cache: RollingKVCache
+    renoise: _Renoise
+    solver_generators: list[torch.Generator] | None
+    drift_signal: str
+    prompt_embeds: torch.Tensor
+    negative_prompt_embeds: torch.Tensor | None
+    callback: Callable | None
+    callback_tensor_inputs: list[str]
+    progress: Any = None
+    first_flow: torch.Tensor | None = None  # of the draft, where the drift signal is its first step
+
+
+class TokenTrimPipeline(AnyFlowFARPipeline):
+    r"""
+    Long video from causal (chunk by chunk) Wan models, with a rolling KV cache that TokenTrim
+    ([arXiv 2602.00268](https://huggingface.co/papers/2602.00268)) keeps clean: when a chunk has drifted abnormally far
+    from the one before it, its most changed tokens leave the cache and the chunk is generated again.
+
+    The rollout settings after `scheduler` are defaults of the call that travel with a checkpoint, in its
+    `model_index.json`. This model inherits from [`AnyFlowFARPipeline`]; check it for prompts, LoRA and video encoding.
+
+    Args:
+        tokenizer ([`AutoTokenizer`]): tokenizer; `None` where prompts come as `prompt_embeds`.
+        text_encoder ([`UMT5EncoderModel`]): text encoder; `None` where prompts come as `prompt_embeds`.
+        transformer ([`WanTransformer3DModel`]): chunk-causal video transformer.
+        vae ([`AutoencoderKLWan`]): video VAE; `None` where latents come out.
+        scheduler ([`SchedulerMixin`]): any flow-matching scheduler; one without [`TokenTrimSchedulerMixin`] is lifted.
+        rollout (`str`, *optional*): `"self_forcing"`.
+        num_frames_per_chunk (`int`, *optional*): latent frames of a chunk.
+        window_size (`int`, *optional*): latent frames that attention spans, the current chunk and the sink included.
+        num_sink_frames (`int`, *optional*): first latent frames that never leave the cache.
+        relative_positions (`bool`, *optional*): count positions inside the window.
+        num_inference_steps (`int`, *optional*): denoising steps of a chunk.
+        height (`int`, *optional*): height of the video in pixels.
+        width (`int`, *optional*): width of the video in pixels.
+        max_sequence_length (`int`, *optional*): tokens that a prompt is padded to.
+    """
+
+    _optional_components = ["tokenizer", "text_encoder", "vae"]
+
+    def __init__(
+        self,
+        tokenizer: AutoTokenizer,
+        text_encoder: UMT5EncoderModel,
+        transformer: AnyFlowFARTransformer3DModel | WanTransformer3DModel,
+        vae: AutoencoderKLWan,
+        scheduler: FlowMapEulerDiscreteScheduler,
+        rollout: str | None = None,
+        num_frames_per_chunk: int | None = None,
+        window_size: int | None = None,
+        num_sink_frames: int | None = None,
+        relative_positions: bool | None = None,
+        num_inference_steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        max_sequence_length: int | None = None,
+    ):
+        scheduler = lift_scheduler(scheduler) if scheduler is not None else None
+        super().__init__(tokenizer, text_encoder, transformer, vae, scheduler)
+        self.register_to_config(
+            rollout=rollout,
+            num_frames_per_chunk=num_frames_per_chunk,
+            window_size=window_size,
+            num_sink_frames=num_sink_frames,
+            relative_positions=relative_positions,
+            num_inference_steps=num_inference_steps,
+            height=height,
+            width=width,
+            max_sequence_length=max_sequence_length,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        video: torch.Tensor | None = None,
+        video_latents: torch.Tensor | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: list[float] | None = None,
+        timesteps: list[float] | None = None,
+        guidance_scale: float = 1.0,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        max_sequence_length: int | None = None,
+        use_mean_velocity: bool = True,
+        use_kv_cache: bool = True,
+        chunk_partition: list[int] | None = None,
+        token_trim: bool = True,
+        prune_fraction: float = 0.1,
+        drift_sensitivity: float = 2.0,
+        warmup_chunks: int = 2,
+        max_regenerations: int = 1,
+        drift_signal: str = "final",
+        rollout: str | None = None,
+        num_frames_per_chunk: int | None = None,
+        window_size: int | None = None,
+        num_sink_frames: int | None = None,
+        relative_positions: bool | None = None,
+        renoise: Callable[[int, int], torch.Tensor] | None = None,
+        on_chunk: Callable[[int, torch.Tensor, list[dict]], None] | None = None,
+    ) -> TokenTrimPipelineOutput | tuple:
+        r"""
+        Generate long videos.
+
+        Every argument of [`AnyFlowFARPipeline.__call__`] means what it means there, but for the defaults that the
+        checkpoint sets. The arguments of the method, of the rollout and of the schedule:
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): the prompt or prompts; or pass `prompt_embeds`.
+            video (`torch.Tensor`, *optional*):
+                Frames to continue, (B, T, C, H, W) in `[0, 1]` with T = 4n + 1. Their latent frames fill whole chunks.
+            video_latents (`torch.Tensor`, *optional*): the same as latents, (B, T, C, H, W).
+            negative_prompt (`str` or `list[str]`, *optional*): what to avoid, with `guidance_scale` above 1.
+            height (`int`, *optional*, defaults to `480`): height of the video in pixels.
+            width (`int`, *optional*, defaults to `832`): width of the video in pixels.
+            num_frames (`int`, *optional*, defaults to `81`):
+                Frames of the video. Its latent frames, (num_frames - 1) / temporal factor + 1, are whole chunks.
+            num_inference_steps (`int`, *optional*, defaults to `4`): denoising steps of each chunk.
+            sigmas (`list[float]`, *optional*):
+                Noise levels, falling from 1; the scheduler's shift is applied on top. By default
+                linspace(1, 0, S + 1)[:-1] for S steps, whatever the scheduler's own spacing.
+            timesteps (`list[float]`, *optional*): the same as timesteps, as the scheduler understands them.
+            guidance_scale (`float`, defaults to `1.0`): classifier-free guidance above 1; one eviction serves both
+                branches.
+            num_videos_per_prompt (`int`, defaults to `1`): videos of each prompt.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Random numbers. With a list, one for each video, a batch equals single runs.
+            latents (`torch.Tensor`, *optional*): initial noise of all chunks, (B, C, T, H, W).
+            prompt_embeds (`torch.Tensor`, *optional*): text embeddings, (B, text, dim), padding rows included.
+            negative_prompt_embeds (`torch.Tensor`, *optional*): the same for `negative_prompt`.
+            output_type (`str`, defaults to `"np"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict (`bool`, defaults to `True`): whether to return an output object instead of a tuple.
+            attention_kwargs (`dict`, *optional*): passed on to the transformer, such as a LoRA scale.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each denoising step, those of regenerations included (there, `latents` are those of the
+                videos generated again), as in every Diffusers pipeline.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): what it is given.
+            max_sequence_length (`int`, *optional*, defaults to `512`): tokens that a prompt is padded to.
+            use_mean_velocity (`bool`, defaults to `True`): without effect on Wan transformers.
+            use_kv_cache (`bool`, defaults to `True`): has to be `True`.
+            chunk_partition (`list[int]`, *optional*): latent frames of each chunk, instead of `num_frames_per_chunk`.
+            token_trim (`bool`, defaults to `True`):
+                Whether to trim. `False` is the same loop with the gate shut: severities are still reported.
+            prune_fraction (`float`, defaults to `0.1`): p, the share of the token grid that counts as unstable.
+            drift_sensitivity (`float`, defaults to `2.0`):
+                lambda: severities above mean + lambda * standard deviation of the accepted ones are abnormal.
+            warmup_chunks (`int`, defaults to `2`): accepted severities before the gate opens.
+            max_regenerations (`int`, defaults to `1`): attempts at a chunk after the first.
+            drift_signal (`str`, defaults to `"final"`):
+                What the gate compares: `"final"`, finished chunks; `"first_step"`, the x0 predictions of their first
+                denoising step, so that another attempt costs one step instead of all.
+            rollout (`str`, *optional*): `"self_forcing"`.
+            num_frames_per_chunk (`int`, *optional*, defaults to `3`): latent frames of a chunk.
+            window_size (`int`, *optional*):
+                Latent frames that attention spans, the current chunk and the sink included. `None` without a setting
+                in the checkpoint: all of the past, whose cache grows without bound.
+            num_sink_frames (`int`, *optional*, defaults to `0`): first latent frames that never leave the cache.
+            relative_positions (`bool`, *optional*, defaults to `False`):
+                Count positions inside the window, the sink directly before the recent frames.
+            renoise (`Callable`, *optional*):
+                `renoise(chunk, step)` gives the noise, (B, C, frames of the chunk, H, W), that re-noises chunk `chunk`
+                after its step `step`, for schedulers that re-noise. By default drawn from `generator`, the same
+                whether or not anything was regenerated.
+            on_chunk (`Callable`, *optional*):
+                `on_chunk(index, latents, decisions)`, called once for each accepted chunk with its latents,
+                (B, C, frames, H, W), and its decisions, one for each video.
+
+        Returns:
+            [`TokenTrimPipelineOutput`] or `tuple`: with `return_dict=False`, `(frames, decisions)`.
+
+        Raises:
+            `TypeError`, `ValueError`: an argument is no good; its name, its value and what is valid are in the message.
+            `RuntimeError`: the model's output is not finite; chunk and step are in the message.
+        """
+        # 1. Take what was not given from the checkpoint, and check everything before any model runs
+        check_number("guidance_scale", guidance_scale, lambda scale: scale >= 0, "a finite number >= 0")
+        encodes_text = prompt is not None or (guidance_scale > 1.0 and negative_prompt_embeds is None)
+        check_components(self, encodes_text, output_type)
+        spatial, temporal = self.vae_scale_factor_spatial, self.vae_scale_factor_temporal
+        if latents is not None:
+            check_tensor("latents", latents, 5, "(batch, channels, latent frames, height, width)")
+            height = latents.shape[3] * spatial if height is None else height
+            width = latents.shape[4] * spatial if width is None else width
+            num_frames = (latents.shape[2] - 1) * temporal + 1 if num_frames is None else num_frames
+        rollout = self._setting("rollout", rollout, "self_forcing")
+        num_frames_per_chunk = self._setting("num_frames_per_chunk", num_frames_per_chunk, 3)
+        window_size = self._setting("window_size", window_size, None)
+        num_sink_frames = self._setting("num_sink_frames", num_sink_frames, 0)
+        relative_positions = self._setting("relative_positions", relative_positions, False)
+        num_inference_steps = self._setting("num_inference_steps", num_inference_steps, 4)
+        height, width = self._setting("height", height, 480), self._setting("width", width, 832)
+        max_sequence_length = self._setting("max_sequence_length", max_sequence_length, 512)
+        num_frames = 81 if num_frames is None else num_frames
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
+        check_sizes(
+            height=height,
+            width=width,
+            max_sequence_length=max_sequence_length,
+            num_videos_per_prompt=num_videos_per_prompt,
+        )
+        self.check_inputs(
+            prompt,
+            negative_prompt,
+            height,
+            width,
+            prompt_embeds,
+            negative_prompt_embeds,
+            video,
+            video_latents,
+            callback_on_step_end_tensor_inputs,
+        )
+        check_prompt_embeds(prompt_embeds, negative_prompt_embeds, self.transformer.config.text_dim)
+        batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
+        num_videos = batch_size * num_videos_per_prompt
+        chunk_partition = partition_chunks(num_frames, temporal, num_frames_per_chunk, chunk_partition)
+        num_channels = self.transformer.config.in_channels
+        shape = (num_videos, num_channels, sum(chunk_partition), height // spatial, width // spatial)
+        check_draws(generator, latents, shape)
+        num_given_chunks = count_given_chunks(video, video_latents, temporal, shape, chunk_partition)
+        check_context(rollout, window_size, num_sink_frames, relative_positions, chunk_partition, use_kv_cache)
+        check_schedule(self.scheduler, num_inference_steps, sigmas, timesteps, renoise)
+        check_method(token_trim, prune_fraction, drift_sensitivity, warmup_chunks, max_regenerations, drift_signal)
+        check_callables(callback_on_step_end=callback_on_step_end, on_chunk=on_chunk)
+        device = self._execution_device
+        renoise = _Renoise(renoise, generator, shape, chunk_partition, device)
+        self.scheduler.set_rollout_timesteps(num_inference_steps, device, sigmas, timesteps)
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._interrupt = False
+        self._num_timesteps = (len(chunk_partition) - num_given_chunks) * len(self.scheduler.timesteps)
+
+        # 2. Encode the prompt
+        given_embeds = prompt_embeds is not None, negative_prompt_embeds is not None
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            num_videos_per_prompt=num_videos_per_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            max_sequence_length=max_sequence_length,
+            device=device,
+        )
+        prompt_embeds, negative_prompt_embeds = (
+            embeds.repeat_interleave(num_videos_per_prompt, dim=0) if given and embeds is not None else embeds
+            for given, embeds in zip(given_embeds, (prompt_embeds, negative_prompt_embeds))
+        )
+
+        # 3. Prepare the noise of all chunks, and the latents of the frames to continue
+        initial_noise = self.prepare_latents(
+            num_videos, num_channels, height, width, num_frames, torch.float32, device, generator, latents
+        )
+        noise_chunks = initial_noise.split(chunk_partition, dim=2)  # each (B, C, frames of the chunk, H, W)
+        if video is not None:
+            video_latents = self.encode_video(video, height=height, width=width)
+        given_chunks = []
+        if video_latents is not None:
+            given = video_latents.to(device, torch.float32).transpose(1, 2)  # (B, C, T, H, W)
+            given = given.repeat_interleave(num_videos // len(given), dim=0)
+            given_chunks = given.split(chunk_partition[:num_given_chunks], dim=2)
+
+        # 4. Roll out chunk by chunk (algorithm 1)
+        patch_size = self.transformer.config.patch_size
+        cache = RollingKVCache(
+            token_grid(initial_noise, patch_size),
+            rotary_dims(self.transformer),
+            num_videos,
+            window_size,
+            num_sink_frames,
+            relative_positions,
+        )
+        policy = TokenTrimPolicy(
+            patch_size,
+            num_videos,
+            prune_fraction,
+            drift_sensitivity,
+            warmup_chunks if token_trim else math.inf,
+            max_regenerations,
+        )
+        state = _Rollout(
+            cache,
+            renoise,
+            self._solver_generators(generator, num_videos),
+            drift_signal,
+            prompt_embeds,
+            negative_prompt_embeds if self.do_classifier_free_guidance else None,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        chunks, decisions, previous = [], [], None
+        with cached_attention(self.transformer, cache), self.progress_bar(total=self.num_timesteps) as state.progress:
+            for index, noise in enumerate(noise_chunks):
+                cache.begin_chunk(noise.shape[2])
+                if index < num_given_chunks:
+                    chunk = given_chunks[index]
+                    previous = chunk if drift_signal == "final" else None
+                else:
+                    self.scheduler.begin_chunk(state.solver_generators)
+                    draft = self.draft_chunk(state, index, noise)
+                    while condemned := policy.review(previous, draft):  # eq. 4 to 8, at most R times
+                        cache.evict(condemned)  # eq. 9, 10
+                        draft = self.redraft_chunk(state, index, noise, draft, list(condemned))
+                    chunk, previous = self.finish_chunk(state, index, noise, draft), draft
+                chunks.append(chunk)
+                if self.interrupt:
+                    break
+                if index + 1 < len(noise_chunks):
+                    self.commit_chunk(state, index, chunk)
+                decisions.append([vars(decision) for decision in policy.accept()])
+                if on_chunk is not None and index >= num_given_chunks:
+                    on_chunk(index, chunk, decisions[-1])
+
+        # 5. Decode
+        frames = torch.cat(chunks, dim=2)
+        if output_type != "latent":
+            frames = self.decode_latents(frames, output_type)
+        self.maybe_free_model_hooks()
+        decisions = [list(of_video) for of_video in zip(*decisions)]
+        if not return_dict:
+            return (frames, decisions)
+        return TokenTrimPipelineOutput(frames=frames, decisions=decisions)
+
+    def draft_chunk(
+        self, state: _Rollout, index: int, noise: torch.Tensor, videos: list[int] | None = None
+    ) -> torch.Tensor:
+        """What the gate looks at: the finished chunk, or its first x0 prediction, for all videos or some."""
+        if state.drift_signal == "final":
+            return self.denoise_chunk(state, index, noise, videos)
+        flow = self.predict_flow(state, index, "step 0", noise, self.scheduler.timesteps[0], videos)
+        if videos is None:
+            state.first_flow = flow
+        else:
+            state.first_flow[videos] = flow
+        return self.scheduler.predict_original_sample(flow, noise)
+
+    def redraft_chunk(
+        self, state: _Rollout, index: int, noise: torch.Tensor, draft: torch.Tensor, videos: list[int]
+    ) -> torch.Tensor:
+        """The draft with some videos generated again from the same noise, on the context as it is now."""
+        draft = draft.clone()
+        with state.cache.only(videos):
+            draft[videos] = self.draft_chunk(state, index, noise[videos], videos)
+        return draft
+
+    def finish_chunk(self, state: _Rollout, index: int, noise: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+        """From the accepted draft to the finished chunk."""
+        if state.drift_signal == "final":
+            return draft
+        return self.denoise_chunk(state, index, noise, first_flow=state.first_flow)
+
+    def denoise_chunk(
+        self,
+        state: _Rollout,
+        index: int,
+        noise: torch.Tensor,
+        videos: list[int] | None = None,
+        first_flow: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """All denoising steps of a chunk, (B or len(videos), C, frames, H, W), from its start."""
+        self.scheduler.rewind(videos)
+        timesteps = self.scheduler.timesteps
+        latents, flow = noise, first_flow
+        for step, timestep in enumerate(timesteps):
+            if self.interrupt:
+                break
+            if flow is None:
+                flow = self.predict_flow(state, index, f"step {step}", latents, timestep, videos)
+            noise = None
+            if self.scheduler.renoises and step + 1 < len(timesteps):
+                noise = state.renoise(index, step)
+                noise = noise if videos is None else noise[videos]
+            latents, _ = self.scheduler.step(
+                flow, timestep, latents, noise=noise, context_version=state.cache.version, return_dict=False
+            )
+            flow = None
+            if state.callback is not None:
+                latents = self._call_back(state, step, timestep, latents)
+            state.progress.update()
+        return latents
+
+    def commit_chunk(self, state: _Rollout, index: int, chunk: torch.Tensor) -> None:
+        """Context pass: a forward over the clean chunk at timestep 0 writes its keys and values; nothing else stays."""
+        with state.cache.writing():
+            self.predict_flow(state, index, "the context pass", chunk, torch.zeros((), device=chunk.device))
+
+    def predict_flow(
+        self,
+        state: _Rollout,
+        index: int,
+        step: str,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        videos: list[int] | None = None,
+    ) -> torch.Tensor:
+        """The transformer's flow prediction in fp32, guided where asked, (B or len(videos), C, frames, H, W)."""
+        branches = [state.negative_prompt_embeds, state.prompt_embeds]
+        branches = [embeds if videos is None else embeds[videos] for embeds in branches if embeds is not None]
+        flow = self.transformer(
+            hidden_states=torch.cat([latents] * len(branches)).to(self.transformer.dtype),
+            timestep=timestep.float().expand(len(branches) * len(latents)),
+            encoder_hidden_states=torch.cat(branches).to(self.transformer.dtype),
+            attention_kwargs=self.attention_kwargs,
+            return_dict=False,
+        )[0].float()
+        if not torch.isfinite(flow).all():
+            raise RuntimeError(f"The transformer's output is not finite (NaN or Inf) in chunk {index}, {step}.")
+        if len(branches) == 1:
+            return flow
+        unconditional, conditional = flow.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def decode_latents(self, latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
+        """Latents (B, C, T, H, W) to videos as `output_type` asks."""
+        config = self.vae.config
+        mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
+        latents = (latents * std.to(latents) + mean.to(latents)).to(self.vae.dtype)
+        video = self.vae.decode(latents, return_dict=False)[0]
+        return self.video_processor.postprocess_video(video, output_type=output_type)
+
+    def _setting(self, name: str, value: Any, fallback: Any) -> Any:
+        """An argument of the call, else the checkpoint's setting, else ours."""
+        if value is None:
+            value = self.config.get(name)
+        return fallback if value is None else value
+
+    def _solver_generators(self, generator, num_videos: int) -> list[torch.Generator] | None:
+        """One generator for each video, for schedulers that draw inside `step`: some videos may have to replay."""
+        if not self.scheduler.draws_inside or isinstance(generator, list):
+            return generator if self.scheduler.draws_inside else None
+        device = generator.device if generator is not None else None
+        seeds = torch.randint(2**62, (num_videos,), generator=generator, device=device)
+        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+
+    def _call_back(self, state: _Rollout, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """`callback_on_step_end`: it may change the latents and the prompt."""
+        tensors = {
+            "latents": latents,
+            "prompt_embeds": state.prompt_embeds,
+            "negative_prompt_embeds": state.negative_prompt_embeds,
+        }
+        outputs = state.callback(self, step, timestep, {name: tensors[name] for name in state.callback_tensor_inputs})
+        tensors.update(outputs)
+        prompt = (state.prompt_embeds, state.negative_prompt_embeds)
+        state.prompt_embeds, state.negative_prompt_embeds = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
+        if prompt[0] is not state.prompt_embeds or prompt[1] is not state.negative_prompt_embeds:
+            state.cache.forget_prompt()
+        return tensors["latents"]

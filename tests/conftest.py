@@ -1,0 +1,16 @@
+"""Registers the checkout as the package `tokentrim`, whatever its folder is called, and keeps the Hub out."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parent.parent
+
+spec = importlib.util.spec_from_file_location(
+    "tokentrim", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+)
+sys.modules["tokentrim"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["tokentrim"])

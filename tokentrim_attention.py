@@ -1,0 +1,85 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Attention that reads a rolling KV cache, and the context manager that puts it into a Wan transformer and out again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import _get_qkv_projections
+
+from .tokentrim_cache import RollingKVCache
+
+
+def fp32_rms_norm(norm: torch.nn.RMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+    """RMS norm across heads in fp32, whatever the model's dtype: its rounding would be cached and read again."""
+    return torch.nn.functional.rms_norm(hidden_states.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
+
+
+class _CachedAttnProcessor:
+    """What both processors share: the cache, the layer, and the attention backend of the processor they stand for."""
+
+    def __init__(self, cache: RollingKVCache, layer: int, stock):
+        self.cache = cache
+        self.layer = layer
+        self._attention_backend = stock._attention_backend
+        self._parallel_config = stock._parallel_config
+
+    def attend(self, attn, query, key, value, mask=None) -> torch.Tensor:
+        hidden_states = dispatch_attention_fn(
+            query.to(value.dtype),
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=self._attention_backend,
+            parallel_config=None if attn.is_cross_attention else self._parallel_config,
+        )
+        return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2, 3)))
+
+
+class CachedSelfAttnProcessor(_CachedAttnProcessor):
+    """Self-attention of the current chunk to [held context, current chunk], unmasked but for padding."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        query, key, value = _get_qkv_projections(attn, hidden_states, None)
+        query = fp32_rms_norm(attn.norm_q, query).unflatten(2, (attn.heads, -1))  # (rows, seq, heads, head_dim)
+        key = fp32_rms_norm(attn.norm_k, key).unflatten(2, (attn.heads, -1))
+        value = value.unflatten(2, (attn.heads, -1))
+        keys, values, mask = self.cache.update(self.layer, key, value)
+        return self.attend(attn, self.cache.rotate_chunk(query), keys, values, mask)
+
+
+class CachedCrossAttnProcessor(_CachedAttnProcessor):
+    """Cross-attention to a prompt whose keys and values are projected once."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        def project():
+            _, key, value = _get_qkv_projections(attn, hidden_states[:, :0], encoder_hidden_states)
+            key = fp32_rms_norm(attn.norm_k, key).to(value.dtype)
+            return key.unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
+
+        query = attn.to_q(hidden_states)
+        query = fp32_rms_norm(attn.norm_q, query).unflatten(2, (attn.heads, -1))
+        return self.attend(attn, query, *self.cache.prompt(self.layer, project))
+
+
+@contextmanager
+def cached_attention(transformer: WanTransformer3DModel, cache: RollingKVCache) -> Iterator[None]:
+    """Let every attention layer of `transformer` read and write `cache`; always puts its own processors back."""
+    stock = [(attn, attn.processor) for block in transformer.blocks for attn in (block.attn1, block.attn2)]
+    try:
+        for layer, block in enumerate(transformer.blocks):
+            block.attn1.set_processor(CachedSelfAttnProcessor(cache, layer, block.attn1.processor))
+            block.attn2.set_processor(CachedCrossAttnProcessor(cache, layer, block.attn2.processor))
+        yield
+    finally:
+        for attn, processor in stock:
+            attn.set_processor(processor)
+
+
+def rotary_dims(transformer: WanTransformer3DModel) -> tuple[int, int, int]:
+    """How a head's rotary dimensions are shared among (frame, height, width)."""
+    return transformer.rope.t_dim, transformer.rope.h_dim, transformer.rope.w_dim

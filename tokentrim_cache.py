@@ -1,0 +1,260 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The rolling KV cache of a causal Wan rollout: the one owner of keys, values and token positions."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+ROPE_THETA = 10000.0  # `WanRotaryPosEmbed`'s default, which the model neither changes nor keeps
+
+
+def rotate(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of (batch, seq, heads, head_dim) by (batch or 1, seq, 1, head_dim / 2), in fp32."""
+    even, odd = hidden_states.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+@dataclass
+class _Layer:
+    """One layer's context, (rows, tokens, heads, head_dim): keys as projected, and as rotated for this chunk."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    rotated: torch.Tensor | None = None
+
+
+class RollingKVCache:
+    """Keys and values of the past, (rows, held tokens, heads, head_dim) in each layer.
+
+    Grows by a chunk at each `writing` pass; with a window it holds at most `window_size` latent frames less the
+    current chunk. A *row* is one sequence of the transformer's batch: video v is rows v, v + B, ... (guidance
+    branches). Keys are kept without rotary embedding and rotated once a chunk, so their positions may move, and no
+    length meets the end of a table. Evicted tokens are gone from memory; rows that hold fewer tokens than the longest
+    are padded and the padding masked.
+
+    Args:
+        grid (`tuple[int, int]`): tokens of a latent frame, (height, width).
+        rope_dims (`tuple[int, int, int]`): rotary dimensions of a head for (frame, height, width).
+        num_videos (`int`): B.
+        window_size (`int`, *optional*): latent frames attended in all, the current chunk and the sink included.
+        num_sink_frames (`int`): first latent frames that never leave: neither by the window nor by eviction.
+        relative_positions (`bool`): count positions inside the window, the sink directly before the recent frames,
+            instead of from the start of the video.
+
+    Attributes:
+        version (`int`): changes whenever what attention reads of the past changes.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        rope_dims: tuple[int, int, int],
+        num_videos: int,
+        window_size: int | None = None,
+        num_sink_frames: int = 0,
+        relative_positions: bool = False,
+    ):
+        self.grid = grid
+        self.rope_dims = rope_dims
+        self.num_videos = num_videos
+        self.window_size = window_size
+        self.num_sink_frames = num_sink_frames
+        self.relative_positions = relative_positions
+        self.reset()
+
+    # 1. What the past is
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.version = 0
+        self.frames: list[int] = []  # latent frames of the context, ascending, emptied ones included
+        self.next_frame = 0
+        self._chunk_frames: list[int] = []
+        self._layers: dict[int, _Layer] = {}
+        self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._pending: dict[int, _Layer] | None = None
+        self._videos: list[int] | None = None
+        # One table for all layers: which (latent frame, grid index) each held token is, (B, held tokens).
+        self._frame = torch.zeros(self.num_videos, 0, dtype=torch.long)
+        self._token = torch.zeros(self.num_videos, 0, dtype=torch.long)
+        self._held = torch.zeros(self.num_videos, 0, dtype=torch.bool)  # False is padding
+        self._angles: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def held_tokens(self, video: int = 0) -> list[tuple[int, int]]:
+        """The (latent frame, grid index) of every token that `video` can attend to, in attention's order."""
+        held = self._held[video]
+        return list(zip(self._frame[video][held].tolist(), self._token[video][held].tolist()))
+
+    # 2. What changes it
+
+    def begin_chunk(self, num_frames: int) -> None:
+        """Make room for a chunk of `num_frames` latent frames: the oldest frames but the sink leave the window."""
+        self._chunk_frames = list(range(self.next_frame, self.next_frame + num_frames))
+        if self.window_size is not None:
+            num_recent = max(self.window_size - self.num_sink_frames - num_frames, 0)
+            oldest = self.next_frame - num_recent
+            self._keep((self._frame >= oldest) | (self._frame < self.num_sink_frames))
+            self.frames = [frame for frame in self.frames if frame >= oldest or frame < self.num_sink_frames]
+        self._angles.clear()
+        for layer in self._layers.values():
+            layer.rotated = None
+
+    def evict(self, tokens: Mapping[int, Iterable[int]]) -> None:
+        """Hard pruning (eq. 9, 10): `tokens[video]` are grid indices to remove from all its frames but the sink."""
+        keep = torch.ones_like(self._held)
+        for video, indices in tokens.items():
+            condemned = torch.isin(self._token[video], torch.tensor(sorted(indices), dtype=torch.long))
+            keep[video] = ~condemned | (self._frame[video] < self.num_sink_frames)
+        self._keep(keep)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """The context pass: keys and values of the forward inside become context, all layers or none."""
+        self._pending = {}
+        try:
+            yield
+            pending = self._pending
+        finally:
+            self._pending = None
+        for index, new in pending.items():
+            old = self._layers.get(index)
+            if old is not None:
+                new = _Layer(torch.cat([old.key, new.key], dim=1), torch.cat([old.value, new.value], dim=1))
+            self._layers[index] = new
+        frame = torch.tensor(self._chunk_frames).repeat_interleave(self.tokens_per_frame).expand(self.num_videos, -1)
+        token = torch.arange(self.tokens_per_frame).repeat(len(self._chunk_frames)).expand(self.num_videos, -1)
+        self._frame = torch.cat([self._frame, frame], dim=1)
+        self._token = torch.cat([self._token, token], dim=1)
+        self._held = torch.cat([self._held, torch.ones_like(frame, dtype=torch.bool)], dim=1)
+        self.frames += self._chunk_frames
+        self.next_frame += len(self._chunk_frames)
+        self._changed()
+
+    # 3. What attention reads
+
+    @contextmanager
+    def only(self, videos: Iterable[int]) -> Iterator[None]:
+        """Read for some videos of the batch: the forwards inside carry their rows alone."""
+        videos = list(videos)
+        self._videos = videos if len(videos) < self.num_videos else None
+        try:
+            yield
+        finally:
+            self._videos = None
+
+    def update(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Put the current chunk behind the past and return what its queries attend to.
+
+        Args:
+            layer (`int`): index of the transformer block.
+            key (`torch.Tensor`), value (`torch.Tensor`): of the current chunk, unrotated, (rows, seq, heads, head_dim).
+
+        Returns:
+            `tuple`: rotated keys and values, (rows, held + seq, heads, head_dim), and a boolean mask
+            (rows, 1, 1, held + seq), or `None` where every row holds as many tokens.
+        """
+        if self._pending is not None:
+            self._pending[layer] = _Layer(key.to(value.dtype), value)
+        key = self.rotate_chunk(key).to(value.dtype)
+        past = self._layers.get(layer)
+        if past is None or past.key.shape[1] == 0:
+            return key, value, None
+        if past.rotated is None:
+            past.rotated = rotate(past.key, *self._past_angles(past.key)).to(value.dtype)
+        keys = torch.cat([self._rows(past.rotated), key], dim=1)
+        values = torch.cat([self._rows(past.value), value], dim=1)
+        if self._held.all():
+            return keys, values, None
+        held = self._rows(self._repeat(self._held.to(key.device), past.key.shape[0]))
+        mask = torch.cat([held, held.new_ones(key.shape[:2])], dim=1)
+        return keys, values, mask[:, None, None, :]
+
+    def rotate_chunk(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding at the current chunk's positions, (rows, seq, heads, head_dim), in fp32."""
+        if "chunk" not in self._angles:
+            frame = torch.tensor(self._chunk_frames).repeat_interleave(self.tokens_per_frame)[None]
+            token = torch.arange(self.tokens_per_frame).repeat(len(self._chunk_frames))[None]
+            self._angles["chunk"] = self._rotary_angles(frame, token, hidden_states.device)
+        return rotate(hidden_states, *self._angles["chunk"])
+
+    def prompt(
+        self, layer: int, project: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-attention keys and values of `layer`, projected once for a prompt, (rows, text, heads, head_dim)."""
+        if layer not in self._prompt:
+            if self._videos is not None:
+                return project()
+            self._prompt[layer] = project()
+        key, value = self._prompt[layer]
+        return self._rows(key), self._rows(value)
+
+    def forget_prompt(self) -> None:
+        """The prompt changed: project it again."""
+        self._prompt.clear()
+
+    # 4. Inside
+
+    def _changed(self) -> None:
+        self.version += 1
+        self._angles.clear()
+        for layer in self._layers.values():
+            layer.rotated = None
+
+    def _keep(self, keep: torch.Tensor) -> None:
+        """Drop the tokens where `keep`, (B, held tokens), is False: held tokens move to the front of each row."""
+        held = self._held & keep
+        if torch.equal(held, self._held):
+            return
+        length = int(held.sum(dim=1).max())
+        order = held.byte().argsort(dim=1, descending=True, stable=True)[:, :length]
+        self._frame, self._token, self._held = (x.gather(1, order) for x in (self._frame, self._token, held))
+        for layer in self._layers.values():
+            rows = self._repeat(order, layer.key.shape[0]).to(layer.key.device)
+            every = torch.arange(len(rows), device=rows.device)[:, None]
+            layer.key, layer.value = layer.key[every, rows], layer.value[every, rows]
+        self._changed()
+
+    def _repeat(self, table: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """A table by video as a table by row: (B, ...) -> (branches * B, ...)."""
+        return table.repeat(num_rows // self.num_videos, *[1] * (table.ndim - 1))
+
+    def _rows(self, by_row: torch.Tensor) -> torch.Tensor:
+        """The rows of the videos that are being read."""
+        if self._videos is None:
+            return by_row
+        starts = range(0, by_row.shape[0], self.num_videos)
+        return by_row[[start + video for start in starts for video in self._videos]]
+
+    def _past_angles(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if "past" not in self._angles:
+            frame, token = self._frame, self._token
+            if self._held.all() and (frame == frame[:1]).all() and (token == token[:1]).all():
+                frame, token = frame[:1], token[:1]  # rows alike share one table
+            else:
+                frame, token = self._repeat(frame, key.shape[0]), self._repeat(token, key.shape[0])
+            self._angles["past"] = self._rotary_angles(frame, token, key.device)
+        return self._angles["past"]
+
+    def _rotary_angles(
+        self, frame: torch.Tensor, token: torch.Tensor, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine at (latent frame, grid index), both (batch, seq) -> (batch, seq, 1, head_dim / 2)."""
+        if self.relative_positions:
+            attended = torch.tensor(self.frames + self._chunk_frames)
+            frame = torch.searchsorted(attended, frame)
+        axes = (frame, token // self.grid[1], token % self.grid[1])
+        angles = []
+        for position, dim in zip(axes, self.rope_dims):
+            frequencies = ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            angles.append(position[..., None].double() * frequencies)
+        angles = torch.cat(angles, dim=-1)[:, :, None, :]
+        return angles.cos().float().to(device), angles.sin().float().to(device)

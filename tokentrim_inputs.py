@@ -1,0 +1,213 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What a call may contain: every argument is checked at the door, before any model runs.
+
+Each function raises `TypeError` or `ValueError` naming the argument, its value and what would be valid.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.utils.torch_utils import is_compiled_module
+
+
+DRIFT_SIGNALS = ("final", "first_step")
+ROLLOUTS = ("self_forcing",)
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check(ok: bool, name: str, value: Any, valid: str, error: type[Exception] = ValueError) -> None:
+    """Raise `error` unless `ok`."""
+    if not ok:
+        value = f"of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+        raise error(f"`{name}` has to be {valid}, but is {value}.")
+
+
+def check_int(name: str, value: Any, minimum: int) -> None:
+    check(isinstance(value, int) and not isinstance(value, bool), name, value, f"an int >= {minimum}", TypeError)
+    check(value >= minimum, name, value, f"an int >= {minimum}")
+
+
+def check_number(name: str, value: Any, ok, valid: str) -> None:
+    check(isinstance(value, (int, float)) and not isinstance(value, bool), name, value, valid, TypeError)
+    check(math.isfinite(value) and ok(value), name, value, valid)
+
+
+def check_bool(name: str, value: Any) -> None:
+    check(isinstance(value, bool), name, value, "True or False", TypeError)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    check(isinstance(value, str), name, value, f"one of {list(choices)}", TypeError)
+    check(value in choices, name, value, f"one of {list(choices)}")
+
+
+def check_callables(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        check(value is None or callable(value), name, value, "callable or None", TypeError)
+
+
+def check_tensor(name: str, value: Any, ndim: int, layout: str) -> None:
+    """A floating-point tensor of `ndim` dimensions without NaN or Inf."""
+    check(isinstance(value, torch.Tensor), name, value, f"a tensor {layout}", TypeError)
+    check(value.is_floating_point(), name, value.dtype, f"a floating-point tensor {layout}", TypeError)
+    check(value.ndim == ndim, name, value, f"a tensor {layout}")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"`{name}` has to be finite, but holds NaN or Inf.")
+
+
+def check_method(
+    token_trim: bool,
+    prune_fraction: float,
+    drift_sensitivity: float,
+    warmup_chunks: int,
+    max_regenerations: int,
+    drift_signal: str,
+) -> None:
+    """The arguments of TokenTrim itself."""
+    check_bool("token_trim", token_trim)
+    check_number("prune_fraction", prune_fraction, lambda p: 0 < p < 1, "a number between 0 and 1, both excluded")
+    check_number("drift_sensitivity", drift_sensitivity, lambda x: x >= 0, "a finite number >= 0")
+    check_int("warmup_chunks", warmup_chunks, 0)
+    check_int("max_regenerations", max_regenerations, 0)
+    check_choice("drift_signal", drift_signal, DRIFT_SIGNALS)
+
+
+def check_context(
+    rollout: str,
+    window_size: int | None,
+    num_sink_frames: int,
+    relative_positions: bool,
+    chunk_partition: Sequence[int],
+    use_kv_cache: bool,
+) -> None:
+    """The arguments that say what a chunk may attend to."""
+    check_choice("rollout", rollout, ROLLOUTS)
+    check_int("num_sink_frames", num_sink_frames, 0)
+    check_bool("relative_positions", relative_positions)
+    check(use_kv_cache is True, "use_kv_cache", use_kv_cache, "True: TokenTrim acts on the cache")
+    if window_size is not None:
+        check_int("window_size", window_size, 1)
+        shortest = num_sink_frames + max(chunk_partition)
+        valid = f"None or >= {shortest}: {num_sink_frames} sink frames and a chunk of {max(chunk_partition)}"
+        check(window_size >= shortest, "window_size", window_size, valid)
+
+
+def check_schedule(
+    scheduler: Any,
+    num_inference_steps: int,
+    sigmas: Sequence[float] | None,
+    timesteps: Sequence[float] | None,
+    renoise: Any,
+) -> None:
+    """The arguments that say how a chunk is denoised."""
+    check_int("num_inference_steps", num_inference_steps, 1)
+    check(sigmas is None or timesteps is None, "sigmas", sigmas, "None where `timesteps` is given")
+    for name, values, top in (("sigmas", sigmas, 1), ("timesteps", timesteps, scheduler.config.num_train_timesteps)):
+        if values is not None:
+            falling = len(values) > 0 and all(a > b for a, b in zip([top + 1e-6, *values], [*values, 0]))
+            check(falling, name, values, f"strictly falling numbers in (0, {top}]")
+    prediction = scheduler.config.get("prediction_type", "flow_prediction")
+    flow = prediction == "flow_prediction" and scheduler.config.get("use_flow_sigmas", True)
+    valid = "a flow-matching scheduler (prediction_type='flow_prediction', use_flow_sigmas=True)"
+    check(flow, "scheduler", scheduler.config, valid)
+    check_callables(renoise=renoise)
+    valid = f"None: {type(scheduler).__name__} does not re-noise (TokenTrimFlowMatchLCMScheduler does)"
+    check(renoise is None or scheduler.renoises, "renoise", renoise, valid)
+
+
+def check_components(pipe: Any, encodes_text: bool, output_type: str) -> None:
+    """The pipeline has the components that this call needs, and a transformer that the rollout knows."""
+    check_choice("output_type", output_type, OUTPUT_TYPES)
+    unless_embeds = "a component, unless `prompt_embeds` (with guidance, negative ones too) are passed"
+    for name, needed, valid in (
+        ("tokenizer", encodes_text, unless_embeds),
+        ("text_encoder", encodes_text, unless_embeds),
+        ("vae", output_type != "latent", "a component, unless `output_type='latent'`"),
+        ("transformer", True, "a component"),
+        ("scheduler", True, "a component"),
+    ):
+        check(not needed or getattr(pipe, name, None) is not None, name, None, valid)
+    transformer = pipe.transformer._orig_mod if is_compiled_module(pipe.transformer) else pipe.transformer
+    text_to_video = isinstance(transformer, WanTransformer3DModel) and transformer.config.added_kv_proj_dim is None
+    valid = "a text-to-video WanTransformer3DModel with patches of one latent frame"
+    check(text_to_video and transformer.config.patch_size[0] == 1, "transformer", type(transformer).__name__, valid)
+
+
+def partition_chunks(
+    num_frames: int, temporal_factor: int, num_frames_per_chunk: int, chunk_partition: Sequence[int] | None
+) -> list[int]:
+    """Latent frames of each chunk of a video of `num_frames` frames."""
+    check_int("num_frames", num_frames, 1)
+    check_int("num_frames_per_chunk", num_frames_per_chunk, 1)
+    num_latent_frames, rest = divmod(num_frames - 1, temporal_factor)
+    num_latent_frames += 1
+    if chunk_partition is not None:
+        whole = all(isinstance(size, int) and size > 0 for size in chunk_partition)
+        fits = whole and not rest and sum(chunk_partition) == num_latent_frames
+        valid = f"positive ints that sum to the {num_latent_frames} latent frames of num_frames={num_frames}"
+        check(fits, "chunk_partition", chunk_partition, valid)
+        return list(chunk_partition)
+    num_chunks = max(num_latent_frames // num_frames_per_chunk, 1)
+    below, above = ((n * num_frames_per_chunk - 1) * temporal_factor + 1 for n in (num_chunks, num_chunks + 1))
+    valid = f"whole chunks of {num_frames_per_chunk} latent frames, such as {below} or {above}"
+    check(not rest and num_latent_frames % num_frames_per_chunk == 0, "num_frames", num_frames, valid)
+    return [num_frames_per_chunk] * num_chunks
+
+
+def check_sizes(**sizes: Any) -> None:
+    for name, value in sizes.items():
+        check_int(name, value, 1)
+
+
+def check_draws(generator: Any, latents: torch.Tensor | None, shape: Sequence[int]) -> None:
+    """The initial noise, or what it is drawn from, fits videos of `shape` (B, C, T, H, W)."""
+    if latents is not None:
+        check(tuple(latents.shape) == tuple(shape), "latents", latents, f"of shape {tuple(shape)} for this call")
+    generators = generator if isinstance(generator, list) else [generator]
+    of_type = all(each is None or isinstance(each, torch.Generator) for each in generators)
+    check(of_type, "generator", generator, "a torch.Generator or a list of them", TypeError)
+    fits = not isinstance(generator, list) or len(generator) == shape[0]
+    check(fits, "generator", generator, f"one generator or a list of {shape[0]}, one for each video")
+
+
+def check_noise(noise: Any, chunk: int, step: int, shape: Sequence[int]) -> None:
+    """What `renoise(chunk, step)` gave."""
+    check_tensor(f"renoise({chunk}, {step})", noise, 5, "(batch, channels, latent frames, height, width)")
+    check(tuple(noise.shape) == tuple(shape), f"renoise({chunk}, {step})", noise, f"of shape {tuple(shape)}")
+
+
+def check_prompt_embeds(prompt_embeds: Any, negative_prompt_embeds: Any, text_dim: int) -> None:
+    """Text embeddings given by the user are (B, text, text_dim), alike for both guidance branches."""
+    for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+        if embeds is not None:
+            check_tensor(name, embeds, 3, "(batch, text, dim)")
+            check(embeds.shape[-1] == text_dim, name, embeds, f"(batch, text, {text_dim})")
+    if prompt_embeds is not None and negative_prompt_embeds is not None:
+        alike = prompt_embeds.shape == negative_prompt_embeds.shape
+        valid = f"shaped like `prompt_embeds`, {tuple(prompt_embeds.shape)}"
+        check(alike, "negative_prompt_embeds", negative_prompt_embeds, valid)
+
+
+def count_given_chunks(
+    video: Any, video_latents: Any, temporal_factor: int, shape: Sequence[int], chunk_partition: Sequence[int]
+) -> int:
+    """How many chunks the conditioning frames fill: whole chunks, and at least one is left to generate."""
+    num_videos, channels, _, height, width = shape
+    if video is not None:
+        check_tensor("video", video, 5, "(batch, frames, channels, height, width)")
+        name, batch, num_frames = "video", video.shape[0], (video.shape[1] - 1) // temporal_factor + 1
+    elif video_latents is not None:
+        check_tensor("video_latents", video_latents, 5, "(batch, latent frames, channels, height, width)")
+        valid = f"(batch, latent frames, {channels}, {height}, {width})"
+        check(tuple(video_latents.shape[2:]) == (channels, height, width), "video_latents", video_latents, valid)
+        name, batch, num_frames = "video_latents", video_latents.shape[0], video_latents.shape[1]
+    else:
+        return 0
+    check(num_videos % batch == 0, name, batch, f"a batch that divides the {num_videos} videos")
+    ends = [sum(chunk_partition[: n + 1]) for n in range(len(chunk_partition) - 1)]
+    valid = f"as many latent frames as fill whole chunks and leave one to generate: one of {ends}"
+    check(num_frames in ends, name, num_frames, valid)
+    return ends.index(num_frames) + 1
