@@ -1,9 +1,12 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """TokenTrim (arXiv 2602.00268) for causal video diffusion models in Diffusers: the pipeline."""
 
+import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,6 +163,24 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             width=width,
             max_sequence_length=max_sequence_length,
         )
+
+    def save_config(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """
+        Write `model_index.json` with the names of the stock Diffusers classes: Diffusers saves no code, and an index
+        that names ours would load nowhere. The stock scheduler is lifted again when the folder is loaded here.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the checkpoint's folder.
+        """
+        super().save_config(save_directory, **kwargs)
+        path = Path(save_directory) / self.config_name
+        index = json.loads(path.read_text())
+        index["_class_name"] = AnyFlowFARPipeline.__name__
+        if self.scheduler is not None:
+            bases = type(self.scheduler).__mro__
+            stock = next(base for base in bases if base.__module__.startswith("diffusers."))
+            index["scheduler"] = ["diffusers", stock.__name__]
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     @torch.no_grad()
     def __call__(

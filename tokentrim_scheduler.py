@@ -8,6 +8,7 @@ import copy
 import inspect
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers import (
     FlowMapEulerDiscreteScheduler,
@@ -89,7 +90,7 @@ class TokenTrimSchedulerMixin:
         if timesteps is not None:
             self.set_timesteps(len(timesteps), device=device, timesteps=timesteps)
         elif "sigmas" in accepted:
-            sigmas = torch.linspace(1, 0, num_inference_steps + 1)[:-1].tolist() if sigmas is None else sigmas
+            sigmas = np.linspace(1, 0, num_inference_steps + 1)[:-1] if sigmas is None else np.asarray(sigmas)
             self.set_timesteps(len(sigmas), device=device, sigmas=sigmas)
         else:
             self.set_timesteps(num_inference_steps, device=device)

@@ -1,0 +1,27 @@
+# `make demo` and `make test` need python3 and nothing else: what they use is installed into .venv.
+PYTHON = .venv/bin/python
+INSTALLED = .venv/installed
+
+.PHONY: demo test lint study clean
+
+demo: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.demo
+
+test: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q tests
+
+lint: $(INSTALLED)
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+
+study: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.study
+
+# torch first and by itself, so that no other package chooses its build.
+$(INSTALLED): constraints.txt setup.cfg
+	python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[plots,test]"
+	touch $(INSTALLED)
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,78 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What a tiny-world video looks like over time, measured from its frames and its prompt alone."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from skimage.color import deltaE_ciede2000, lab2rgb, rgb2lab
+
+from training.world import COLORS, parse
+
+
+@dataclass
+class Colors:
+    """Object and background of each chunk of a video, as CIELAB medians, with the object's place.
+
+    Args:
+        object (`np.ndarray`): (chunks, 3) CIELAB; NaN where no pixel looks like the object.
+        background (`np.ndarray`): (chunks, 3) CIELAB.
+        area (`np.ndarray`): (frames,) share of the pixels that look like the object.
+        center (`np.ndarray`): (frames, 2) mean place (y, x) of those pixels; NaN where there are none.
+    """
+
+    object: np.ndarray
+    background: np.ndarray
+    area: np.ndarray
+    center: np.ndarray
+
+
+def track_colors(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> Colors:
+    """Follow object and background through a video, (frames, H, W, 3) in [0, 1].
+
+    A pixel belongs to the colour that it is nearer to (CIEDE2000), the object's or the background's. Both start as
+    the prompt names them and are set to the medians of their pixels after each chunk, so that slow change is followed.
+    """
+    scene = parse(prompt)
+    names = np.array([COLORS[scene.color], COLORS[scene.background]])
+    object_color, background_color = rgb2lab(names[None])[0]
+    objects, backgrounds, areas, centers = [], [], [], []
+    for start in range(0, len(frames), num_frames_per_chunk):
+        lab = rgb2lab(frames[start : start + num_frames_per_chunk])  # (frames, H, W, 3)
+        mask = deltaE_ciede2000(lab, object_color) < deltaE_ciede2000(lab, background_color)
+        if mask.any():
+            object_color = np.median(lab[mask], axis=0)
+        if not mask.all():
+            background_color = np.median(lab[~mask], axis=0)
+        objects.append(object_color if mask.any() else np.full(3, np.nan))
+        backgrounds.append(background_color)
+        areas.extend(mask.mean(axis=(1, 2)))
+        centers.extend(np.argwhere(each).mean(axis=0) if each.any() else np.full(2, np.nan) for each in mask)
+    return Colors(np.array(objects), np.array(backgrounds), np.array(areas), np.array(centers))
+
+
+def color_drift(colors: np.ndarray) -> np.ndarray:
+    """CIEDE2000 of each chunk's colour to the first chunk's, (chunks, 3) -> (chunks,)."""
+    return deltaE_ciede2000(colors, colors[0])
+
+
+def as_rgb(colors: np.ndarray) -> np.ndarray:
+    """CIELAB (chunks, 3) as sRGB in [0, 1]; grey where there is none."""
+    return np.where(np.isnan(colors), 0.5, lab2rgb(np.nan_to_num(colors)[None])[0])
+
+
+def motion(colors: Colors) -> float:
+    """Mean distance in pixels that the object moves from frame to frame: freezing must not pass for stability."""
+    return float(np.nanmean(np.linalg.norm(np.diff(colors.center, axis=0), axis=1)))
+
+
+def summarize_drift(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> dict[str, float]:
+    """Drift of a video: the mean over its last half of each colour's distance to the first chunk's, and motion."""
+    colors = track_colors(frames, prompt, num_frames_per_chunk)
+    half = len(colors.background) // 2
+    object_drift = color_drift(colors.object)[half:]
+    return {
+        "background_drift": float(color_drift(colors.background)[half:].mean()),
+        "object_drift": float(np.nanmean(object_drift)) if np.isfinite(object_drift).any() else float("nan"),
+        "object_lost": float(np.mean(colors.area[half * num_frames_per_chunk :] < 0.01)),
+        "motion": motion(colors),
+    }

@@ -1,0 +1,62 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The ways to roll out that the demo and the study compare, and one paired run of them."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokentrim import TokenTrimPipeline
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINT = ROOT / "checkpoints" / "tiny-world"
+PAPER = json.loads((ROOT / "configs" / "paper.json").read_text())
+WORLD = json.loads((ROOT / "configs" / "tiny_world.json").read_text())
+SINK = {"num_sink_frames": WORLD["num_frames_per_chunk"]}
+METHODS = {
+    "plain": {"token_trim": False},
+    "tokentrim": PAPER,
+    "sink": {"token_trim": False, **SINK},
+    "sink + tokentrim": {**PAPER, **SINK},
+}
+
+
+@dataclass
+class Run:
+    """Videos of one method, (B, frames, H, W, 3) in [0, 1], with their decisions and what they cost."""
+
+    frames: np.ndarray
+    decisions: list[list[dict]]
+    seconds: float
+    denoiser_calls: int
+
+
+def load_pipeline() -> TokenTrimPipeline:
+    """The shipped world model."""
+    return TokenTrimPipeline.from_pretrained(CHECKPOINT)
+
+
+def run_method(pipe: TokenTrimPipeline, method: str, prompts: list[str], seeds: list[int], num_chunks: int) -> Run:
+    """Generate one video for each prompt and seed; the same seeds give every method the same noise."""
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    hook = pipe.transformer.register_forward_hook(count)
+    start = time.perf_counter()
+    try:
+        output = pipe(
+            prompts,
+            num_frames=num_chunks * WORLD["num_frames_per_chunk"],
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **{**WORLD, **METHODS[method]},
+        )
+    finally:
+        hook.remove()
+    return Run(output.frames, output.decisions, time.perf_counter() - start, calls)
