@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,3 +16,5 @@ spec = importlib.util.spec_from_file_location(
 )
 sys.modules["tokentrim"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["tokentrim"])
+
+torch.set_num_threads(1)  # the models are tiny: threads only wait for each other

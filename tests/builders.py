@@ -1,0 +1,124 @@
+"""Small real components, and what the tests do with them."""
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from tokentrim import TokenTrimFlowMatchEulerDiscreteScheduler, TokenTrimPipeline
+
+
+CHANNELS, HEIGHT, WIDTH = 4, 4, 6  # latents
+GRID = (2, 3)
+NUM_TOKENS = 6
+CHUNK = 3  # latent frames
+TEXT_DIM, TEXT_LENGTH = 32, 8
+WORDS = "a red blue green circle square moving left right over background".split()
+
+
+def tiny_transformer(seed: int = 0, head_dim: int = 12) -> WanTransformer3DModel:
+    """Random, with attention strong enough that what is attended to shows."""
+    torch.manual_seed(seed)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=head_dim,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        text_dim=TEXT_DIM,
+        freq_dim=32,
+        ffn_dim=48,
+        num_layers=2,
+    )
+    with torch.no_grad():
+        for block in transformer.blocks:
+            for attn in (block.attn1, block.attn2):
+                attn.norm_q.weight.mul_(1.5)
+                attn.to_v.weight.mul_(2)
+                attn.to_out[0].weight.mul_(3)
+    return transformer.eval().requires_grad_(False)
+
+
+def tiny_vae(seed: int = 0) -> AutoencoderKLWan:
+    torch.manual_seed(seed)
+    vae = AutoencoderKLWan(
+        base_dim=3,
+        z_dim=CHANNELS,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.5, 1.0, 2.0],
+    )
+    return vae.eval().requires_grad_(False)
+
+
+def tiny_text_encoder(seed: int = 0) -> UMT5EncoderModel:
+    torch.manual_seed(seed)
+    config = UMT5Config(vocab_size=len(WORDS) + 3, d_model=TEXT_DIM, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return UMT5EncoderModel(config).eval().requires_grad_(False)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+    )
+
+
+def quiet(pipe: TokenTrimPipeline) -> TokenTrimPipeline:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latent_pipeline(transformer=None, scheduler=None, **settings) -> TokenTrimPipeline:
+    """A pipeline without tokenizer, text encoder and VAE: embeddings in, latents out."""
+    transformer = tiny_transformer() if transformer is None else transformer
+    scheduler = TokenTrimFlowMatchEulerDiscreteScheduler(shift=5.0) if scheduler is None else scheduler
+    return quiet(TokenTrimPipeline(None, None, transformer, None, scheduler, **settings))
+
+
+def full_pipeline(scheduler=None, **settings) -> TokenTrimPipeline:
+    scheduler = TokenTrimFlowMatchEulerDiscreteScheduler(shift=5.0) if scheduler is None else scheduler
+    settings = {"height": 32, "width": 48, "max_sequence_length": TEXT_LENGTH, "num_inference_steps": 2, **settings}
+    components = (tiny_tokenizer(), tiny_text_encoder(), tiny_transformer(), tiny_vae(), scheduler)
+    return quiet(TokenTrimPipeline(*components, **settings))
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(num_chunks: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    return randn(batch, CHANNELS, num_chunks * CHUNK, HEIGHT, WIDTH, seed=seed)
+
+
+def steady_noise(num_chunks: int, jumps: list[int], seed: int = 0) -> torch.Tensor:
+    """Nearly the same noise in every chunk, but for a corner that jumps in video v at chunk `jumps[v]`."""
+    steady = noise(1, len(jumps), seed).repeat(1, 1, num_chunks, 1, 1) + 0.05 * noise(num_chunks, len(jumps), seed + 1)
+    for video, chunk in enumerate(jumps):
+        steady[video, :, chunk * CHUNK : (chunk + 1) * CHUNK, :2, :2] += 6
+    return steady
+
+
+def embeds(batch: int = 1, seed: int = 7) -> torch.Tensor:
+    return randn(batch, TEXT_LENGTH, TEXT_DIM, seed=seed)
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def roll(pipe: TokenTrimPipeline, latents: torch.Tensor, **kwargs):
+    """Latents of a rollout from given noise."""
+    kwargs = {"prompt_embeds": embeds(len(latents)), "num_inference_steps": 2, **kwargs}
+    return pipe(latents=latents, output_type="latent", **kwargs)
+
+
+def triggers(decisions: list[dict]) -> list[int]:
+    return [decision["chunk"] for decision in decisions if decision["trim"]]
+
+
+def processors(transformer: WanTransformer3DModel) -> list[int]:
+    """Identities of all attention processors."""
+    return [id(attn.processor) for block in transformer.blocks for attn in (block.attn1, block.attn2)]

@@ -1,0 +1,149 @@
+"""Attention through the cache against attention without one."""
+
+import pytest
+import torch
+from builders import GRID, NUM_TOKENS, embeds, latent_pipeline, noise, processors, randn, roll, tiny_transformer
+from oracle import masked_flow
+from torch.overrides import TorchFunctionMode
+
+from tokentrim import RollingKVCache
+from tokentrim.tokentrim_attention import cached_attention, rotary_dims
+
+
+TIMES = (900.0, 300.0)
+
+
+def chunks_of(*sizes, batch=1, seed=1):
+    return [randn(batch, 4, size, 4, 6, seed=seed + 10 * i) for i, size in enumerate(sizes)]
+
+
+def forward(transformer, chunk, timestep, text):
+    return transformer(chunk, torch.full((len(chunk),), timestep), text, return_dict=False)[0]
+
+
+def commit(transformer, cache, chunk, text):
+    cache.begin_chunk(chunk.shape[2])
+    with cache.writing():
+        forward(transformer, chunk, 0.0, text)
+
+
+class KeyLengths(TorchFunctionMode):
+    """Records how many keys every attention reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.lengths = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            key = kwargs["key"] if "key" in kwargs else args[1]
+            self.lengths.append(key.shape[-2])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("head_dim", [12, 20])
+@pytest.mark.parametrize("sizes", [(3, 3, 3, 3), (1, 2, 4, 1)])
+def test_cached_rollout_equals_block_causal_forward(sizes, head_dim):
+    transformer, text = tiny_transformer(head_dim=head_dim), embeds()
+    cache = RollingKVCache(GRID, rotary_dims(transformer), 1)
+    past, sees = [], []
+    with torch.no_grad():
+        for chunk, noisy in zip(chunks_of(*sizes), chunks_of(*sizes, seed=2)):
+            seen = torch.ones(sum(each.shape[2] for each in past) * NUM_TOKENS, dtype=torch.bool)
+            for timestep in TIMES:
+                expected = masked_flow(transformer, past, noisy, timestep, text, [*sees, seen])
+                cache.begin_chunk(chunk.shape[2])
+                with cached_attention(transformer, cache):
+                    flow = forward(transformer, noisy, timestep, text)
+                torch.testing.assert_close(flow, expected, atol=1e-5, rtol=0)
+            with cached_attention(transformer, cache):
+                commit(transformer, cache, chunk, text)
+            past.append(chunk)
+            sees.append(seen)
+
+
+@pytest.mark.parametrize("num_sink_frames", [0, 2])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_eviction_equals_attention_at_minus_infinity(branches, num_sink_frames):
+    """Videos that hold different numbers of tokens, each in all guidance branches; one has everything evicted."""
+    transformer, batch = tiny_transformer(), 3
+    past, noisy, text = chunks_of(3, 3, batch=batch), noise(1, batch), embeds(branches * batch)
+    evictions = {0: [1, 4, 5], 2: list(range(NUM_TOKENS))}
+    cache = RollingKVCache(GRID, rotary_dims(transformer), batch, num_sink_frames=num_sink_frames)
+    with torch.no_grad(), cached_attention(transformer, cache):
+        for chunk in past:
+            commit(transformer, cache, chunk.repeat(branches, 1, 1, 1, 1), text)
+        cache.evict(evictions)
+        cache.begin_chunk(3)
+        flow = forward(transformer, noisy.repeat(branches, 1, 1, 1, 1), 700.0, text)
+
+    for row in range(branches * batch):
+        video = row % batch
+        tokens = torch.arange(6 * NUM_TOKENS)
+        evicted = torch.isin(tokens % NUM_TOKENS, torch.tensor(evictions.get(video, [])))
+        last = ~evicted | (tokens // NUM_TOKENS < num_sink_frames)
+        sees = [torch.ones(0).bool(), torch.ones(3 * NUM_TOKENS).bool(), last]
+        single = [chunk[video : video + 1] for chunk in past]
+        with torch.no_grad():
+            expected = masked_flow(transformer, single, noisy[video : video + 1], 700.0, text[row : row + 1], sees)
+        torch.testing.assert_close(flow[row : row + 1], expected, atol=1e-5, rtol=0)
+
+
+def test_eviction_shrinks_what_attention_reads():
+    transformer, text = tiny_transformer(), embeds(2)
+    cache = RollingKVCache(GRID, rotary_dims(transformer), 2)
+    lengths = []
+    with torch.no_grad(), cached_attention(transformer, cache):
+        for chunk in chunks_of(3, 3, batch=2):
+            commit(transformer, cache, chunk, text)
+        cache.begin_chunk(3)
+        for evictions in ({}, {0: [0, 2]}, {1: [1, 2, 3]}):
+            cache.evict(evictions)
+            with KeyLengths() as keys:
+                forward(transformer, noise(1, 2), 700.0, text)
+            lengths.append(set(keys.lengths) - {text.shape[1]})
+    # 6 frames of 6 tokens before 3 of the chunk; the second video holds all until it loses 3 of 6, the first 2 of 6
+    assert lengths == [{36 + 18}, {36 + 18}, {24 + 18}]
+
+
+@pytest.mark.parametrize("settings", [{"window_size": 9}, {"window_size": 7, "num_sink_frames": 1}])
+def test_attention_never_reads_beyond_the_window(settings):
+    with KeyLengths() as keys:
+        roll(latent_pipeline(), noise(8), token_trim=False, **settings)
+    assert max(keys.lengths) == settings["window_size"] * NUM_TOKENS
+
+
+def test_prompt_is_projected_once_and_again_when_it_changes():
+    pipe = latent_pipeline()
+    projections = []
+    for block in pipe.transformer.blocks:
+        block.attn2.to_k.register_forward_hook(lambda *_: projections.append(1))
+
+    def change_once(pipe, step, timestep, tensors):
+        seen.append(step)
+        return {"prompt_embeds": embeds(seed=99)} if len(seen) == 3 else {}
+
+    roll(pipe, noise(4), token_trim=False)
+    assert len(projections) == len(pipe.transformer.blocks)
+    seen = []
+    roll(pipe, noise(4), token_trim=False, callback_on_step_end=change_once)
+    assert len(projections) == 3 * len(pipe.transformer.blocks)
+
+
+def test_processors_come_back_whatever_happens_inside():
+    transformer = tiny_transformer()
+    before = processors(transformer)
+    cache = RollingKVCache(GRID, rotary_dims(transformer), 1)
+    with pytest.raises(KeyboardInterrupt):
+        with cached_attention(transformer, cache):
+            assert not set(before) & set(processors(transformer))
+            raise KeyboardInterrupt
+    assert processors(transformer) == before
+
+
+def test_fused_projections_change_nothing():
+    transformer = tiny_transformer()
+    latents = noise(3)
+    plain = roll(latent_pipeline(transformer), latents).frames
+    transformer.fuse_qkv_projections()
+    torch.testing.assert_close(roll(latent_pipeline(transformer), latents).frames, plain, atol=1e-5, rtol=0)
