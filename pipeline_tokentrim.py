@@ -464,6 +464,10 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         self, state: _Rollout, index: int, noise: torch.Tensor, draft: torch.Tensor, videos: list[int]
     ) -> torch.Tensor:
         """The draft with some videos generated again from the same noise, on the context as it is now."""
+        if self.interrupt:
+            return draft
+        if state.drift_signal == "final":
+            state.progress.total += len(self.scheduler.timesteps)
         draft = draft.clone()
         with state.cache.only(videos):
             draft[videos] = self.draft_chunk(state, index, noise[videos], videos)

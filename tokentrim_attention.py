@@ -1,6 +1,11 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Attention that reads a rolling KV cache, and the context manager that puts it into a Wan transformer and out again."""
+"""Attention that reads a rolling KV cache, and the context manager that puts it into a Wan transformer and out again.
 
+Queries and keys are normalised and rotated in fp32 whatever the model's dtype: their rounding would be cached, read
+again and amplified.
+"""
+
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,11 +15,6 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 
 from .tokentrim_cache import RollingKVCache
-
-
-def fp32_rms_norm(norm: torch.nn.RMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
-    """RMS norm across heads in fp32, whatever the model's dtype: its rounding would be cached and read again."""
-    return torch.nn.functional.rms_norm(hidden_states.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
 
 
 class _CachedAttnProcessor:
@@ -45,8 +45,8 @@ class CachedSelfAttnProcessor(_CachedAttnProcessor):
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         query, key, value = _get_qkv_projections(attn, hidden_states, None)
-        query = fp32_rms_norm(attn.norm_q, query).unflatten(2, (attn.heads, -1))  # (rows, seq, heads, head_dim)
-        key = fp32_rms_norm(attn.norm_k, key).unflatten(2, (attn.heads, -1))
+        query = attn.norm_q(query.float()).unflatten(2, (attn.heads, -1))  # (rows, seq, heads, head_dim)
+        key = attn.norm_k(key.float()).unflatten(2, (attn.heads, -1))
         value = value.unflatten(2, (attn.heads, -1))
         keys, values, mask = self.cache.update(self.layer, key, value)
         return self.attend(attn, self.cache.rotate_chunk(query), keys, values, mask)
@@ -58,11 +58,11 @@ class CachedCrossAttnProcessor(_CachedAttnProcessor):
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         def project():
             _, key, value = _get_qkv_projections(attn, hidden_states[:, :0], encoder_hidden_states)
-            key = fp32_rms_norm(attn.norm_k, key).to(value.dtype)
+            key = attn.norm_k(key.float()).to(value.dtype)
             return key.unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
 
         query = attn.to_q(hidden_states)
-        query = fp32_rms_norm(attn.norm_q, query).unflatten(2, (attn.heads, -1))
+        query = attn.norm_q(query.float()).unflatten(2, (attn.heads, -1))
         return self.attend(attn, query, *self.cache.prompt(self.layer, project))
 
 
@@ -74,7 +74,10 @@ def cached_attention(transformer: WanTransformer3DModel, cache: RollingKVCache) 
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(CachedSelfAttnProcessor(cache, layer, block.attn1.processor))
             block.attn2.set_processor(CachedCrossAttnProcessor(cache, layer, block.attn2.processor))
-        yield
+        with warnings.catch_warnings():
+            # The norm in fp32 of a model in bf16 is what we ask for, at the cost of torch's fused kernel.
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            yield
     finally:
         for attn, processor in stock:
             attn.set_processor(processor)

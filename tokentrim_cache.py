@@ -31,8 +31,8 @@ class RollingKVCache:
 
     Grows by a chunk at each `writing` pass; with a window it holds at most `window_size` latent frames less the
     current chunk. A *row* is one sequence of the transformer's batch: video v is rows v, v + B, ... (guidance
-    branches). Keys are kept without rotary embedding and rotated once a chunk, so their positions may move, and no
-    length meets the end of a table. Evicted tokens are gone from memory; rows that hold fewer tokens than the longest
+    branches). Keys are kept without rotary embedding and a second time rotated for the chunk at hand, so that their
+    positions may move and no length meets the end of a table. Evicted tokens are gone from memory; rows that hold fewer tokens than the longest
     are padded and the padding masked.
 
     Args:
@@ -63,13 +63,13 @@ class RollingKVCache:
         self.window_size = window_size
         self.num_sink_frames = num_sink_frames
         self.relative_positions = relative_positions
+        self.version = 0
         self.reset()
 
     # 1. What the past is
 
     def reset(self) -> None:
         """Forget everything."""
-        self.version = 0
         self.frames: list[int] = []  # latent frames of the context, ascending, emptied ones included
         self.next_frame = 0
         self._chunk_frames: list[int] = []
@@ -81,7 +81,8 @@ class RollingKVCache:
         self._frame = torch.zeros(self.num_videos, 0, dtype=torch.long)
         self._token = torch.zeros(self.num_videos, 0, dtype=torch.long)
         self._held = torch.zeros(self.num_videos, 0, dtype=torch.bool)  # False is padding
-        self._angles: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._memo: dict[str, tuple[torch.Tensor, ...]] = {}  # what follows from the tables, until they change
+        self._changed()
 
     @property
     def tokens_per_frame(self) -> int:
@@ -102,9 +103,7 @@ class RollingKVCache:
             oldest = self.next_frame - num_recent
             self._keep((self._frame >= oldest) | (self._frame < self.num_sink_frames))
             self.frames = [frame for frame in self.frames if frame >= oldest or frame < self.num_sink_frames]
-        self._angles.clear()
-        for layer in self._layers.values():
-            layer.rotated = None
+        self._forget_views()
 
     def evict(self, tokens: Mapping[int, Iterable[int]]) -> None:
         """Hard pruning (eq. 9, 10): `tokens[video]` are grid indices to remove from all its frames but the sink."""
@@ -174,17 +173,19 @@ class RollingKVCache:
         values = torch.cat([self._rows(past.value), value], dim=1)
         if self._held.all():
             return keys, values, None
-        held = self._rows(self._repeat(self._held.to(key.device), past.key.shape[0]))
-        mask = torch.cat([held, held.new_ones(key.shape[:2])], dim=1)
-        return keys, values, mask[:, None, None, :]
+        if "mask" not in self._memo:
+            held = self._repeat(self._held, past.key.shape[0])
+            current = held.new_ones(len(held), key.shape[1])
+            self._memo["mask"] = (torch.cat([held, current], dim=1)[:, None, None, :].to(key.device),)
+        return keys, values, self._rows(*self._memo["mask"])
 
     def rotate_chunk(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Rotary embedding at the current chunk's positions, (rows, seq, heads, head_dim), in fp32."""
-        if "chunk" not in self._angles:
+        if "chunk" not in self._memo:
             frame = torch.tensor(self._chunk_frames).repeat_interleave(self.tokens_per_frame)[None]
             token = torch.arange(self.tokens_per_frame).repeat(len(self._chunk_frames))[None]
-            self._angles["chunk"] = self._rotary_angles(frame, token, hidden_states.device)
-        return rotate(hidden_states, *self._angles["chunk"])
+            self._memo["chunk"] = self._rotary_angles(frame, token, hidden_states.device)
+        return rotate(hidden_states, *self._memo["chunk"])
 
     def prompt(
         self, layer: int, project: Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -205,7 +206,11 @@ class RollingKVCache:
 
     def _changed(self) -> None:
         self.version += 1
-        self._angles.clear()
+        self._forget_views()
+
+    def _forget_views(self) -> None:
+        """What was derived from the context or its positions no longer holds."""
+        self._memo.clear()
         for layer in self._layers.values():
             layer.rotated = None
 
@@ -235,14 +240,14 @@ class RollingKVCache:
         return by_row[[start + video for start in starts for video in self._videos]]
 
     def _past_angles(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if "past" not in self._angles:
+        if "past" not in self._memo:
             frame, token = self._frame, self._token
             if self._held.all() and (frame == frame[:1]).all() and (token == token[:1]).all():
                 frame, token = frame[:1], token[:1]  # rows alike share one table
             else:
                 frame, token = self._repeat(frame, key.shape[0]), self._repeat(token, key.shape[0])
-            self._angles["past"] = self._rotary_angles(frame, token, key.device)
-        return self._angles["past"]
+            self._memo["past"] = self._rotary_angles(frame, token, key.device)
+        return self._memo["past"]
 
     def _rotary_angles(
         self, frame: torch.Tensor, token: torch.Tensor, device: torch.device
