@@ -1,0 +1,243 @@
+"""Which tokens the cache holds, where it puts them, and when it says so."""
+
+import pytest
+import torch
+from builders import CHUNK, NUM_TOKENS, latent_pipeline, randn, roll, tiny_transformer
+
+from tokentrim import RollingKVCache
+from tokentrim.tokentrim_attention import rotary_dims
+
+
+GRID = (2, 3)
+HEAD_DIM = 12
+ROPE_DIMS = (4, 4, 4)
+
+
+def new_cache(num_videos=1, **settings):
+    return RollingKVCache(GRID, ROPE_DIMS, num_videos, **settings)
+
+
+def write(cache, num_frames=CHUNK, rows=None, seed=0):
+    """Commit a chunk of random keys and values in one layer; returns them."""
+    rows = cache.num_videos if rows is None else rows
+    key, value = randn(2, rows, num_frames * NUM_TOKENS, 2, HEAD_DIM, seed=seed)
+    cache.begin_chunk(num_frames)
+    with cache.writing():
+        cache.update(0, key, value)
+    return key, value
+
+
+def frames_held(cache, video=0):
+    return sorted({frame for frame, _ in cache.held_tokens(video)})
+
+
+def rope(hidden_states, frames):
+    """Diffusers' own rotary embedding at whole latent frames: (rows, frames * tokens, heads, head_dim)."""
+    transformer = tiny_transformer()
+    cos, sin = transformer.rope(torch.zeros(1, 4, max(frames) + 1, 2 * GRID[0], 2 * GRID[1]))
+    of_frames = [token for frame in frames for token in range(frame * NUM_TOKENS, (frame + 1) * NUM_TOKENS)]
+    cos, sin = cos[:, of_frames, :, 0::2], sin[:, of_frames, :, 1::2]
+    even, odd = hidden_states[..., 0::2], hidden_states[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def test_rotary_dims_are_the_transformers():
+    assert rotary_dims(tiny_transformer(head_dim=HEAD_DIM)) == ROPE_DIMS
+
+
+@pytest.mark.parametrize(
+    "window_size, num_sink_frames, kept_for_chunk_4",
+    [
+        (None, 0, list(range(12))),
+        (None, 2, list(range(12))),
+        (3, 0, []),
+        (6, 0, [9, 10, 11]),
+        (7, 0, [8, 9, 10, 11]),
+        (9, 3, [0, 1, 2, 9, 10, 11]),
+        (5, 1, [0, 11]),
+        (4, 1, [0]),
+        (30, 3, list(range(12))),
+    ],
+)
+def test_window_and_sink(window_size, num_sink_frames, kept_for_chunk_4):
+    cache = new_cache(window_size=window_size, num_sink_frames=num_sink_frames)
+    for _ in range(4):
+        write(cache)
+    cache.begin_chunk(CHUNK)
+    assert cache.held_tokens() == [(frame, token) for frame in kept_for_chunk_4 for token in range(NUM_TOKENS)]
+
+
+def test_window_counts_the_chunk_at_hand():
+    cache = new_cache(window_size=6)
+    for num_frames in (2, 3, 1):
+        write(cache, num_frames)
+    cache.begin_chunk(4)
+    assert frames_held(cache) == [4, 5]
+    cache = new_cache(window_size=6)
+    for num_frames in (2, 3, 1):
+        write(cache, num_frames)
+    cache.begin_chunk(1)
+    assert frames_held(cache) == [1, 2, 3, 4, 5]
+
+
+def test_eviction_removes_grid_tokens_from_all_frames_but_the_sink():
+    cache = new_cache(num_videos=2, num_sink_frames=2)
+    write(cache)
+    write(cache)
+    cache.evict({1: [0, 4]})
+    everything = [(frame, token) for frame in range(6) for token in range(NUM_TOKENS)]
+    assert cache.held_tokens(0) == everything
+    assert cache.held_tokens(1) == [(f, t) for f, t in everything if f < 2 or t not in (0, 4)]
+    write(cache)  # what is written later is whole, what was pruned stays pruned
+    assert cache.held_tokens(1)[-3 * NUM_TOKENS :] == [(f, t) for f in (6, 7, 8) for t in range(NUM_TOKENS)]
+    assert (2, 0) not in cache.held_tokens(1)
+
+
+def test_update_returns_exactly_the_held_keys_and_values_in_order():
+    """Also after window, sink and eviction have moved them."""
+    cache = new_cache(num_videos=2, window_size=8, num_sink_frames=1)
+    written = [write(cache, rows=4, seed=seed) for seed in range(3)]  # two videos in two guidance branches
+    cache.evict({0: [1, 2], 1: [5]})
+    cache.begin_chunk(CHUNK)
+    key, value = randn(2, 4, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
+    keys, values, mask = cache.update(0, key, value)
+    for row in range(4):
+        held = cache.held_tokens(row % 2)
+        attended = mask[row, 0, 0]
+        assert attended.sum() == len(held) + CHUNK * NUM_TOKENS
+        for read, chunks, current in ((keys, 0, key), (values, 1, value)):
+            past = torch.cat([pair[chunks][row] for pair in written])
+            expected = past[[frame * NUM_TOKENS + token for frame, token in held]]
+            if read is keys:
+                frames = range(9)
+                rotated = rope(past[None], frames)[0]
+                expected = rotated[[frame * NUM_TOKENS + token for frame, token in held]]
+                current = rope(current, range(9, 12))
+            expected = torch.cat([expected, current[row]])
+            torch.testing.assert_close(read[row][attended], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "num_chunks, window_size, num_sink_frames, held, positions, chunk_positions",
+    [
+        (2, None, 0, range(6), range(6), range(6, 9)),
+        (2, 9, 3, range(6), range(6), range(6, 9)),  # no gap between sink and recent frames: as absolute
+        (4, 9, 3, [0, 1, 2, 9, 10, 11], range(6), range(6, 9)),
+        (4, 8, 1, [0, 8, 9, 10, 11], range(5), range(5, 8)),
+        (4, 6, 0, [9, 10, 11], range(3), range(3, 6)),
+    ],
+)
+def test_relative_positions(num_chunks, window_size, num_sink_frames, held, positions, chunk_positions):
+    """The sink directly before the recent frames, these directly before the chunk, all counted from 0."""
+    cache = new_cache(window_size=window_size, num_sink_frames=num_sink_frames, relative_positions=True)
+    written = torch.cat([write(cache, seed=seed)[0] for seed in range(num_chunks)], dim=1)
+    cache.begin_chunk(CHUNK)
+    assert frames_held(cache) == list(held)
+    key, value = randn(2, 1, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
+    keys, _, _ = cache.update(0, key, value)
+    of_held = written.unflatten(1, (-1, NUM_TOKENS))[:, list(held)].flatten(1, 2)
+    expected = torch.cat([rope(of_held, list(positions)), rope(key, list(chunk_positions))], dim=1)
+    torch.testing.assert_close(keys, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(cache.rotate_chunk(key), rope(key, list(chunk_positions)), atol=1e-5, rtol=0)
+
+
+def test_relative_positions_do_not_close_up_over_evicted_tokens():
+    """A frame that lost tokens, or all of them, keeps its place."""
+    cache = new_cache(window_size=9, relative_positions=True)
+    key, _ = write(cache)
+    cache.evict({0: range(NUM_TOKENS)})
+    later, _ = write(cache, seed=1)
+    cache.begin_chunk(CHUNK)
+    keys, _, _ = cache.update(0, *randn(2, 1, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9))
+    torch.testing.assert_close(keys[:, : later.shape[1]], rope(later, [3, 4, 5]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("offset", [1_000, 100_000])
+def test_only_distances_between_positions_matter(offset):
+    """Far beyond the 1024 frames of the transformer's own table."""
+    products = []
+    for start in (0, offset):
+        cache = new_cache(window_size=9)
+        cache.next_frame = start
+        for seed in range(3):
+            write(cache, seed=seed)
+        cache.begin_chunk(CHUNK)
+        query, key, value = randn(3, 1, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
+        keys, _, _ = cache.update(0, key, value)
+        products.append(torch.einsum("bqhd,bkhd->bhqk", cache.rotate_chunk(query), keys))
+    torch.testing.assert_close(*products, atol=1e-5, rtol=0)
+
+
+def test_rollout_of_more_latent_frames_than_the_rope_table():
+    """Without a sink, positions in the window and in the video differ by a shift alone."""
+    latents = randn(1, 4, 1100, 2, 2, seed=3)
+    settings = {"num_frames_per_chunk": 50, "window_size": 110, "num_inference_steps": 1, "height": 16, "width": 16}
+    absolute, relative = (
+        roll(latent_pipeline(), latents, relative_positions=relative, **settings).frames for relative in (False, True)
+    )
+    assert absolute.shape == latents.shape
+    torch.testing.assert_close(absolute, relative, atol=1e-4, rtol=0)
+
+
+def test_version_changes_when_and_only_when_the_context_does():
+    cache = new_cache(num_videos=2, window_size=9, num_sink_frames=3)
+    versions = [cache.version]
+
+    def changed(action, *args):
+        action(*args)
+        versions.append(cache.version)
+        return versions[-1] != versions[-2]
+
+    assert not changed(cache.begin_chunk, CHUNK)
+    assert changed(write, cache)
+    assert not changed(cache.evict, {0: [1, 2]})  # all of it is sink
+    assert changed(write, cache)
+    assert not changed(cache.begin_chunk, CHUNK)  # still fits the window
+    assert not changed(cache.update, 0, *randn(2, 2, CHUNK * NUM_TOKENS, 2, HEAD_DIM))
+    assert not changed(cache.evict, {})
+    assert not changed(cache.evict, {0: []})
+    assert changed(cache.evict, {0: [1, 2]})
+    assert not changed(cache.evict, {0: [1, 2]})  # already gone
+    assert not changed(cache.forget_prompt)
+    assert changed(write, cache)
+    assert changed(cache.begin_chunk, CHUNK)  # the window rolls
+    assert len(set(versions)) == 6
+
+
+def test_writing_is_all_or_nothing():
+    cache = new_cache()
+    write(cache)
+    before = cache.held_tokens(), cache.version, cache.next_frame
+    cache.begin_chunk(CHUNK)
+    probe = randn(2, 1, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
+    keys_before = cache.update(0, *probe)[0]
+    with pytest.raises(KeyboardInterrupt):
+        with cache.writing():
+            cache.update(0, *randn(2, 1, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=4))
+            raise KeyboardInterrupt
+    assert (cache.held_tokens(), cache.version, cache.next_frame) == before
+    torch.testing.assert_close(cache.update(0, *probe)[0], keys_before, atol=0, rtol=0)
+
+
+def test_reading_for_some_videos_reads_their_rows():
+    cache = new_cache(num_videos=3)
+    write(cache, rows=6)
+    cache.evict({0: [1], 2: [1, 2]})
+    cache.begin_chunk(CHUNK)
+    key, value = randn(2, 6, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
+    everything = cache.update(0, key, value)
+    rows = [0, 2, 3, 5]  # videos 0 and 2 in both branches
+    with cache.only([0, 2]):
+        some = cache.update(0, key[rows], value[rows])
+    for whole, part in zip(everything, some):
+        torch.testing.assert_close(part, whole[rows], atol=0, rtol=0)
+
+
+def test_reset_forgets_everything():
+    cache = new_cache(num_videos=2)
+    write(cache)
+    cache.evict({0: [1]})
+    cache.reset()
+    assert cache.held_tokens(0) == cache.held_tokens(1) == [] and cache.next_frame == 0
+    write(cache)
+    assert frames_held(cache, 1) == [0, 1, 2]
