@@ -4,7 +4,7 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from .tokentrim_inputs import (
     check_noise,
     check_number,
     check_prompt_embeds,
+    check_prompts,
     check_schedule,
     check_sizes,
     check_tensor,
@@ -90,7 +91,7 @@ class _Renoise:
 
 
 @dataclass
-class _Rollout:
+class _RolloutState:
     """What one call fixes for all its chunks; the prompt, which a callback may change; the draft in hand."""
 
     cache: RollingKVCache
@@ -101,6 +102,7 @@ class _Rollout:
     negative_prompt_embeds: torch.Tensor | None
     callback: Callable | None
     callback_tensor_inputs: list[str]
+    on_chunk: Callable | None
     progress: Any = None
     first_flow: torch.Tensor | None = None  # of the draft, where the drift signal is its first step
 
@@ -319,12 +321,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
-        check_sizes(
-            height=height,
-            width=width,
-            max_sequence_length=max_sequence_length,
-            num_videos_per_prompt=num_videos_per_prompt,
-        )
+        patch_size = self.transformer.config.patch_size
+        check_sizes(height, width, spatial, patch_size, max_sequence_length, num_videos_per_prompt)
         self.check_inputs(
             prompt,
             negative_prompt,
@@ -338,6 +336,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         )
         check_prompt_embeds(prompt_embeds, negative_prompt_embeds, self.transformer.config.text_dim)
         batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
+        check_prompts(prompt, negative_prompt, batch_size)
         num_videos = batch_size * num_videos_per_prompt
         chunk_partition = partition_chunks(num_frames, temporal, num_frames_per_chunk, chunk_partition)
         num_channels = self.transformer.config.in_channels
@@ -351,6 +350,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         device = self._execution_device
         renoise = _Renoise(renoise, generator, shape, chunk_partition, device)
         self.scheduler.set_rollout_timesteps(num_inference_steps, device, sigmas, timesteps)
+        if renoise.given is not None and len(self.scheduler.timesteps) > 1:
+            renoise(num_given_chunks, 0)
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
         self._interrupt = False
@@ -386,8 +387,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             given = given.repeat_interleave(num_videos // len(given), dim=0)
             given_chunks = given.split(chunk_partition[:num_given_chunks], dim=2)
 
-        # 4. Roll out chunk by chunk (algorithm 1)
-        patch_size = self.transformer.config.patch_size
+        # 4. Roll out chunk by chunk
         cache = RollingKVCache(
             token_grid(initial_noise, patch_size),
             rotary_dims(self.transformer),
@@ -404,7 +404,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             warmup_chunks if token_trim else math.inf,
             max_regenerations,
         )
-        state = _Rollout(
+        state = _RolloutState(
             cache,
             renoise,
             self._solver_generators(generator, num_videos),
@@ -413,42 +413,54 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             negative_prompt_embeds if self.do_classifier_free_guidance else None,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            on_chunk,
         )
-        chunks, decisions, previous = [], [], None
         with cached_attention(self.transformer, cache), self.progress_bar(total=self.num_timesteps) as state.progress:
-            for index, noise in enumerate(noise_chunks):
-                cache.begin_chunk(noise.shape[2])
-                if index < num_given_chunks:
-                    chunk = given_chunks[index]
-                    previous = chunk if drift_signal == "final" else None
-                else:
-                    self.scheduler.begin_chunk(state.solver_generators)
-                    draft = self.draft_chunk(state, index, noise)
-                    while condemned := policy.review(previous, draft):  # eq. 4 to 8, at most R times
-                        cache.evict(condemned)  # eq. 9, 10
-                        draft = self.redraft_chunk(state, index, noise, draft, list(condemned))
-                    chunk, previous = self.finish_chunk(state, index, noise, draft), draft
-                chunks.append(chunk)
-                if self.interrupt:
-                    break
-                if index + 1 < len(noise_chunks):
-                    self.commit_chunk(state, index, chunk)
-                decisions.append([vars(decision) for decision in policy.accept()])
-                if on_chunk is not None and index >= num_given_chunks:
-                    on_chunk(index, chunk, decisions[-1])
+            latents, decisions = self.roll_out(state, policy, noise_chunks, given_chunks)
 
         # 5. Decode
-        frames = torch.cat(chunks, dim=2)
-        if output_type != "latent":
-            frames = self.decode_latents(frames, output_type)
+        frames = latents if output_type == "latent" else self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
-        decisions = [list(of_video) for of_video in zip(*decisions)]
         if not return_dict:
             return (frames, decisions)
         return TokenTrimPipelineOutput(frames=frames, decisions=decisions)
 
+    def roll_out(
+        self,
+        state: _RolloutState,
+        policy: TokenTrimPolicy,
+        noise_chunks: Sequence[torch.Tensor],
+        given_chunks: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, list[list[dict]]]:
+        """Algorithm 1, chunk by chunk: latents (B, C, T, H, W) and `decisions[video][chunk]`. A rollout without
+        trimming is the same loop with the gate shut."""
+        chunks, decisions, previous = [], [[] for _ in policy.gates], None
+        for index, noise in enumerate(noise_chunks):
+            state.cache.begin_chunk(noise.shape[2])
+            if index < len(given_chunks):
+                chunk = given_chunks[index]
+                previous = chunk if state.drift_signal == "final" else None
+            else:
+                self.scheduler.begin_chunk(state.solver_generators)
+                draft = self.draft_chunk(state, index, noise)
+                while condemned := policy.review(previous, draft):  # eq. 4 to 8, at most R times
+                    state.cache.evict(condemned)  # eq. 9, 10
+                    draft = self.redraft_chunk(state, index, noise, draft, list(condemned))
+                chunk, previous = self.finish_chunk(state, index, noise, draft), draft
+            chunks.append(chunk)
+            if self.interrupt:
+                break
+            if index + 1 < len(noise_chunks):
+                self.commit_chunk(state, index, chunk)
+            judged = [vars(decision) for decision in policy.accept()]
+            for of_video, decision in zip(decisions, judged):
+                of_video.append(decision)
+            if state.on_chunk is not None and index >= len(given_chunks):
+                state.on_chunk(index, chunk, judged)
+        return torch.cat(chunks, dim=2), decisions
+
     def draft_chunk(
-        self, state: _Rollout, index: int, noise: torch.Tensor, videos: list[int] | None = None
+        self, state: _RolloutState, index: int, noise: torch.Tensor, videos: list[int] | None = None
     ) -> torch.Tensor:
         """What the gate looks at: the finished chunk, or its first x0 prediction, for all videos or some."""
         if state.drift_signal == "final":
@@ -461,7 +473,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         return self.scheduler.predict_original_sample(flow, noise)
 
     def redraft_chunk(
-        self, state: _Rollout, index: int, noise: torch.Tensor, draft: torch.Tensor, videos: list[int]
+        self, state: _RolloutState, index: int, noise: torch.Tensor, draft: torch.Tensor, videos: list[int]
     ) -> torch.Tensor:
         """The draft with some videos generated again from the same noise, on the context as it is now."""
         if self.interrupt:
@@ -473,7 +485,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             draft[videos] = self.draft_chunk(state, index, noise[videos], videos)
         return draft
 
-    def finish_chunk(self, state: _Rollout, index: int, noise: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+    def finish_chunk(self, state: _RolloutState, index: int, noise: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
         """From the accepted draft to the finished chunk."""
         if state.drift_signal == "final":
             return draft
@@ -481,7 +493,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
 
     def denoise_chunk(
         self,
-        state: _Rollout,
+        state: _RolloutState,
         index: int,
         noise: torch.Tensor,
         videos: list[int] | None = None,
@@ -509,14 +521,14 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             state.progress.update()
         return latents
 
-    def commit_chunk(self, state: _Rollout, index: int, chunk: torch.Tensor) -> None:
+    def commit_chunk(self, state: _RolloutState, index: int, chunk: torch.Tensor) -> None:
         """Context pass: a forward over the clean chunk at timestep 0 writes its keys and values; nothing else stays."""
         with state.cache.writing():
             self.predict_flow(state, index, "the context pass", chunk, torch.zeros((), device=chunk.device))
 
     def predict_flow(
         self,
-        state: _Rollout,
+        state: _RolloutState,
         index: int,
         step: str,
         latents: torch.Tensor,
@@ -562,7 +574,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         seeds = torch.randint(2**62, (num_videos,), generator=generator, device=device)
         return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
-    def _call_back(self, state: _Rollout, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def _call_back(
+        self, state: _RolloutState, step: int, timestep: torch.Tensor, latents: torch.Tensor
+    ) -> torch.Tensor:
         """`callback_on_step_end`: it may change the latents and the prompt."""
         tensors = {
             "latents": latents,

@@ -257,9 +257,11 @@ class RollingKVCache:
             attended = torch.tensor(self.frames + self._chunk_frames)
             frame = torch.searchsorted(attended, frame)
         axes = (frame, token // self.grid[1], token % self.grid[1])
-        angles = []
+        cos, sin = [], []
         for position, dim in zip(axes, self.rope_dims):
             frequencies = ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-            angles.append(position[..., None].double() * frequencies)
-        angles = torch.cat(angles, dim=-1)[:, :, None, :]
-        return angles.cos().float().to(device), angles.sin().float().to(device)
+            distinct, where = position.unique(return_inverse=True)
+            angles, where = distinct[:, None] * frequencies, where.to(device)  # in float64: exact however far
+            cos.append(angles.cos().float().to(device)[where])
+            sin.append(angles.sin().float().to(device)[where])
+        return torch.cat(cos, dim=-1)[:, :, None, :], torch.cat(sin, dim=-1)[:, :, None, :]

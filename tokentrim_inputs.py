@@ -157,9 +157,28 @@ def partition_chunks(
     return [num_frames_per_chunk] * num_chunks
 
 
-def check_sizes(**sizes: Any) -> None:
-    for name, value in sizes.items():
+def check_sizes(
+    height: int,
+    width: int,
+    spatial_factor: int,
+    patch_size: Sequence[int],
+    max_sequence_length: int,
+    num_videos_per_prompt: int,
+) -> None:
+    """Whole patches fill a latent frame; the counts are counts."""
+    for name, value, patch in (("height", height, patch_size[1]), ("width", width, patch_size[2])):
         check_int(name, value, 1)
+        check(value % (spatial_factor * patch) == 0, name, value, f"a multiple of {spatial_factor * patch}")
+    check_int("max_sequence_length", max_sequence_length, 1)
+    check_int("num_videos_per_prompt", num_videos_per_prompt, 1)
+
+
+def check_prompts(prompt: Any, negative_prompt: Any, batch_size: int) -> None:
+    """Texts are texts, and as many negative ones as there are prompts."""
+    for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if isinstance(texts, list):
+            check(all(isinstance(text, str) for text in texts), name, texts, "a str or a list of str", TypeError)
+            check(len(texts) == max(batch_size, 1), name, texts, f"a str or a list of {max(batch_size, 1)}")
 
 
 def check_draws(generator: Any, latents: torch.Tensor | None, shape: Sequence[int]) -> None:

@@ -184,7 +184,8 @@ class TokenTrimSchedulerMixin:
     def predict_original_sample(self, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """The x0 prediction of the step at hand, x_t - sigma * flow in float64 (as Self Forcing computes it)."""
         sigma, _ = self._sigmas_of_step()
-        return (sample.double() - sigma.double() * model_output.double()).to(sample.dtype)
+        exact = torch.float32 if sample.device.type == "mps" else torch.float64  # which MPS does not have
+        return (sample.to(exact) - sigma.to(exact) * model_output.to(exact)).to(sample.dtype)
 
     def _sigmas_of_step(self) -> tuple[torch.Tensor, torch.Tensor]:
         index = self.begin_index if self.step_index is None else self.step_index
