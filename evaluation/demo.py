@@ -38,8 +38,8 @@ def main() -> None:
     save_video(args.out / "side_by_side.mp4", side_by_side(large))
     (args.out / "decisions.json").write_text(json.dumps(decisions, indent=1))
 
-    side = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]
-    grid = (WORLD["height"] // side, WORLD["width"] // side)
+    side = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]  # of a token, in pixels
+    grid = (frames["plain"].shape[1] // side, frames["plain"].shape[2] // side)
     film_strip(frames, decisions, grid).savefig(args.out / "filmstrip.png", dpi=110)
     colors = {m: track_colors(video, args.prompt, WORLD["num_frames_per_chunk"]) for m, video in frames.items()}
     parts = ("background", "object")

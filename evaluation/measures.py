@@ -26,6 +26,11 @@ class Colors:
     center: np.ndarray
 
 
+def difference(lab: np.ndarray, color: np.ndarray) -> np.ndarray:
+    """CIEDE2000 of CIELAB (..., 3) to one colour (3,)."""
+    return deltaE_ciede2000(lab, np.broadcast_to(color, lab.shape))
+
+
 def track_colors(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> Colors:
     """Follow object and background through a video, (frames, H, W, 3) in [0, 1].
 
@@ -38,7 +43,7 @@ def track_colors(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> 
     objects, backgrounds, areas, centers = [], [], [], []
     for start in range(0, len(frames), num_frames_per_chunk):
         lab = rgb2lab(frames[start : start + num_frames_per_chunk])  # (frames, H, W, 3)
-        mask = deltaE_ciede2000(lab, object_color) < deltaE_ciede2000(lab, background_color)
+        mask = difference(lab, object_color) < difference(lab, background_color)
         if mask.any():
             object_color = np.median(lab[mask], axis=0)
         if not mask.all():
@@ -52,7 +57,7 @@ def track_colors(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> 
 
 def color_drift(colors: np.ndarray) -> np.ndarray:
     """CIEDE2000 of each chunk's colour to the first chunk's, (chunks, 3) -> (chunks,)."""
-    return deltaE_ciede2000(colors, colors[0])
+    return difference(colors, colors[0])
 
 
 def as_rgb(colors: np.ndarray) -> np.ndarray:

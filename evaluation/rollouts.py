@@ -53,9 +53,8 @@ def run_method(pipe: TokenTrimPipeline, method: str, prompts: list[str], seeds: 
     try:
         output = pipe(
             prompts,
-            num_frames=num_chunks * WORLD["num_frames_per_chunk"],
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            **{**WORLD, **METHODS[method]},
+            **{**WORLD, "num_frames": num_chunks * WORLD["num_frames_per_chunk"], **METHODS[method]},
         )
     finally:
         hook.remove()

@@ -1,0 +1,124 @@
+"""The shipped world: its grammar, its measures, its checkpoint, its configs and its demo."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from skimage.color import rgb2lab
+
+from evaluation.measures import difference, summarize_drift, track_colors
+from evaluation.rollouts import CHECKPOINT, METHODS, load_pipeline, run_method
+from evaluation.study import bootstrap, sample_prompts
+from training.world import COLORS, Appearance, Scene, centers, parse, render
+
+
+def color_name(lab: np.ndarray) -> str:
+    named = rgb2lab(np.array([list(COLORS.values())]))[0]
+    return list(COLORS)[int(np.argmin(difference(named, lab)))]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_parse_inverts_prompt():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        scene = Scene.sample(generator)
+        assert parse(scene.prompt) == scene
+    with pytest.raises(ValueError, match="a plaid circle"):
+        parse("a plaid circle moving right over a blue background")
+
+
+def test_a_video_is_drawn_the_same_whole_or_in_parts():
+    generator = torch.Generator().manual_seed(3)
+    scene = Scene("red", "circle", "left", "blue", "turn", "green")
+    appearance = Appearance.sample(scene, generator)
+    whole = render(scene, appearance, 30)
+    assert torch.equal(whole[12:], render(scene, appearance, 18, first_frame=12))
+    assert (whole[0] - whole[-1]).abs().mean() > 0.1  # the background turned
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_measures_see_what_was_rendered(seed):
+    prompt = sample_prompts([seed])[0]
+    appearance = Appearance.sample(parse(prompt), torch.Generator().manual_seed(seed))
+    frames = render(parse(prompt), appearance, 30).permute(0, 2, 3, 1).numpy()
+    colors, drift = track_colors(frames, prompt, 3), summarize_drift(frames, prompt, 3)
+    assert color_name(colors.object[0]) == parse(prompt).color
+    assert color_name(colors.background[0]) == parse(prompt).background
+    assert drift["background_drift"] < 1 and drift["object_drift"] < 1.5 and drift["object_lost"] == 0
+    moved = centers(appearance, 30).diff(dim=0).norm(dim=1).mean().item()
+    assert drift["motion"] == pytest.approx(moved, abs=0.05)
+    faded = frames * np.linspace(1, 0.5, 30)[:, None, None, None]
+    assert summarize_drift(faded, prompt, 3)["background_drift"] > 5
+
+
+def test_bootstrap_interval_holds_the_mean_and_narrows():
+    values = np.random.default_rng(1).normal(1.0, 1.0, 400)
+    low, high = bootstrap(values)
+    assert low < values.mean() < high and high - low < np.subtract(*bootstrap(values[:25])[::-1])
+
+
+def test_checkpoint_is_small_and_holds_no_pickle():
+    files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 16e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+
+
+def test_first_chunk_shows_what_the_prompt_names(pipe):
+    seeds = list(range(20))
+    prompts = sample_prompts(seeds)
+    run = run_method(pipe, "plain", prompts, seeds, num_chunks=1)
+    right = 0
+    for prompt, frames in zip(prompts, run.frames):
+        colors, scene = track_colors(frames, prompt, 3), parse(prompt)
+        named = (color_name(colors.object[0]), color_name(colors.background[0])) == (scene.color, scene.background)
+        right += named and 0.02 < colors.area.min() and colors.area.max() < 0.25
+    assert right >= 18
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.json")))
+def test_configs_are_arguments_of_the_call(pipe, name):
+    config = json.loads((ROOT / "configs" / name).read_text())
+    output = pipe("a red circle moving right over a blue background", **{**config, "num_frames": 6})
+    assert output.frames.shape == (1, 6, 64, 64, 3)
+    json.dumps(output.decisions)
+
+
+def test_a_prompt_is_enough_and_the_checkpoint_sets_the_rollout(pipe):
+    prompt = "a red circle moving right over a blue background"
+    world = json.loads((ROOT / "configs" / "tiny_world.json").read_text())
+    bare, spelled_out = (
+        pipe(prompt, generator=torch.manual_seed(0), output_type="latent", **{**config, "num_frames": 27}).frames
+        for config in ({}, world)
+    )
+    assert torch.equal(bare, spelled_out)
+
+
+def test_paired_methods_differ_only_by_what_they_do(pipe):
+    seeds = [5, 6]
+    runs = {method: run_method(pipe, method, sample_prompts(seeds), seeds, num_chunks=8) for method in METHODS}
+    for plain, trimmed in (("plain", "tokentrim"), ("sink", "sink + tokentrim")):
+        for video in range(2):
+            triggers = [each["chunk"] for each in runs[trimmed].decisions[video] if each["trim"]]
+            same = 3 * min(triggers, default=8)
+            assert np.allclose(runs[plain].frames[video][:same], runs[trimmed].frames[video][:same], atol=1e-4)
+
+
+def test_demo_writes_what_it_promises(tmp_path):
+    command = [sys.executable, "-m", "evaluation.demo", "--chunks", "6", "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    promised = "decisions.json drift.png filmstrip.png plain.mp4 side_by_side.mp4 tokentrim.mp4"
+    assert sorted(path.name for path in tmp_path.iterdir()) == promised.split()
+    assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
+    decisions = json.loads((tmp_path / "decisions.json").read_text())
+    assert [len(of_method) for of_method in decisions.values()] == [6, 6, 6]
+    assert "sink + tokentrim" in result.stdout
