@@ -10,6 +10,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for `training` and `evaluation`, also where pytest is called by its own name
 
 spec = importlib.util.spec_from_file_location(
     "tokentrim", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
