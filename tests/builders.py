@@ -38,13 +38,15 @@ def tiny_transformer(seed: int = 0, head_dim: int = 12) -> WanTransformer3DModel
     return transformer.eval().requires_grad_(False)
 
 
-def tiny_vae(seed: int = 0) -> AutoencoderKLWan:
+def tiny_vae(seed: int = 0, temporal_factor: int = 4) -> AutoencoderKLWan:
     torch.manual_seed(seed)
     vae = AutoencoderKLWan(
         base_dim=3,
         z_dim=CHANNELS,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
+        temperal_downsample=[False, temporal_factor == 4, temporal_factor == 4],
+        scale_factor_temporal=temporal_factor,
         latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[1.5, 0.5, 1.0, 2.0],
     )

@@ -115,7 +115,17 @@ BAD = [
 ]
 
 
-BAD_UNNAMED = [  # refused, but not yet by name
+BAD_UNNAMED = [  # refused, but late or not by name
+    ({"attention_kwargs": 3}, TypeError, "attention_kwargs", "3"),
+    ({"generator": [None]}, TypeError, "generator", "None"),
+    (
+        {"callback_on_step_end": lambda *_: {}, "callback_on_step_end_tensor_inputs": None},
+        TypeError,
+        "callback_on_step_end_tensor_inputs",
+        "None",
+    ),
+    ({"video": randn(1, 9, 4, 32, 48).sigmoid()}, ValueError, "video", "4"),
+    ({"prompt": None, "prompt_embeds": embeds()[:0]}, ValueError, "prompt_embeds", "0"),
     ({"chunk_partition": 3}, TypeError, "chunk_partition", "3"),
     ({"sigmas": 1.0}, TypeError, "sigmas", "1.0"),
     ({"sigmas": "abc"}, TypeError, "sigmas", "abc"),

@@ -209,6 +209,25 @@ def test_frames_of_a_video_are_continued():
     assert torch.equal(frames[:, :, :CHUNK].transpose(1, 2), encoded)
 
 
+def frame_by_frame(**arguments):
+    """A call on a VAE that compresses no time: one latent frame for each frame."""
+    pipe = latent_pipeline()
+    pipe = quiet(TokenTrimPipeline(None, None, pipe.transformer, tiny_vae(temporal_factor=1), pipe.scheduler))
+    size = {"height": 32, "width": 48, "num_inference_steps": 1}
+    return pipe(prompt_embeds=embeds(), **size, **arguments).frames
+
+
+def test_vae_without_temporal_compression():
+    assert frame_by_frame(num_frames=6).shape == (1, 6, 32, 48, 3)
+    with pytest.raises(ValueError, match="`num_frames` .* 6 or 9, but is 7"):
+        frame_by_frame(num_frames=7)
+
+
+@pytest.mark.xfail(strict=True, reason="asks for 4n + 1 frames whatever the VAE")
+def test_one_chunk_is_enough_to_continue_without_temporal_compression():
+    assert frame_by_frame(num_frames=6, video=randn(1, 3, 3, 32, 48).sigmoid()).shape == (1, 6, 32, 48, 3)
+
+
 # Callbacks
 
 
@@ -265,6 +284,20 @@ def test_callback_may_change_the_prompt():
         **settings,
     ).frames
     assert torch.equal(changed, expected)
+
+
+def test_callback_of_a_regeneration_sees_its_videos_alone():
+    sizes = []
+
+    def callback(pipe, step, timestep, tensors):
+        sizes.append((len(tensors["latents"]), len(tensors["prompt_embeds"])))
+        return tensors
+
+    inputs = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    watched = roll(latent_pipeline(), steady_noise(5, [9, 3]), callback_on_step_end=callback, **inputs)
+    assert [triggers(decisions) for decisions in watched.decisions] == [[], [3]]
+    assert sizes == [(2, 2)] * 2 * 4 + [(1, 2)] * 2 + [(2, 2)] * 2
+    assert torch.equal(watched.frames, roll(latent_pipeline(), steady_noise(5, [9, 3])).frames)
 
 
 def test_on_chunk_is_called_once_for_each_accepted_chunk():
