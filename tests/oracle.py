@@ -83,6 +83,8 @@ def oracle_rollout(
     warmup_chunks=2,
     max_regenerations=1,
     drift_signal="final",
+    negative_text=None,
+    guidance_scale=1.0,
 ):
     """Algorithm 1 for one video: latents, and for each chunk its attempts' (severity, evicted tokens)."""
     per_frame = noise_chunks[0].shape[-2] * noise_chunks[0].shape[-1] // 4
@@ -93,6 +95,9 @@ def oracle_rollout(
         sample = noise_chunks[index]
         for step, (sigma, following) in enumerate(zip(sigmas, [*sigmas[1:], 0.0])):
             flow = masked_flow(transformer, past, sample, 1000 * sigma, text, [*sees, held])
+            if guidance_scale > 1:
+                away = masked_flow(transformer, past, sample, 1000 * sigma, negative_text, [*sees, held])
+                flow = away + guidance_scale * (flow - away)
             x0 = sample - sigma * flow
             if step + 1 == num_steps:
                 return x0

@@ -26,6 +26,7 @@ def draws(chunk, step):
         {},
         {"drift_signal": "first_step"},
         {"drift_sensitivity": 0.0},
+        {"drift_sensitivity": 0.0, "guidance_scale": 2.5},
         {"drift_sensitivity": 0.0, "max_regenerations": 2, "prune_fraction": 0.5},
         {"drift_sensitivity": 0.0, "window_size": 12, "warmup_chunks": 1},
         {"drift_sensitivity": 0.0, "window_size": 9, "num_sink_frames": 3, "prune_fraction": 0.3},
@@ -40,9 +41,10 @@ def test_rollout_equals_masked_forwards(settings, lcm):
     latents = steady_noise(5, [3])
     renoise = draws if lcm else None
     pipe = latent_pipeline(transformer, scheduler)
-    output = roll(pipe, latents, num_inference_steps=3, renoise=renoise, **settings)
+    negative = embeds(seed=8)
+    output = roll(pipe, latents, num_inference_steps=3, renoise=renoise, negative_prompt_embeds=negative, **settings)
     expected, attempts = oracle_rollout(
-        transformer, latents.split(CHUNK, dim=2), embeds(), SIGMAS, renoise=renoise, **settings
+        transformer, latents.split(CHUNK, dim=2), embeds(), SIGMAS, renoise=renoise, negative_text=negative, **settings
     )
 
     torch.testing.assert_close(output.frames, expected, atol=1e-5, rtol=0)

@@ -231,6 +231,25 @@ def test_trimming_draws_no_more_random_numbers(stock, many):
 
 
 @every_scheduler
+def test_one_generator_serves_a_batch_of_which_some_are_regenerated(stock):
+    """The other video is as in the plain run, and all randomness is: the trimmed video meets the same draws."""
+    plain, trimmed, once_more = (
+        roll(
+            latent_pipeline(scheduler=stock()),
+            steady_noise(6, [9, 3]),
+            generator=torch.Generator().manual_seed(0),
+            token_trim=token_trim,
+            drift_signal="first_step",
+        )
+        for token_trim in (False, True, True)
+    )
+    assert [triggers(decisions) for decisions in trimmed.decisions] == [[], [3]]
+    torch.testing.assert_close(trimmed.frames[0], plain.frames[0], atol=1e-5, rtol=0)
+    assert 1e-4 < (trimmed.frames[1] - plain.frames[1]).abs().max() < 1
+    assert torch.equal(trimmed.frames, once_more.frames)
+
+
+@every_scheduler
 @both_signals
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_a_batch_equals_single_runs(stock, drift_signal, guidance_scale):
