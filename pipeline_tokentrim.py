@@ -27,10 +27,13 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from .tokentrim_attention import cached_attention, rotary_dims
 from .tokentrim_cache import RollingKVCache
 from .tokentrim_inputs import (
+    check_attention_kwargs,
     check_callables,
+    check_callback_outputs,
     check_components,
     check_context,
     check_draws,
+    check_list,
     check_method,
     check_noise,
     check_number,
@@ -302,7 +305,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         # 1. Take what was not given from the checkpoint, and check everything before any model runs
         check_number("guidance_scale", guidance_scale, lambda scale: scale >= 0, "a finite number >= 0")
         encodes_text = prompt is not None or (guidance_scale > 1.0 and negative_prompt_embeds is None)
-        check_components(self, encodes_text, output_type)
+        check_components(self, encodes_text, video is not None, output_type)
         spatial, temporal = self.vae_scale_factor_spatial, self.vae_scale_factor_temporal
         if latents is not None:
             check_tensor("latents", latents, 5, "(batch, channels, latent frames, height, width)")
@@ -321,6 +324,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
+        valid = "a list of names of tensors"
+        check_list("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs, str, valid)
+        check_attention_kwargs(attention_kwargs)
         patch_size = self.transformer.config.patch_size
         check_sizes(height, width, spatial, patch_size, max_sequence_length, num_videos_per_prompt)
         self.check_inputs(
@@ -330,9 +336,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             width,
             prompt_embeds,
             negative_prompt_embeds,
-            video,
-            video_latents,
-            callback_on_step_end_tensor_inputs,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         check_prompt_embeds(prompt_embeds, negative_prompt_embeds, self.transformer.config.text_dim)
         batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
@@ -342,7 +346,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         num_channels = self.transformer.config.in_channels
         shape = (num_videos, num_channels, sum(chunk_partition), height // spatial, width // spatial)
         check_draws(generator, latents, shape)
-        num_given_chunks = count_given_chunks(video, video_latents, temporal, shape, chunk_partition)
+        num_given_chunks = count_given_chunks(video, video_latents, spatial, temporal, shape, chunk_partition)
         check_context(rollout, window_size, num_sink_frames, relative_positions, chunk_partition, use_kv_cache)
         check_schedule(self.scheduler, num_inference_steps, sigmas, timesteps, renoise)
         check_method(token_trim, prune_fraction, drift_sensitivity, warmup_chunks, max_regenerations, drift_signal)
@@ -380,7 +384,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         )
         noise_chunks = initial_noise.split(chunk_partition, dim=2)  # each (B, C, frames of the chunk, H, W)
         if video is not None:
-            video_latents = self.encode_video(video, height=height, width=width)
+            video_latents = self.encode_whole_video(video, height, width)
         given_chunks = []
         if video_latents is not None:
             given = video_latents.to(device, torch.float32).transpose(1, 2)  # (B, C, T, H, W)
@@ -436,6 +440,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         trimming is the same loop with the gate shut."""
         chunks, decisions, previous = [], [[] for _ in policy.gates], None
         for index, noise in enumerate(noise_chunks):
+            if self.interrupt:
+                break
             state.cache.begin_chunk(noise.shape[2])
             if index < len(given_chunks):
                 chunk = given_chunks[index]
@@ -552,6 +558,12 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         unconditional, conditional = flow.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
+    def encode_whole_video(self, video: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """`encode_video` for any length: the VAE goes by 1 + 4n frames and drops a rest, so a rest is padded for it."""
+        num_latent_frames = (video.shape[1] - 1) // self.vae_scale_factor_temporal + 1
+        padding = video[:, -1:].expand(-1, (1 - video.shape[1]) % 4, -1, -1, -1)  # never seen by the frames before
+        return self.encode_video(torch.cat([video, padding], dim=1), height, width)[:, :num_latent_frames]
+
     def decode_latents(self, latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
         """Latents (B, C, T, H, W) to videos as `output_type` asks."""
         config = self.vae.config
@@ -584,6 +596,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             "negative_prompt_embeds": state.negative_prompt_embeds,
         }
         outputs = state.callback(self, step, timestep, {name: tensors[name] for name in state.callback_tensor_inputs})
+        check_callback_outputs(outputs, latents)
         tensors.update(outputs)
         prompt = (state.prompt_embeds, state.negative_prompt_embeds)
         state.prompt_embeds, state.negative_prompt_embeds = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]

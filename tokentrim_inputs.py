@@ -44,9 +44,19 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     check(value in choices, name, value, f"one of {list(choices)}")
 
 
+def check_list(name: str, value: Any, of_type: type | tuple[type, ...], valid: str) -> None:
+    of_types = isinstance(value, (list, tuple)) and all(isinstance(each, of_type) for each in value)
+    check(of_types, name, value, valid, TypeError)
+
+
 def check_callables(**arguments: Any) -> None:
     for name, value in arguments.items():
         check(value is None or callable(value), name, value, "callable or None", TypeError)
+
+
+def check_attention_kwargs(attention_kwargs: Any) -> None:
+    ok = attention_kwargs is None or isinstance(attention_kwargs, dict)
+    check(ok, "attention_kwargs", attention_kwargs, "a dict or None", TypeError)
 
 
 def check_tensor(name: str, value: Any, ndim: int, layout: str) -> None:
@@ -107,6 +117,7 @@ def check_schedule(
     check(sigmas is None or timesteps is None, "sigmas", sigmas, "None where `timesteps` is given")
     for name, values, top in (("sigmas", sigmas, 1), ("timesteps", timesteps, scheduler.config.num_train_timesteps)):
         if values is not None:
+            check_list(name, values, (int, float), "a list of numbers")
             falling = len(values) > 0 and all(a > b for a, b in zip([top + 1e-6, *values], [*values, 0]))
             check(falling, name, values, f"strictly falling numbers in (0, {top}]")
     prediction = scheduler.config.get("prediction_type", "flow_prediction")
@@ -118,14 +129,18 @@ def check_schedule(
     check(renoise is None or scheduler.renoises, "renoise", renoise, valid)
 
 
-def check_components(pipe: Any, encodes_text: bool, output_type: str) -> None:
+def check_components(pipe: Any, encodes_text: bool, encodes_video: bool, output_type: str) -> None:
     """The pipeline has the components that this call needs, and a transformer that the rollout knows."""
     check_choice("output_type", output_type, OUTPUT_TYPES)
     unless_embeds = "a component, unless `prompt_embeds` (with guidance, negative ones too) are passed"
     for name, needed, valid in (
         ("tokenizer", encodes_text, unless_embeds),
         ("text_encoder", encodes_text, unless_embeds),
-        ("vae", output_type != "latent", "a component, unless `output_type='latent'`"),
+        (
+            "vae",
+            encodes_video or output_type != "latent",
+            "a component, unless `output_type='latent'` without `video`",
+        ),
         ("transformer", True, "a component"),
         ("scheduler", True, "a component"),
     ):
@@ -145,8 +160,8 @@ def partition_chunks(
     num_latent_frames, rest = divmod(num_frames - 1, temporal_factor)
     num_latent_frames += 1
     if chunk_partition is not None:
-        whole = all(isinstance(size, int) and size > 0 for size in chunk_partition)
-        fits = whole and not rest and sum(chunk_partition) == num_latent_frames
+        check_list("chunk_partition", chunk_partition, int, "a list of ints")
+        fits = min(chunk_partition, default=0) > 0 and not rest and sum(chunk_partition) == num_latent_frames
         valid = f"positive ints that sum to the {num_latent_frames} latent frames of num_frames={num_frames}"
         check(fits, "chunk_partition", chunk_partition, valid)
         return list(chunk_partition)
@@ -186,7 +201,7 @@ def check_draws(generator: Any, latents: torch.Tensor | None, shape: Sequence[in
     if latents is not None:
         check(tuple(latents.shape) == tuple(shape), "latents", latents, f"of shape {tuple(shape)} for this call")
     generators = generator if isinstance(generator, list) else [generator]
-    of_type = all(each is None or isinstance(each, torch.Generator) for each in generators)
+    of_type = generator is None or all(isinstance(each, torch.Generator) for each in generators)
     check(of_type, "generator", generator, "a torch.Generator or a list of them", TypeError)
     fits = not isinstance(generator, list) or len(generator) == shape[0]
     check(fits, "generator", generator, f"one generator or a list of {shape[0]}, one for each video")
@@ -198,12 +213,21 @@ def check_noise(noise: Any, chunk: int, step: int, shape: Sequence[int]) -> None
     check(tuple(noise.shape) == tuple(shape), f"renoise({chunk}, {step})", noise, f"of shape {tuple(shape)}")
 
 
+def check_callback_outputs(outputs: Any, latents: torch.Tensor) -> None:
+    """What `callback_on_step_end` gave back: a dict, and latents that the rollout can go on with."""
+    name, valid = "callback_on_step_end", "a function that returns a dict of tensors"
+    check(isinstance(outputs, dict), name, outputs, valid, TypeError)
+    returned = outputs.get("latents", latents)
+    check_tensor("callback_on_step_end: latents", returned, latents.ndim, "like the latents that it was given")
+    check(returned.shape == latents.shape, f"{name}: latents", returned, f"of shape {tuple(latents.shape)}")
+
+
 def check_prompt_embeds(prompt_embeds: Any, negative_prompt_embeds: Any, text_dim: int) -> None:
     """Text embeddings given by the user are (B, text, text_dim), alike for both guidance branches."""
     for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
         if embeds is not None:
             check_tensor(name, embeds, 3, "(batch, text, dim)")
-            check(embeds.shape[-1] == text_dim, name, embeds, f"(batch, text, {text_dim})")
+            check(len(embeds) > 0 and embeds.shape[-1] == text_dim, name, embeds, f"(batch, text, {text_dim})")
     if prompt_embeds is not None and negative_prompt_embeds is not None:
         alike = prompt_embeds.shape == negative_prompt_embeds.shape
         valid = f"shaped like `prompt_embeds`, {tuple(prompt_embeds.shape)}"
@@ -211,22 +235,31 @@ def check_prompt_embeds(prompt_embeds: Any, negative_prompt_embeds: Any, text_di
 
 
 def count_given_chunks(
-    video: Any, video_latents: Any, temporal_factor: int, shape: Sequence[int], chunk_partition: Sequence[int]
+    video: Any,
+    video_latents: Any,
+    spatial_factor: int,
+    temporal_factor: int,
+    shape: Sequence[int],
+    chunk_partition: Sequence[int],
 ) -> int:
     """How many chunks the conditioning frames fill: whole chunks, and at least one is left to generate."""
     num_videos, channels, _, height, width = shape
     if video is not None:
-        check_tensor("video", video, 5, "(batch, frames, channels, height, width)")
-        name, batch, num_frames = "video", video.shape[0], (video.shape[1] - 1) // temporal_factor + 1
+        name, given, spatial = "video", video, (3, height * spatial_factor, width * spatial_factor)
     elif video_latents is not None:
-        check_tensor("video_latents", video_latents, 5, "(batch, latent frames, channels, height, width)")
-        valid = f"(batch, latent frames, {channels}, {height}, {width})"
-        check(tuple(video_latents.shape[2:]) == (channels, height, width), "video_latents", video_latents, valid)
-        name, batch, num_frames = "video_latents", video_latents.shape[0], video_latents.shape[1]
+        name, given, spatial, temporal_factor = "video_latents", video_latents, (channels, height, width), 1
     else:
         return 0
-    check(num_videos % batch == 0, name, batch, f"a batch that divides the {num_videos} videos")
+    check(video is None or video_latents is None, "video_latents", video_latents, "None where `video` is given")
+    layout = "(batch, frames, {}, {}, {})".format(*spatial)
+    check_tensor(name, given, 5, layout)
+    check(tuple(given.shape[2:]) == spatial, name, given, layout)
+    check(num_videos % len(given) == 0, name, given, f"a batch that divides the {num_videos} videos")
+    num_frames, rest = divmod(given.shape[1] - 1, temporal_factor)
+    num_frames += 1
     ends = [sum(chunk_partition[: n + 1]) for n in range(len(chunk_partition) - 1)]
     valid = f"as many latent frames as fill whole chunks and leave one to generate: one of {ends}"
-    check(num_frames in ends, name, num_frames, valid)
+    check(not rest and num_frames in ends, name, given, valid)
+    if video is not None and not (video.min() >= 0 and video.max() <= 1):
+        raise ValueError(f"`video` has to be in [0, 1], but is in [{video.min():.3g}, {video.max():.3g}].")
     return ends.index(num_frames) + 1

@@ -223,7 +223,6 @@ def test_vae_without_temporal_compression():
         frame_by_frame(num_frames=7)
 
 
-@pytest.mark.xfail(strict=True, reason="asks for 4n + 1 frames whatever the VAE")
 def test_one_chunk_is_enough_to_continue_without_temporal_compression():
     assert frame_by_frame(num_frames=6, video=randn(1, 3, 3, 32, 48).sigmoid()).shape == (1, 6, 32, 48, 3)
 
@@ -335,7 +334,6 @@ def test_interrupt_stops_at_once(at):
     assert torch.equal(roll(pipe, noise(4)).frames, roll(latent_pipeline(), noise(4)).frames)
 
 
-@pytest.mark.xfail(strict=True, reason="the next chunk's noise comes out as a chunk")
 def test_interrupt_between_chunks_adds_no_chunk():
     def on_chunk(index, latents, decisions):
         pipe._interrupt = index == 1
