@@ -45,7 +45,7 @@ from .world import SIZE, Appearance, Scene, render
 NUM_INFERENCE_STEPS = 8
 CLIPS_PER_SHARD = 50
 STEADY_FRAMES, CHANGING_FRAMES = 31, 55  # of a video that is encoded: a change ends by frame 40
-EARLY_MINUTES = 10.0  # of training, after which a weaker model is kept
+EARLY_MINUTES = 25.0  # of training, after which a weaker model is kept
 
 
 @torch.no_grad()

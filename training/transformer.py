@@ -23,10 +23,13 @@ FRAMES_PER_CHUNK = 3
 NUM_FRAMES = NUM_CHUNKS * FRAMES_PER_CHUNK
 TOKENS_PER_FRAME = 64
 TOKENS_PER_CHUNK = FRAMES_PER_CHUNK * TOKENS_PER_FRAME
-MAX_SEQUENCE_LENGTH = 24
+MAX_SEQUENCE_LENGTH = 16
 TEXT_DIM = 64
 SHIFT = 3.0  # of the noise levels, in training and in the exported scheduler
-BATCH_SIZE = 3
+BATCH_SIZE = 1  # clips
+NUM_FIRST_CHUNKS = 24  # of other videos, besides: there the prompt is all that there is to read
+FIRST_CHUNK_SHARE = 0.65  # of the loss
+FIRST_CHUNK_SHIFT = 6.0  # of their noise levels: the prompt decides where there is much noise
 PROMPT_DROPOUT = 0.1  # for classifier-free guidance
 
 
@@ -62,7 +65,13 @@ def make_text_encoder(tokenizer: PreTrainedTokenizerFast) -> UMT5EncoderModel:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return UMT5EncoderModel(config)
+    text_encoder = UMT5EncoderModel(config)
+    bias = text_encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # (buckets, heads)
+    with (
+        torch.no_grad()
+    ):  # one head starts out reading the next word, the other the one before: "blue" belongs to what?
+        bias[config.relative_attention_num_buckets // 2 + 1, 0] = bias[1, 1] = 6
+    return text_encoder
 
 
 def make_transformer() -> WanTransformer3DModel:
@@ -92,20 +101,22 @@ class TeacherForcingProcessor:
     """Self-attention over [clean chunks 0 .. n - 2, noised chunks 0 .. n - 1], chunk-causal."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        size, num_clean = TOKENS_PER_CHUNK, (NUM_CHUNKS - 1) * TOKENS_PER_CHUNK
+        size = TOKENS_PER_CHUNK
+        num_chunks = (hidden_states.shape[1] // size + 1) // 2
+        num_clean = (num_chunks - 1) * size
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         key = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
         value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         # A noised chunk stands at the same place in time as its clean copy.
-        cos, sin = (torch.cat([each[:, :num_clean], each[:, : NUM_CHUNKS * size]], dim=1) for each in rotary_emb)
+        cos, sin = (torch.cat([each[:, :num_clean], each[:, : num_chunks * size]], dim=1) for each in rotary_emb)
         query = _rotate(query, cos, sin).type_as(value).transpose(1, 2)  # (B, heads, seq, head_dim)
         key = _rotate(key, cos, sin).type_as(value).transpose(1, 2)
 
         outputs = []
-        for chunk in range(NUM_CHUNKS - 1):
+        for chunk in range(num_chunks - 1):
             start, end = chunk * size, (chunk + 1) * size
             outputs.append(F.scaled_dot_product_attention(query[:, :, start:end], key[:, :, :end], value[:, :, :end]))
-        for chunk in range(NUM_CHUNKS):
+        for chunk in range(num_chunks):
             past, start = chunk * size, num_clean + chunk * size
             keys = torch.cat([key[:, :, :past], key[:, :, start : start + size]], dim=2)
             values = torch.cat([value[:, :, :past], value[:, :, start : start + size]], dim=2)
@@ -125,9 +136,9 @@ class WorldModel(nn.Module):
             block.attn1.set_processor(TeacherForcingProcessor())
 
     def forward(self, clean: Tensor, noised: Tensor, timestep: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """The flow of every noised chunk, (B, 4, 15, H, W).
+        """The flow of every noised chunk, (B, 4, T, H, W).
 
-        `clean` and `noised` are normalised latents (B, 4, 15, H, W), `timestep` (B, chunks) in [0, 1000], `input_ids`
+        `clean` and `noised` are normalised latents (B, 4, T, H, W), `timestep` (B, chunks) in [0, 1000], `input_ids`
         and `mask` (B, words).
         """
         text = self.text_encoder(input_ids, mask).last_hidden_state * mask[..., None]
@@ -148,49 +159,54 @@ class LatentClips:
         self.mean = torch.tensor(mean)[:, None, None, None]
         self.std = torch.tensor(std)[:, None, None, None]
 
-    def draw(self, generator: torch.Generator) -> tuple[str, Tensor, bool]:
-        """A prompt, its clip (4, 15, H, W), and whether the clip starts where its video starts."""
-        index = torch.randint(len(self.prompts), (), generator=generator).item()
-        latents = self.latents[index]
-        first = torch.rand((), generator=generator).item() < 0.5
-        start = 0 if first else torch.randint(1, latents.shape[1] - NUM_FRAMES + 1, (), generator=generator).item()
-        clip = latents[:, start : start + NUM_FRAMES].float()
-        return self.prompts[index], (clip - self.mean) / self.std, first
+    def draw(self, num_clips: int, num_frames: int, first: Tensor, generator: torch.Generator) -> tuple[list, Tensor]:
+        """Prompts and clips (B, 4, T, H, W); where `first` (B,) the clip starts where its video starts, else later."""
+        prompts, clips = [], []
+        for index, at_start in zip(torch.randint(len(self.prompts), (num_clips,), generator=generator), first):
+            latents = self.latents[index]
+            start = torch.randint(1, latents.shape[1] - num_frames + 1, (), generator=generator) * (not at_start)
+            clips.append(latents[:, start : start + num_frames].float())
+            prompts.append(self.prompts[index])
+        return prompts, (torch.stack(clips) - self.mean) / self.std
 
 
-def sample_sigmas(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Noise levels in (0, 1): uniform, then shifted as the scheduler shifts its schedule."""
+def sample_sigmas(shape: tuple[int, ...], shift: float, generator: torch.Generator) -> Tensor:
+    """Noise levels in (0, 1): uniform, then shifted as a scheduler shifts its schedule."""
     uniform = torch.rand(shape, generator=generator)
-    return SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+    return shift * uniform / (1 + (shift - 1) * uniform)
 
 
-def make_loss(clips: LatentClips, tokenizer: PreTrainedTokenizerFast, compile: bool = True):
-    """The flow-matching loss of a random batch. A chunk without context counts only where its video starts."""
+def make_loss(clips: LatentClips, tokenizer: PreTrainedTokenizerFast):
+    """The flow-matching loss of a random batch. A chunk without context counts only where a video starts."""
     compiled = []
 
-    def loss(model: WorldModel, generator: torch.Generator) -> Tensor:
-        if not compiled:
-            compiled.append(torch.compile(model) if compile else model)
-        prompts, videos, firsts = zip(*(clips.draw(generator) for _ in range(BATCH_SIZE)))
-        dropped = torch.rand(BATCH_SIZE, generator=generator) < PROMPT_DROPOUT
+    def chunk_errors(prompts: list[str], clean: Tensor, shift: float, generator: torch.Generator) -> Tensor:
+        batch_size, num_chunks = len(prompts), clean.shape[2] // FRAMES_PER_CHUNK
+        dropped = torch.rand(batch_size, generator=generator) < PROMPT_DROPOUT
         tokens = tokenizer(
             ["" if drop else prompt for prompt, drop in zip(prompts, dropped)],
             padding="max_length",
             max_length=MAX_SEQUENCE_LENGTH,
             return_tensors="pt",
         )
-        clean = torch.stack(videos)
         noise = torch.randn(clean.shape, generator=generator)
-        sigmas = sample_sigmas((BATCH_SIZE, NUM_CHUNKS), generator)
+        sigmas = sample_sigmas((batch_size, num_chunks), shift, generator)
         levels = sigmas.repeat_interleave(FRAMES_PER_CHUNK, dim=1)[:, None, :, None, None]
         noised = (1 - levels) * clean + levels * noise
         with torch.autocast("cpu", dtype=torch.bfloat16):
             flow = compiled[0](clean, noised, 1000 * sigmas, tokens.input_ids, tokens.attention_mask)
         error = (flow.float() - (noise - clean)).square().mean(dim=(1, 3, 4))  # (B, frames)
-        error = error.unflatten(1, (NUM_CHUNKS, FRAMES_PER_CHUNK)).mean(dim=2)
-        weight = torch.ones_like(error)
-        weight[:, 0] = torch.tensor(firsts).float()
-        return (error * weight).sum() / weight.sum()
+        return error.unflatten(1, (num_chunks, FRAMES_PER_CHUNK)).mean(dim=2)  # (B, chunks)
+
+    def loss(model: WorldModel, generator: torch.Generator) -> Tensor:
+        if not compiled:
+            compiled.append(torch.compile(model, dynamic=False))
+        first = torch.rand(BATCH_SIZE, generator=generator) < 0.5
+        errors = chunk_errors(*clips.draw(BATCH_SIZE, NUM_FRAMES, first, generator), SHIFT, generator)
+        first = torch.ones(NUM_FIRST_CHUNKS, dtype=torch.bool)
+        first_chunks = clips.draw(NUM_FIRST_CHUNKS, FRAMES_PER_CHUNK, first, generator)
+        first_error = chunk_errors(*first_chunks, FIRST_CHUNK_SHIFT, generator).mean()
+        return FIRST_CHUNK_SHARE * first_error + (1 - FIRST_CHUNK_SHARE) * errors[:, 1:].mean()
 
     return loss
 
