@@ -3,6 +3,9 @@
 
 import argparse
 import csv
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -37,62 +40,80 @@ def bootstrap(values: np.ndarray, num_samples: int = 10_000) -> tuple[float, flo
     return tuple(np.quantile(means, (0.025, 0.975)))
 
 
+def run_batch(seeds: list[int], num_chunks: int) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Every method on the same prompts and noise: a row for each method and seed, and (seconds, calls) by method."""
+    torch.set_num_threads(1)  # the model is tiny: one process for each core is faster than one with all of them
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    prompts = sample_prompts(seeds)
+    run_method(pipe, "plain", prompts, seeds, num_chunks=2)  # warm up
+    rows, cost = [], {}
+    for method in METHODS:
+        run = run_method(pipe, method, prompts, seeds, num_chunks)
+        cost[method] = np.array([run.seconds, run.denoiser_calls])
+        for seed, prompt, frames, decisions in zip(seeds, prompts, run.frames, run.decisions):
+            drift = summarize_drift(frames, prompt, WORLD["num_frames_per_chunk"])
+            triggers = sum(each["trim"] for each in decisions)
+            rows.append({"method": method, "seed": seed, "prompt": prompt, "triggers": triggers, **drift})
+    return rows, cost
+
+
+def report(rows: list[dict], cost: dict[str, np.ndarray], num_chunks: int) -> str:
+    """The table: each measure by method, paired differences to plain, triggers and cost."""
+    by_method = {method: [row for row in rows if row["method"] == method] for method in METHODS}
+    seeds = sorted({row["seed"] for row in rows})
+    lines = [f"{len(seeds)} seeds from {seeds[0]}, {num_chunks} chunks; mean [95% bootstrap interval]"]
+    for measure in MEASURES:
+        lines += ["", measure]
+        plain = np.array([row[measure] for row in by_method["plain"]])
+        for method, of_method in by_method.items():
+            values = np.array([row[measure] for row in of_method])
+            paired = np.isfinite(values) & np.isfinite(plain)
+            values, differences = values[paired], (values - plain)[paired]
+            line = "  {:18}{:8.3f} [{:.3f}, {:.3f}]".format(method, values.mean(), *bootstrap(values))
+            if method != "plain":
+                line += "   against plain {:+.3f} [{:+.3f}, {:+.3f}]".format(
+                    differences.mean(), *bootstrap(differences)
+                )
+                line += f", lower in {np.mean(differences < 0):.0%} of videos"
+            lines.append(line if paired.all() else f"{line} ({(~paired).sum()} without a value left out)")
+    lines += ["", "triggers and cost"]
+    for method, of_method in by_method.items():
+        triggers, chunks = sum(row["triggers"] for row in of_method), len(of_method) * num_chunks
+        videos = np.mean([row["triggers"] > 0 for row in of_method])
+        line = (
+            f"  {method:18}{triggers} triggers in {chunks} chunks ({triggers / chunks:.1%}), in {videos:.0%} of videos"
+        )
+        lines.append(f"{line}; seconds {cost[method][0] / cost['plain'][0]:.2f}x")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=64)
     parser.add_argument("--first-seed", type=int, default=1000)
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("runs/study.csv"))
+    parser.add_argument("--out", type=Path, default=Path("evaluation/results"))
     args = parser.parse_args()
 
-    pipe = load_pipeline()
-    pipe.set_progress_bar_config(disable=True)
     seeds = list(range(args.first_seed, args.first_seed + args.seeds))
+    batches = [seeds[start : start + args.batch] for start in range(0, len(seeds), args.batch)]
     rows, cost = [], {method: np.zeros(2) for method in METHODS}
-    run_method(pipe, "plain", sample_prompts(seeds[: args.batch]), seeds[: args.batch], num_chunks=2)  # warm up
-    for start in tqdm(range(0, len(seeds), args.batch), desc="batches"):
-        batch = seeds[start : start + args.batch]
-        prompts = sample_prompts(batch)
-        for method in METHODS:
-            run = run_method(pipe, method, prompts, batch, args.chunks)
-            cost[method] += run.seconds, run.denoiser_calls
-            for seed, prompt, frames, decisions in zip(batch, prompts, run.frames, run.decisions):
-                drift = summarize_drift(frames, prompt, WORLD["num_frames_per_chunk"])
-                triggers = sum(each["trim"] for each in decisions)
-                rows.append({"method": method, "seed": seed, "prompt": prompt, "triggers": triggers, **drift})
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        done = pool.map(run_batch, batches, [args.chunks] * len(batches))
+        for of_batch, cost_of_batch in tqdm(done, total=len(batches), desc="batches"):
+            rows += of_batch
+            cost = {method: cost[method] + cost_of_batch[method] for method in METHODS}
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "study.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-
-    by_method = {method: [row for row in rows if row["method"] == method] for method in METHODS}
-    print(f"\n{args.seeds} seeds from {args.first_seed}, {args.chunks} chunks; mean [95% bootstrap interval]")
-    for measure in MEASURES:
-        print(f"\n{measure}")
-        plain = np.array([row[measure] for row in by_method["plain"]])
-        for method, of_method in by_method.items():
-            values = np.array([row[measure] for row in of_method])
-            paired = np.isfinite(values) & np.isfinite(plain)
-            values, differences = values[paired], (values - plain)[paired]
-            low, high = bootstrap(values)
-            line = f"  {method:18}{values.mean():8.3f} [{low:.3f}, {high:.3f}]"
-            if method != "plain":
-                low, high = bootstrap(differences)
-                lower = 100 * np.mean(differences < 0)
-                line += f"   against plain {differences.mean():+.3f} [{low:+.3f}, {high:+.3f}], lower in {lower:.0f}%"
-            print(line if paired.all() else f"{line}   ({(~paired).sum()} without a value left out)")
-    print("\ncost")
-    for method, of_method in by_method.items():
-        triggers = sum(row["triggers"] for row in of_method)
-        chunks = len(of_method) * args.chunks
-        overhead = cost[method] / cost["plain"]
-        print(
-            f"  {method:18}triggers in {triggers} of {chunks} chunks ({100 * triggers / chunks:.1f}%), in"
-            f" {np.mean([row['triggers'] > 0 for row in of_method]):.0%} of videos; seconds {overhead[0]:.2f}x"
-        )
-    print(f"\nwritten to {args.out}")
+    table = report(rows, cost, args.chunks)
+    (args.out / "study.txt").write_text(table + "\n")
+    print(f"\n{table}\n\nwritten to {args.out}")
 
 
 if __name__ == "__main__":

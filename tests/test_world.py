@@ -54,7 +54,7 @@ def test_measures_see_what_was_rendered(seed):
     colors, drift = track_colors(frames, prompt, 3), summarize_drift(frames, prompt, 3)
     assert color_name(colors.object[0]) == parse(prompt).color
     assert color_name(colors.background[0]) == parse(prompt).background
-    assert drift["background_drift"] < 1 and drift["object_drift"] < 1.5 and drift["object_lost"] == 0
+    assert drift["background_drift"] < 1.5 and drift["object_drift"] < 1.5 and drift["object_lost"] == 0
     moved = centers(appearance, 30).diff(dim=0).norm(dim=1).mean().item()
     assert drift["motion"] == pytest.approx(moved, abs=0.05)
     faded = frames * np.linspace(1, 0.5, 30)[:, None, None, None]

@@ -2,18 +2,21 @@
 
     python -m training.train --out checkpoints/tiny-world --work runs/tiny-world
 
-Stop it at any time and run it again: every stage continues where it stood.
+Stop it at any time and run it again: every stage continues where it stood. With an empty `--work` and a checkpoint in
+`--out`, that checkpoint is trained further; `--out` an empty folder trains from nothing.
 """
 
 import argparse
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from diffusers.utils import logging
+from transformers import UMT5EncoderModel
 
 from tokentrim import TokenTrimPipeline
 
@@ -135,7 +138,7 @@ def export(model: WorldModel, vae: AutoencoderKLWan, out: Path) -> None:
 def save_samples(
     pipe: TokenTrimPipeline, path: Path, num_videos: int = 8, num_frames: int = 30, seed: int = 7
 ) -> None:
-    """A film strip of `num_videos` untrimmed videos of prompts that are always the same; prints the prompts."""
+    """A film strip of `num_videos` untrimmed videos of prompts that are always the same, with the prompts beside it."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [Scene.sample(generator).prompt for _ in range(num_videos)]
     pipe.set_progress_bar_config(disable=True)
@@ -150,7 +153,21 @@ def save_samples(
     path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
 
 
+def load_world_model(checkpoint: Path) -> WorldModel | None:
+    """The weights of an exported checkpoint, to train further; None where there are none."""
+    if not (checkpoint / "transformer").exists():
+        return None
+    model = WorldModel(make_tokenizer())
+    transformer = WanTransformer3DModel.from_pretrained(checkpoint / "transformer")
+    text_encoder = UMT5EncoderModel.from_pretrained(checkpoint / "text_encoder")
+    model.transformer.load_state_dict(transformer.state_dict())
+    model.text_encoder.load_state_dict(text_encoder.state_dict())
+    return model
+
+
 def train(out: Path, work: Path, minutes_vae: float, minutes_transformer: float, num_clips: int, seed: int) -> None:
+    if (out / "vae").exists() and not (work / "vae").exists():  # no states, but a checkpoint: train that further
+        write_atomically(work / "vae", lambda temporary: shutil.copytree(out / "vae", temporary))
     vae = finished_autoencoder(work, minutes_vae, num_clips, seed)
     clips = LatentClips(work / "latents", vae.config.latents_mean, vae.config.latents_std)
     print(f"latents: {len(clips.prompts)} clips", flush=True)
@@ -162,7 +179,9 @@ def train(out: Path, work: Path, minutes_vae: float, minutes_transformer: float,
             print(f"transformer: step {step}, {minutes:.1f} minutes: kept as {work / 'early'}", flush=True)
         save_samples(make_pipeline(ema, vae), work / "transformer" / f"samples-{step:06}.png")
 
-    train_world_model(clips, work / "transformer", minutes_transformer, seed, on_save)
+    torch.manual_seed(seed)
+    start = load_world_model(out) or WorldModel(make_tokenizer())
+    train_world_model(start, clips, work / "transformer", minutes_transformer, seed, on_save)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"checkpoint: {out}, {size / 2**20:.2f} MiB", flush=True)
 

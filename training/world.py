@@ -147,7 +147,7 @@ class Appearance:
         def jitter(name: str) -> tuple[float, float, float]:
             return tuple(min(max(value + _uniform(-0.06, 0.06, generator), 0), 1) for value in COLORS[name])
 
-        radius, speed = _uniform(10, 14, generator), _uniform(1.0, 2.2, generator)
+        radius, speed = _uniform(12, 16, generator), _uniform(1.0, 2.2, generator)
         heading = DIRECTIONS[scene.direction]
         if scene.direction == "diagonally":
             heading = (_choose((-0.8, 0.8), generator), _choose((-0.8, 0.8), generator))
@@ -155,8 +155,8 @@ class Appearance:
             object_color=jitter(scene.color),
             background_color=jitter(scene.background),
             turned_color=jitter(scene.turned or scene.background),
-            object_texture=Texture.sample(generator, period=(6, 9), contrast=(0.25, 0.45)),
-            background_texture=Texture.sample(generator, period=(10, 14), contrast=(0.2, 0.3)),
+            object_texture=Texture.sample(generator, period=(10, 15), contrast=(0.15, 0.3)),
+            background_texture=Texture.sample(generator, period=(14, 20), contrast=(0.15, 0.25)),
             gradient_angle=_uniform(0, 2 * math.pi, generator),
             gradient_strength=_uniform(0.1, 0.35, generator),
             radius=radius,
