@@ -215,7 +215,6 @@ def train_world_model(
     model: WorldModel, clips: LatentClips, folder: Path, minutes: float, seed: int, on_save
 ) -> WorldModel:
     """Trains for `minutes` (less what earlier runs already trained) and returns the moving average of the weights."""
-    torch.manual_seed(seed)
     optimizers = make_optimizers(model, lambda name, param: "transformer.blocks" in name and param.ndim == 2, lr=2e-3)
     loss = make_loss(clips, make_tokenizer())
     return fit(model, loss, optimizers, folder, minutes, seed, on_save, ema_decay=0.9985)
