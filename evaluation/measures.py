@@ -65,19 +65,23 @@ def as_rgb(colors: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(colors), 0.5, lab2rgb(np.nan_to_num(colors)[None])[0])
 
 
+def mean_of_present(values: np.ndarray) -> float:
+    """Mean without the NaNs; NaN where there is nothing else."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+
 def motion(colors: Colors) -> float:
     """Mean distance in pixels that the object moves from frame to frame: freezing must not pass for stability."""
-    return float(np.nanmean(np.linalg.norm(np.diff(colors.center, axis=0), axis=1)))
+    return mean_of_present(np.linalg.norm(np.diff(colors.center, axis=0), axis=1))
 
 
 def summarize_drift(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> dict[str, float]:
     """Drift of a video: the mean over its last half of each colour's distance to the first chunk's, and motion."""
     colors = track_colors(frames, prompt, num_frames_per_chunk)
     half = len(colors.background) // 2
-    object_drift = color_drift(colors.object)[half:]
     return {
         "background_drift": float(color_drift(colors.background)[half:].mean()),
-        "object_drift": float(np.nanmean(object_drift)) if np.isfinite(object_drift).any() else float("nan"),
+        "object_drift": mean_of_present(color_drift(colors.object)[half:]),
         "object_lost": float(np.mean(colors.area[half * num_frames_per_chunk :] < 0.01)),
         "motion": motion(colors),
     }
