@@ -514,12 +514,12 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 break
             if flow is None:
                 flow = self.predict_flow(state, index, f"step {step}", latents, timestep, videos)
-            noise = None
+            eps = None
             if self.scheduler.renoises and step + 1 < len(timesteps):
-                noise = state.renoise(index, step)
-                noise = noise if videos is None else noise[videos]
+                eps = state.renoise(index, step)
+                eps = eps if videos is None else eps[videos]
             latents, _ = self.scheduler.step(
-                flow, timestep, latents, noise=noise, context_version=state.cache.version, return_dict=False
+                flow, timestep, latents, noise=eps, context_version=state.cache.version, return_dict=False
             )
             flow = None
             if state.callback is not None:
