@@ -59,12 +59,12 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrices: Tensor, num_steps: int = 5) -> Tensor:
     """Moves the singular values of a batch of matrices, (N, rows, columns), towards 1."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
+    x = (matrices.mT if tall else matrices).bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(num_steps):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).type_as(matrices)
 
 
 def make_optimizers(model: nn.Module, is_matrix: Callable[[str, Tensor], bool], lr: float) -> list:
@@ -72,7 +72,7 @@ def make_optimizers(model: nn.Module, is_matrix: Callable[[str, Tensor], bool], 
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     matrices = [param for name, param in named if is_matrix(name, param)]
     others = [param for name, param in named if not is_matrix(name, param)]
-    return [Muon(matrices, lr), torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0)]
+    return [Muon(matrices, lr), torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
 
 
 def fit(

@@ -36,6 +36,7 @@ from .transformer import (
     MAX_SEQUENCE_LENGTH,
     NUM_FRAMES,
     SHIFT,
+    FlowMatching,
     LatentClips,
     WorldModel,
     make_tokenizer,
@@ -101,7 +102,9 @@ def finished_autoencoder(work: Path, minutes: float, num_clips: int, seed: int) 
     return AutoencoderKLWan.from_pretrained(folder).eval()
 
 
-def make_pipeline(model: WorldModel, vae: AutoencoderKLWan) -> TokenTrimPipeline:
+def make_pipeline(
+    model: WorldModel, vae: AutoencoderKLWan, num_frames_per_chunk: int = FRAMES_PER_CHUNK
+) -> TokenTrimPipeline:
     """The pipeline around a trained model; the transformer is a copy with the stock attention processors."""
     transformer = make_transformer()
     transformer.load_state_dict(model.transformer.state_dict())
@@ -112,7 +115,7 @@ def make_pipeline(model: WorldModel, vae: AutoencoderKLWan) -> TokenTrimPipeline
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         rollout="self_forcing",
-        num_frames_per_chunk=FRAMES_PER_CHUNK,
+        num_frames_per_chunk=num_frames_per_chunk,
         window_size=NUM_FRAMES,
         num_sink_frames=0,
         relative_positions=True,
@@ -165,14 +168,25 @@ def load_world_model(checkpoint: Path) -> WorldModel | None:
     return model
 
 
-def train(out: Path, work: Path, minutes_vae: float, minutes_transformer: float, num_clips: int, seed: int) -> None:
+def train(
+    out: Path,
+    work: Path,
+    minutes_vae: float,
+    minutes_images: float,
+    minutes_transformer: float,
+    num_clips: int,
+    seed: int,
+) -> None:
     if (out / "vae").exists() and not (work / "vae").exists():  # no states, but a checkpoint: train that further
         write_atomically(work / "vae", lambda temporary: shutil.copytree(out / "vae", temporary))
     vae = finished_autoencoder(work, minutes_vae, num_clips, seed)
     clips = LatentClips(work / "latents", vae.config.latents_mean, vae.config.latents_std)
     print(f"latents: {len(clips.prompts)} clips", flush=True)
 
-    def on_save(ema: WorldModel, step: int, minutes: float) -> None:
+    def on_images(ema: WorldModel, step: int, minutes: float) -> None:
+        save_samples(make_pipeline(ema, vae, 1), work / "images" / f"samples-{step:06}.png", num_frames=1)
+
+    def on_videos(ema: WorldModel, step: int, minutes: float) -> None:
         export(ema, vae, out)
         if minutes >= EARLY_MINUTES and not (work / "early").exists():
             export(ema, vae, work / "early")
@@ -180,8 +194,12 @@ def train(out: Path, work: Path, minutes_vae: float, minutes_transformer: float,
         save_samples(make_pipeline(ema, vae), work / "transformer" / f"samples-{step:06}.png")
 
     torch.manual_seed(seed)
-    start = load_world_model(out) or WorldModel(make_tokenizer())
-    train_world_model(start, clips, work / "transformer", minutes_transformer, seed, on_save)
+    model = load_world_model(out)
+    if model is None:
+        model = WorldModel(make_tokenizer())
+        model = train_world_model(model, FlowMatching(clips).images, work / "images", minutes_images, seed, on_images)
+    model.requires_grad_(True)
+    train_world_model(model, FlowMatching(clips).videos, work / "transformer", minutes_transformer, seed, on_videos)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"checkpoint: {out}, {size / 2**20:.2f} MiB", flush=True)
 
@@ -191,7 +209,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("checkpoints/tiny-world"), help="the checkpoint's folder")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny-world"), help="states, latents, logs, samples")
     parser.add_argument("--minutes-vae", type=float, default=10.0, help="training time of the autoencoder")
-    parser.add_argument("--minutes-transformer", type=float, default=75.0, help="training time of the transformer")
+    parser.add_argument("--minutes-images", type=float, default=25.0, help="of the transformer, on single frames")
+    parser.add_argument("--minutes-transformer", type=float, default=50.0, help="of the transformer, on videos")
     parser.add_argument("--clips", type=int, default=5000, help="videos to encode for the transformer")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
     parser.add_argument("--seed", type=int, default=0)
@@ -202,6 +221,7 @@ def main() -> None:
         arguments.out,
         arguments.work,
         arguments.minutes_vae,
+        arguments.minutes_images,
         arguments.minutes_transformer,
         arguments.clips,
         arguments.seed,

@@ -5,10 +5,10 @@ it) and once as noised chunks. Noised chunk i attends to clean chunks 0 .. i - 1
 attends to. The stock transformer does this with another attention processor and other positions, nothing else.
 """
 
+import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ TOKENS_PER_CHUNK = FRAMES_PER_CHUNK * TOKENS_PER_FRAME
 MAX_SEQUENCE_LENGTH = 16
 TEXT_DIM = 64
 SHIFT = 3.0  # of the noise levels, in training and in the exported scheduler
-BATCH_SIZE = 2  # clips
+NUM_IMAGES = 64  # of a batch of the first stage
+NUM_CLIPS = 2  # of a batch of the second stage
 NUM_FIRST_CHUNKS = 12  # of other videos, besides: there the prompt is all that there is to read
 FIRST_CHUNK_SHARE = 0.5  # of the loss
 FIRST_CHUNK_SHIFT = 6.0  # of their noise levels: the prompt decides where there is much noise
@@ -77,8 +78,8 @@ def make_text_encoder(tokenizer: PreTrainedTokenizerFast) -> UMT5EncoderModel:
 def make_transformer() -> WanTransformer3DModel:
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=64,
+        num_attention_heads=4,
+        attention_head_dim=32,
         in_channels=4,
         out_channels=4,
         text_dim=TEXT_DIM,
@@ -97,31 +98,61 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-class TeacherForcingProcessor:
-    """Self-attention over [clean chunks 0 .. n - 2, noised chunks 0 .. n - 1], chunk-causal."""
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention as plain matrix products: on a processor, the backward pass of PyTorch's fused kernel is slower.
+
+    The softmax is written out, or else the compiler finds the pattern and calls that kernel.
+    """
+    scores = (query @ key.mT).float() / math.sqrt(query.shape[-1])
+    return (scores - scores.logsumexp(dim=-1, keepdim=True)).exp().type_as(value) @ value
+
+
+class CrossAttentionProcessor:
+    """The stock cross-attention, with `_attend`."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        size = TOKENS_PER_CHUNK
-        num_chunks = (hidden_states.shape[1] // size + 1) // 2
-        num_clean = (num_chunks - 1) * size
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        key = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
-        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        query = attn.norm_q(attn.to_q(hidden_states))
+        key, value = attn.norm_k(attn.to_k(encoder_hidden_states)), attn.to_v(encoder_hidden_states)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        hidden_states = _attend(query.type_as(value), key.type_as(value), value)
+        return attn.to_out[0](hidden_states.transpose(1, 2).flatten(2))
+
+
+class TeacherForcingProcessor:
+    """Self-attention over [clean chunks 0 .. n - 2, noised chunks 0 .. n - 1], chunk-causal.
+
+    Every chunk is a row of the batch, so that it has one timestep; the 2 n - 1 rows of a clip stand one after another.
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel):
+        grid = 2 * math.isqrt(TOKENS_PER_FRAME)
+        self.cos, self.sin = transformer.rope(torch.empty(1, 4, NUM_FRAMES, grid, grid))
+        self.num_chunks = 1
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        num_chunks, size = self.num_chunks, hidden_states.shape[1]
+        num_clean, shape = (
+            (num_chunks - 1) * size,
+            (-1, (2 * num_chunks - 1) * size, attn.heads, attn.inner_dim // attn.heads),
+        )
+        query = attn.norm_q(attn.to_q(hidden_states)).reshape(shape)
+        key = attn.norm_k(attn.to_k(hidden_states)).reshape(shape)
+        value = attn.to_v(hidden_states).reshape(shape).transpose(1, 2)
         # A noised chunk stands at the same place in time as its clean copy.
-        cos, sin = (torch.cat([each[:, :num_clean], each[:, : num_chunks * size]], dim=1) for each in rotary_emb)
+        cos, sin = (torch.cat([x[:, :num_clean], x[:, : num_chunks * size]], dim=1) for x in (self.cos, self.sin))
         query = _rotate(query, cos, sin).type_as(value).transpose(1, 2)  # (B, heads, seq, head_dim)
         key = _rotate(key, cos, sin).type_as(value).transpose(1, 2)
 
         outputs = []
         for chunk in range(num_chunks - 1):
             start, end = chunk * size, (chunk + 1) * size
-            outputs.append(F.scaled_dot_product_attention(query[:, :, start:end], key[:, :, :end], value[:, :, :end]))
+            outputs.append(_attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end]))
         for chunk in range(num_chunks):
             past, start = chunk * size, num_clean + chunk * size
             keys = torch.cat([key[:, :, :past], key[:, :, start : start + size]], dim=2)
             values = torch.cat([value[:, :, :past], value[:, :, start : start + size]], dim=2)
-            outputs.append(F.scaled_dot_product_attention(query[:, :, start : start + size], keys, values))
-        hidden_states = torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)
+            outputs.append(_attend(query[:, :, start : start + size], keys, values))
+        hidden_states = torch.cat(outputs, dim=2).transpose(1, 2).reshape(hidden_states.shape)
         return attn.to_out[0](hidden_states)
 
 
@@ -132,21 +163,24 @@ class WorldModel(nn.Module):
         super().__init__()
         self.text_encoder = make_text_encoder(tokenizer)
         self.transformer = make_transformer()
+        self.attention = TeacherForcingProcessor(self.transformer)
         for block in self.transformer.blocks:
-            block.attn1.set_processor(TeacherForcingProcessor())
+            block.attn1.set_processor(self.attention)
+            block.attn2.set_processor(CrossAttentionProcessor())
 
     def forward(self, clean: Tensor, noised: Tensor, timestep: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """The flow of every noised chunk, (B, 4, T, H, W).
+        """The flow of every noised chunk, (B, chunks, 4, T, H, W).
 
-        `clean` and `noised` are normalised latents (B, 4, T, H, W), `timestep` (B, chunks) in [0, 1000], `input_ids`
-        and `mask` (B, words).
+        `clean` and `noised` are normalised latents (B, chunks, 4, T, H, W), `timestep` (B, chunks) in [0, 1000],
+        `input_ids` and `mask` (B, words). Chunk i reads the clean chunks before it.
         """
+        num_chunks = self.attention.num_chunks = clean.shape[1]
         text = self.text_encoder(input_ids, mask).last_hidden_state * mask[..., None]
-        context = clean[:, :, :-FRAMES_PER_CHUNK]
+        text = text.repeat_interleave(2 * num_chunks - 1, dim=0)
         timestep = torch.cat([torch.zeros_like(timestep[:, 1:]), timestep], dim=1)
-        timestep = timestep.repeat_interleave(TOKENS_PER_CHUNK, dim=1)  # (B, tokens), frame-major
-        flow = self.transformer(torch.cat([context, noised], dim=2), timestep, text, return_dict=False)[0]
-        return flow[:, :, context.shape[2] :]
+        latents = torch.cat([clean[:, :-1], noised], dim=1)
+        flow = self.transformer(latents.flatten(0, 1), timestep.flatten(), text, return_dict=False)[0]
+        return flow.view(latents.shape)[:, num_chunks - 1 :]
 
 
 class LatentClips:
@@ -159,15 +193,19 @@ class LatentClips:
         self.mean = torch.tensor(mean)[:, None, None, None]
         self.std = torch.tensor(std)[:, None, None, None]
 
-    def draw(self, num_clips: int, num_frames: int, first: Tensor, generator: torch.Generator) -> tuple[list, Tensor]:
-        """Prompts and clips (B, 4, T, H, W); where `first` (B,) the clip starts where its video starts, else later."""
-        prompts, clips = [], []
+    def draw(
+        self, num_clips: int, num_chunks: int, num_frames: int, first_share: float, generator: torch.Generator
+    ) -> tuple[list[str], Tensor]:
+        """Prompts and clips (B, chunks, 4, frames, H, W); `first_share` of them start where their video starts."""
+        first = torch.rand(num_clips, generator=generator) < first_share
+        length, prompts, clips = num_chunks * num_frames, [], []
         for index, at_start in zip(torch.randint(len(self.prompts), (num_clips,), generator=generator), first):
             latents = self.latents[index]
-            start = torch.randint(1, latents.shape[1] - num_frames + 1, (), generator=generator) * (not at_start)
-            clips.append(latents[:, start : start + num_frames].float())
+            start = torch.randint(1, latents.shape[1] - length + 1, (), generator=generator) * (not at_start)
+            clips.append(latents[:, start : start + length].float())
             prompts.append(self.prompts[index])
-        return prompts, (torch.stack(clips) - self.mean) / self.std
+        clips = (torch.stack(clips) - self.mean) / self.std
+        return prompts, clips.unflatten(2, (num_chunks, num_frames)).transpose(1, 2).contiguous()
 
 
 def sample_sigmas(shape: tuple[int, ...], shift: float, generator: torch.Generator) -> Tensor:
@@ -176,45 +214,48 @@ def sample_sigmas(shape: tuple[int, ...], shift: float, generator: torch.Generat
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
-def make_loss(clips: LatentClips, tokenizer: PreTrainedTokenizerFast):
-    """The flow-matching loss of a random batch. A chunk without context counts only where a video starts."""
-    compiled = []
+class FlowMatching:
+    """The flow-matching loss of random batches, chunk by chunk."""
 
-    def chunk_errors(prompts: list[str], clean: Tensor, shift: float, generator: torch.Generator) -> Tensor:
-        batch_size, num_chunks = len(prompts), clean.shape[2] // FRAMES_PER_CHUNK
-        dropped = torch.rand(batch_size, generator=generator) < PROMPT_DROPOUT
-        tokens = tokenizer(
+    def __init__(self, clips: LatentClips):
+        self.clips, self.tokenizer, self.compiled = clips, make_tokenizer(), None
+
+    def images(self, model: WorldModel, generator: torch.Generator) -> Tensor:
+        """Single frames: shapes, colours and textures, at a third of the price."""
+        prompts, images = self.clips.draw(NUM_IMAGES, 1, 1, 0.5, generator)
+        return self.errors(model, prompts, images, SHIFT, generator).mean()
+
+    def videos(self, model: WorldModel, generator: torch.Generator) -> Tensor:
+        """First chunks of many videos beside a few long clips, whose first chunks do not count."""
+        prompts, clips = self.clips.draw(NUM_CLIPS, NUM_CHUNKS, FRAMES_PER_CHUNK, 0.5, generator)
+        later = self.errors(model, prompts, clips, SHIFT, generator)[:, 1:].mean()
+        prompts, chunks = self.clips.draw(NUM_FIRST_CHUNKS, 1, FRAMES_PER_CHUNK, 1.0, generator)
+        first = self.errors(model, prompts, chunks, FIRST_CHUNK_SHIFT, generator).mean()
+        return FIRST_CHUNK_SHARE * first + (1 - FIRST_CHUNK_SHARE) * later
+
+    def errors(
+        self, model: WorldModel, prompts: list[str], clean: Tensor, shift: float, generator: torch.Generator
+    ) -> Tensor:
+        """Mean squared error of the flow of every chunk, (B, chunks), at random noise levels."""
+        if self.compiled is None:
+            self.compiled = torch.compile(model, dynamic=False)
+        dropped = torch.rand(len(prompts), generator=generator) < PROMPT_DROPOUT
+        tokens = self.tokenizer(
             ["" if drop else prompt for prompt, drop in zip(prompts, dropped)],
             padding="max_length",
             max_length=MAX_SEQUENCE_LENGTH,
             return_tensors="pt",
         )
         noise = torch.randn(clean.shape, generator=generator)
-        sigmas = sample_sigmas((batch_size, num_chunks), shift, generator)
-        levels = sigmas.repeat_interleave(FRAMES_PER_CHUNK, dim=1)[:, None, :, None, None]
+        sigmas = sample_sigmas(clean.shape[:2], shift, generator)
+        levels = sigmas[:, :, None, None, None, None]
         noised = (1 - levels) * clean + levels * noise
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            flow = compiled[0](clean, noised, 1000 * sigmas, tokens.input_ids, tokens.attention_mask)
-        error = (flow.float() - (noise - clean)).square().mean(dim=(1, 3, 4))  # (B, frames)
-        return error.unflatten(1, (num_chunks, FRAMES_PER_CHUNK)).mean(dim=2)  # (B, chunks)
-
-    def loss(model: WorldModel, generator: torch.Generator) -> Tensor:
-        if not compiled:
-            compiled.append(torch.compile(model, dynamic=False))
-        first = torch.rand(BATCH_SIZE, generator=generator) < 0.5
-        errors = chunk_errors(*clips.draw(BATCH_SIZE, NUM_FRAMES, first, generator), SHIFT, generator)
-        first = torch.ones(NUM_FIRST_CHUNKS, dtype=torch.bool)
-        first_chunks = clips.draw(NUM_FIRST_CHUNKS, FRAMES_PER_CHUNK, first, generator)
-        first_error = chunk_errors(*first_chunks, FIRST_CHUNK_SHIFT, generator).mean()
-        return FIRST_CHUNK_SHARE * first_error + (1 - FIRST_CHUNK_SHARE) * errors[:, 1:].mean()
-
-    return loss
+            flow = self.compiled(clean, noised, 1000 * sigmas, tokens.input_ids, tokens.attention_mask)
+        return (flow.float() - (noise - clean)).square().mean(dim=(2, 3, 4, 5))
 
 
-def train_world_model(
-    model: WorldModel, clips: LatentClips, folder: Path, minutes: float, seed: int, on_save
-) -> WorldModel:
+def train_world_model(model: WorldModel, loss, folder: Path, minutes: float, seed: int, on_save) -> WorldModel:
     """Trains for `minutes` (less what earlier runs already trained) and returns the moving average of the weights."""
     optimizers = make_optimizers(model, lambda name, param: "transformer.blocks" in name and param.ndim == 2, lr=2e-3)
-    loss = make_loss(clips, make_tokenizer())
     return fit(model, loss, optimizers, folder, minutes, seed, on_save, ema_decay=0.9985)

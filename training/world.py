@@ -155,7 +155,7 @@ class Appearance:
             object_color=jitter(scene.color),
             background_color=jitter(scene.background),
             turned_color=jitter(scene.turned or scene.background),
-            object_texture=Texture.sample(generator, period=(10, 15), contrast=(0.15, 0.3)),
+            object_texture=Texture.sample(generator, period=(10, 15), contrast=(0.1, 0.2)),
             background_texture=Texture.sample(generator, period=(14, 20), contrast=(0.15, 0.25)),
             gradient_angle=_uniform(0, 2 * math.pi, generator),
             gradient_strength=_uniform(0.1, 0.35, generator),
