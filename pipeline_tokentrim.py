@@ -5,13 +5,14 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AnyFlowFARPipeline,
     AnyFlowFARTransformer3DModel,
@@ -27,9 +28,11 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from .tokentrim_attention import cached_attention, rotary_dims
 from .tokentrim_cache import RollingKVCache
 from .tokentrim_inputs import (
+    ROLLOUTS,
     check_attention_kwargs,
     check_callables,
     check_callback_outputs,
+    check_choice,
     check_components,
     check_context,
     check_draws,
@@ -39,6 +42,7 @@ from .tokentrim_inputs import (
     check_number,
     check_prompt_embeds,
     check_prompts,
+    check_rollout,
     check_schedule,
     check_sizes,
     check_tensor,
@@ -71,18 +75,20 @@ class TokenTrimPipelineOutput(BaseOutput):
 class _Renoise:
     """The noise that re-noises each chunk after each step: drawn once, so that a regeneration repeats it."""
 
-    def __init__(self, given, generator, shape, chunk_partition, device):
+    def __init__(self, given, generator, shape, chunk_partition, num_window_chunks, device):
         self.given = given
         self.generator = generator
         self.shape = shape
         self.chunk_partition = chunk_partition
+        self.num_window_chunks = num_window_chunks
         self.device = device
         self.drawn: dict[tuple[int, int], torch.Tensor] = {}
 
     def __call__(self, chunk: int, step: int) -> torch.Tensor:
         """(B, C, frames of the chunk, H, W), in fp32."""
         if (chunk, step) not in self.drawn:
-            self.drawn = {key: noise for key, noise in self.drawn.items() if key[0] == chunk}
+            in_reach = chunk - self.num_window_chunks
+            self.drawn = {key: noise for key, noise in self.drawn.items() if key[0] > in_reach}
             shape = (*self.shape[:2], self.chunk_partition[chunk], *self.shape[3:])
             if self.given is None:
                 noise = randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
@@ -94,9 +100,23 @@ class _Renoise:
 
 
 @dataclass
-class _RolloutState:
-    """What one call fixes for all its chunks; the prompt, which a callback may change; the draft in hand."""
+class _InFlight:
+    """A chunk on its way: latents (B, C, frames, H, W) after `step` denoising steps."""
 
+    latents: torch.Tensor
+    step: int = 0
+
+
+@dataclass
+class _RolloutState:
+    """What one call fixes for all its chunks; the prompt, which a callback may change; the chunks in flight.
+
+    Self Forcing has a window of one chunk, which takes all its steps; Rolling Forcing one of as many chunks as there
+    are steps, each a step behind the chunk before it.
+    """
+
+    noise_chunks: Sequence[torch.Tensor]
+    num_window_chunks: int
     cache: RollingKVCache
     renoise: _Renoise
     solver_generators: list[torch.Generator] | None
@@ -107,6 +127,8 @@ class _RolloutState:
     callback_tensor_inputs: list[str]
     on_chunk: Callable | None
     progress: Any = None
+    window: list[_InFlight] = field(default_factory=list)  # before the attempt at the current chunk
+    attempt: list[_InFlight] = field(default_factory=list)  # after it: the current chunk first
     first_flow: torch.Tensor | None = None  # of the draft, where the drift signal is its first step
 
 
@@ -125,7 +147,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         transformer ([`WanTransformer3DModel`]): chunk-causal video transformer.
         vae ([`AutoencoderKLWan`]): video VAE; `None` where latents come out.
         scheduler ([`SchedulerMixin`]): any flow-matching scheduler; one without [`TokenTrimSchedulerMixin`] is lifted.
-        rollout (`str`, *optional*): `"self_forcing"`.
+        rollout (`str`, *optional*): `"self_forcing"` or `"rolling_forcing"`.
         num_frames_per_chunk (`int`, *optional*): latent frames of a chunk.
         window_size (`int`, *optional*): latent frames that attention spans, the current chunk and the sink included.
         num_sink_frames (`int`, *optional*): first latent frames that never leave the cache.
@@ -279,14 +301,20 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             drift_signal (`str`, defaults to `"final"`):
                 What the gate compares: `"final"`, finished chunks; `"first_step"`, the x0 predictions of their first
                 denoising step, so that another attempt costs one step instead of all.
-            rollout (`str`, *optional*): `"self_forcing"`.
+            rollout (`str`, *optional*, defaults to `"self_forcing"`):
+                `"self_forcing"`: chunk after chunk, each through all its steps. `"rolling_forcing"`: a window of as
+                many chunks as there are steps, denoised together, each a step behind the chunk before it; with a
+                sink directly before the recent frames, which only the denoising reads, not the context pass.
             num_frames_per_chunk (`int`, *optional*, defaults to `3`): latent frames of a chunk.
             window_size (`int`, *optional*):
                 Latent frames that attention spans, the current chunk and the sink included. `None` without a setting
                 in the checkpoint: all of the past, whose cache grows without bound.
-            num_sink_frames (`int`, *optional*, defaults to `0`): first latent frames that never leave the cache.
-            relative_positions (`bool`, *optional*, defaults to `False`):
-                Count positions inside the window, the sink directly before the recent frames.
+            num_sink_frames (`int`, *optional*):
+                First latent frames that never leave the cache. `None` without a setting in the checkpoint: 0, or the
+                first chunk with `"rolling_forcing"`.
+            relative_positions (`bool`, *optional*):
+                Count positions inside the window, the sink directly before the recent frames. `None` without a
+                setting in the checkpoint: only with `"rolling_forcing"`.
             renoise (`Callable`, *optional*):
                 `renoise(chunk, step)` gives the noise, (B, C, frames of the chunk, H, W), that re-noises chunk `chunk`
                 after its step `step`, for schedulers that re-noise. By default drawn from `generator`, the same
@@ -313,10 +341,12 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             width = latents.shape[4] * spatial if width is None else width
             num_frames = (latents.shape[2] - 1) * temporal + 1 if num_frames is None else num_frames
         rollout = self._setting("rollout", rollout, "self_forcing")
+        check_choice("rollout", rollout, ROLLOUTS)
+        rolling = rollout == "rolling_forcing"
         num_frames_per_chunk = self._setting("num_frames_per_chunk", num_frames_per_chunk, 3)
         window_size = self._setting("window_size", window_size, None)
-        num_sink_frames = self._setting("num_sink_frames", num_sink_frames, 0)
-        relative_positions = self._setting("relative_positions", relative_positions, False)
+        num_sink_frames = self._setting("num_sink_frames", num_sink_frames, None)
+        relative_positions = self._setting("relative_positions", relative_positions, rolling)
         num_inference_steps = self._setting("num_inference_steps", num_inference_steps, 4)
         height, width = self._setting("height", height, 480), self._setting("width", width, 832)
         max_sequence_length = self._setting("max_sequence_length", max_sequence_length, 512)
@@ -347,19 +377,27 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         shape = (num_videos, num_channels, sum(chunk_partition), height // spatial, width // spatial)
         check_draws(generator, latents, shape)
         num_given_chunks = count_given_chunks(video, video_latents, spatial, temporal, shape, chunk_partition)
-        check_context(rollout, window_size, num_sink_frames, relative_positions, chunk_partition, use_kv_cache)
         check_schedule(self.scheduler, num_inference_steps, sigmas, timesteps, renoise)
         check_method(token_trim, prune_fraction, drift_sensitivity, warmup_chunks, max_regenerations, drift_signal)
+        check_rollout(rollout, self.scheduler, drift_signal)
         check_callables(callback_on_step_end=callback_on_step_end, on_chunk=on_chunk)
         device = self._execution_device
-        renoise = _Renoise(renoise, generator, shape, chunk_partition, device)
         self.scheduler.set_rollout_timesteps(num_inference_steps, device, sigmas, timesteps)
-        if renoise.given is not None and len(self.scheduler.timesteps) > 1:
+        num_steps = len(self.scheduler.timesteps)
+        num_window_chunks = num_steps if rolling else 1
+        if num_sink_frames is None:
+            num_sink_frames = chunk_partition[0] if rolling else 0
+        check_context(
+            window_size, num_sink_frames, relative_positions, chunk_partition, num_window_chunks, use_kv_cache
+        )
+        renoise = _Renoise(renoise, generator, shape, chunk_partition, num_window_chunks, device)
+        if renoise.given is not None and num_steps > 1:
             renoise(num_given_chunks, 0)
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
         self._interrupt = False
-        self._num_timesteps = (len(chunk_partition) - num_given_chunks) * len(self.scheduler.timesteps)
+        num_chunks = len(chunk_partition) - num_given_chunks
+        self._num_timesteps = num_chunks - 1 + num_steps if rolling else num_chunks * num_steps
 
         # 2. Encode the prompt
         given_embeds = prompt_embeds is not None, negative_prompt_embeds is not None
@@ -399,6 +437,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             window_size,
             num_sink_frames,
             relative_positions,
+            sink_in_context_pass=not rolling,
         )
         policy = TokenTrimPolicy(
             patch_size,
@@ -409,6 +448,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             max_regenerations,
         )
         state = _RolloutState(
+            noise_chunks,
+            num_window_chunks,
             cache,
             renoise,
             self._solver_generators(generator, num_videos),
@@ -420,7 +461,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             on_chunk,
         )
         with cached_attention(self.transformer, cache), self.progress_bar(total=self.num_timesteps) as state.progress:
-            latents, decisions = self.roll_out(state, policy, noise_chunks, given_chunks)
+            latents, decisions = self.roll_out(state, policy, given_chunks)
 
         # 5. Decode
         frames = latents if output_type == "latent" else self.decode_latents(latents, output_type)
@@ -430,16 +471,12 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         return TokenTrimPipelineOutput(frames=frames, decisions=decisions)
 
     def roll_out(
-        self,
-        state: _RolloutState,
-        policy: TokenTrimPolicy,
-        noise_chunks: Sequence[torch.Tensor],
-        given_chunks: Sequence[torch.Tensor],
+        self, state: _RolloutState, policy: TokenTrimPolicy, given_chunks: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, list[list[dict]]]:
         """Algorithm 1, chunk by chunk: latents (B, C, T, H, W) and `decisions[video][chunk]`. A rollout without
         trimming is the same loop with the gate shut."""
         chunks, decisions, previous = [], [[] for _ in policy.gates], None
-        for index, noise in enumerate(noise_chunks):
+        for index, noise in enumerate(state.noise_chunks):
             if self.interrupt:
                 break
             state.cache.begin_chunk(noise.shape[2])
@@ -448,15 +485,15 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 previous = chunk if state.drift_signal == "final" else None
             else:
                 self.scheduler.begin_chunk(state.solver_generators)
-                draft = self.draft_chunk(state, index, noise)
+                draft = self.draft_chunk(state, index)
                 while condemned := policy.review(previous, draft):  # eq. 4 to 8, at most R times
                     state.cache.evict(condemned)  # eq. 9, 10
-                    draft = self.redraft_chunk(state, index, noise, draft, list(condemned))
-                chunk, previous = self.finish_chunk(state, index, noise, draft), draft
+                    draft = self.redraft_chunk(state, index, draft, list(condemned))
+                chunk, previous = self.finish_chunk(state, index), draft
             chunks.append(chunk)
             if self.interrupt:
                 break
-            if index + 1 < len(noise_chunks):
+            if index + 1 < len(state.noise_chunks):
                 self.commit_chunk(state, index, chunk)
             judged = [vars(decision) for decision in policy.accept()]
             for of_video, decision in zip(decisions, judged):
@@ -465,93 +502,123 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 state.on_chunk(index, chunk, judged)
         return torch.cat(chunks, dim=2), decisions
 
-    def draft_chunk(
-        self, state: _RolloutState, index: int, noise: torch.Tensor, videos: list[int] | None = None
-    ) -> torch.Tensor:
-        """What the gate looks at: the finished chunk, or its first x0 prediction, for all videos or some."""
-        if state.drift_signal == "final":
-            return self.denoise_chunk(state, index, noise, videos)
-        flow = self.predict_flow(state, index, "step 0", noise, self.scheduler.timesteps[0], videos)
-        if videos is None:
-            state.first_flow = flow
-        else:
-            state.first_flow[videos] = flow
-        return self.scheduler.predict_original_sample(flow, noise)
+    def draft_chunk(self, state: _RolloutState, index: int) -> torch.Tensor:
+        """What the gate looks at, (B, C, frames, H, W): the finished chunk, or its first x0 prediction."""
+        if state.drift_signal == "first_step":
+            noise = state.noise_chunks[index]
+            state.first_flow = self.predict_flow(state, index, [_InFlight(noise)])
+            return self.scheduler.predict_original_sample(state.first_flow, noise)
+        state.attempt = self.denoise_window(state, index)
+        return state.attempt[0].latents
 
-    def redraft_chunk(
-        self, state: _RolloutState, index: int, noise: torch.Tensor, draft: torch.Tensor, videos: list[int]
-    ) -> torch.Tensor:
+    def redraft_chunk(self, state: _RolloutState, index: int, draft: torch.Tensor, videos: list[int]) -> torch.Tensor:
         """The draft with some videos generated again from the same noise, on the context as it is now."""
         if self.interrupt:
             return draft
-        if state.drift_signal == "final":
-            state.progress.total += len(self.scheduler.timesteps)
         draft = draft.clone()
         with state.cache.only(videos):
-            draft[videos] = self.draft_chunk(state, index, noise[videos], videos)
-        return draft
+            if state.drift_signal == "first_step":
+                noise = state.noise_chunks[index][videos]
+                flow = self.predict_flow(state, index, [_InFlight(noise)], videos)
+                state.first_flow[videos] = flow
+                draft[videos] = self.scheduler.predict_original_sample(flow, noise)
+                return draft
+            state.progress.total += len(self.scheduler.timesteps) - (state.window[0].step if state.window else 0)
+            for kept, again in zip(state.attempt, self.denoise_window(state, index, videos)):
+                kept.latents = kept.latents.clone()
+                kept.latents[videos] = again.latents
+        return state.attempt[0].latents
 
-    def finish_chunk(self, state: _RolloutState, index: int, noise: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
-        """From the accepted draft to the finished chunk."""
-        if state.drift_signal == "final":
-            return draft
-        return self.denoise_chunk(state, index, noise, first_flow=state.first_flow)
+    def finish_chunk(self, state: _RolloutState, index: int) -> torch.Tensor:
+        """From the accepted draft to the finished chunk; the chunks behind it fly on."""
+        if state.drift_signal == "first_step":
+            state.attempt = self.denoise_window(state, index, first_flow=state.first_flow)
+        finished, *state.window = state.attempt
+        return finished.latents
 
-    def denoise_chunk(
+    def denoise_window(
         self,
         state: _RolloutState,
         index: int,
-        noise: torch.Tensor,
         videos: list[int] | None = None,
         first_flow: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """All denoising steps of a chunk, (B or len(videos), C, frames, H, W), from its start."""
+    ) -> list[_InFlight]:
+        """Denoise all chunks of the window together, step by step, until chunk `index`, its first, is finished."""
         self.scheduler.rewind(videos)
         timesteps = self.scheduler.timesteps
-        latents, flow = noise, first_flow
-        for step, timestep in enumerate(timesteps):
+        window = [
+            _InFlight(chunk.latents if videos is None else chunk.latents[videos], chunk.step) for chunk in state.window
+        ]
+        flow = first_flow
+        while not window or window[0].step < len(timesteps):
+            if len(window) < state.num_window_chunks and index + len(window) < len(state.noise_chunks):
+                noise = state.noise_chunks[index + len(window)]
+                window.append(_InFlight(noise if videos is None else noise[videos]))
             if self.interrupt:
                 break
             if flow is None:
-                flow = self.predict_flow(state, index, f"step {step}", latents, timestep, videos)
-            eps = None
-            if self.scheduler.renoises and step + 1 < len(timesteps):
-                eps = state.renoise(index, step)
-                eps = eps if videos is None else eps[videos]
-            latents, _ = self.scheduler.step(
-                flow, timestep, latents, noise=eps, context_version=state.cache.version, return_dict=False
-            )
-            flow = None
+                flow = self.predict_flow(state, index, window, videos)
+            sizes = [chunk.latents.shape[2] for chunk in window]
+            step, flows, flow = window[0].step, flow.split(sizes, dim=2), None
+            for number, (chunk, flow_of_chunk) in enumerate(zip(window, flows), start=index):
+                self.step_chunk(state, number, chunk, flow_of_chunk, videos)
             if state.callback is not None:
-                latents = self._call_back(state, step, timestep, latents)
+                latents = torch.cat([chunk.latents for chunk in window], dim=2)
+                latents = self._call_back(state, step, timesteps[step], latents)
+                for chunk, changed in zip(window, latents.split(sizes, dim=2)):
+                    chunk.latents = changed
             state.progress.update()
-        return latents
+        return window
+
+    def step_chunk(
+        self, state: _RolloutState, index: int, chunk: _InFlight, flow: torch.Tensor, videos: list[int] | None
+    ) -> None:
+        """One scheduler step of one chunk of the window."""
+        timesteps = self.scheduler.timesteps
+        version = state.cache.version
+        if state.num_window_chunks > 1:
+            self.scheduler.seek(chunk.step)
+        eps = None
+        if self.scheduler.renoises and chunk.step + 1 < len(timesteps):
+            eps = state.renoise(index, chunk.step)
+            eps = eps if videos is None else eps[videos]
+        chunk.latents, _ = self.scheduler.step(
+            flow, timesteps[chunk.step], chunk.latents, noise=eps, context_version=version, return_dict=False
+        )
+        chunk.step += 1
 
     def commit_chunk(self, state: _RolloutState, index: int, chunk: torch.Tensor) -> None:
         """Context pass: a forward over the clean chunk at timestep 0 writes its keys and values; nothing else stays."""
         with state.cache.writing():
-            self.predict_flow(state, index, "the context pass", chunk, torch.zeros((), device=chunk.device))
+            self.predict_flow(state, index, [_InFlight(chunk, len(self.scheduler.timesteps))])
 
     def predict_flow(
-        self,
-        state: _RolloutState,
-        index: int,
-        step: str,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        videos: list[int] | None = None,
+        self, state: _RolloutState, index: int, window: list[_InFlight], videos: list[int] | None = None
     ) -> torch.Tensor:
-        """The transformer's flow prediction in fp32, guided where asked, (B or len(videos), C, frames, H, W)."""
+        """The transformer's flow prediction in fp32, guided where asked, (B or len(videos), C, frames, H, W).
+
+        A chunk that has taken all its steps is clean: its timestep is 0.
+        """
+        latents = torch.cat([chunk.latents for chunk in window], dim=2)
+        state.cache.begin_pass(latents.shape[2])
         branches = [state.negative_prompt_embeds, state.prompt_embeds]
         branches = [embeds if videos is None else embeds[videos] for embeds in branches if embeds is not None]
+        levels = F.pad(self.scheduler.timesteps.float(), (0, 1))
+        timestep = levels[window[0].step].expand(len(branches) * len(latents))
+        if len(window) > 1:  # one for each token, frame-major
+            num_tokens = [chunk.latents.shape[2] * state.cache.tokens_per_frame for chunk in window]
+            timestep = torch.cat([levels[chunk.step].expand(num) for chunk, num in zip(window, num_tokens)])
+            timestep = timestep.expand(len(branches) * len(latents), -1)
         flow = self.transformer(
             hidden_states=torch.cat([latents] * len(branches)).to(self.transformer.dtype),
-            timestep=timestep.float().expand(len(branches) * len(latents)),
+            timestep=timestep,
             encoder_hidden_states=torch.cat(branches).to(self.transformer.dtype),
             attention_kwargs=self.attention_kwargs,
             return_dict=False,
         )[0].float()
         if not torch.isfinite(flow).all():
+            clean = window[0].step == len(self.scheduler.timesteps)
+            step = "the context pass" if clean else f"step {window[0].step}"
             raise RuntimeError(f"The transformer's output is not finite (NaN or Inf) in chunk {index}, {step}.")
         if len(branches) == 1:
             return flow

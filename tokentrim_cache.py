@@ -17,13 +17,23 @@ def rotate(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
+def _front(held: torch.Tensor) -> torch.Tensor:
+    """Columns that bring the True ones of (B, tokens) to the front of each row, in order, as many as the longest has."""
+    return held.byte().argsort(dim=1, descending=True, stable=True)[:, : int(held.sum(dim=1).max())]
+
+
+def _take(by_token: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Tokens of (rows, tokens, heads, head_dim) by `columns`, (rows, taken)."""
+    return by_token[torch.arange(len(columns), device=columns.device)[:, None], columns]
+
+
 @dataclass
 class _Layer:
-    """One layer's context, (rows, tokens, heads, head_dim): keys as projected, and as rotated for this chunk."""
+    """One layer's context, (rows, tokens, heads, head_dim): keys as projected, and what the pass at hand reads."""
 
     key: torch.Tensor
     value: torch.Tensor
-    rotated: torch.Tensor | None = None
+    read: tuple[torch.Tensor, torch.Tensor] | None = None  # rotated keys, and values
 
 
 class RollingKVCache:
@@ -43,6 +53,7 @@ class RollingKVCache:
         num_sink_frames (`int`): first latent frames that never leave: neither by the window nor by eviction.
         relative_positions (`bool`): count positions inside the window, the sink directly before the recent frames,
             instead of from the start of the video.
+        sink_in_context_pass (`bool`): whether a context pass reads the sink too, at the price of as many recent frames.
 
     Attributes:
         version (`int`): changes whenever what attention reads of the past changes.
@@ -56,6 +67,7 @@ class RollingKVCache:
         window_size: int | None = None,
         num_sink_frames: int = 0,
         relative_positions: bool = False,
+        sink_in_context_pass: bool = True,
     ):
         self.grid = grid
         self.rope_dims = rope_dims
@@ -63,6 +75,7 @@ class RollingKVCache:
         self.window_size = window_size
         self.num_sink_frames = num_sink_frames
         self.relative_positions = relative_positions
+        self.sink_in_context_pass = sink_in_context_pass
         self.version = 0
         self.reset()
 
@@ -72,7 +85,8 @@ class RollingKVCache:
         """Forget everything."""
         self.frames: list[int] = []  # latent frames of the context, ascending, emptied ones included
         self.next_frame = 0
-        self._chunk_frames: list[int] = []
+        self._pass_frames: list[int] = []  # latent frames of the pass at hand
+        self._pass_sink = self.num_sink_frames  # how many of the first frames it reads
         self._layers: dict[int, _Layer] = {}
         self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._pending: dict[int, _Layer] | None = None
@@ -96,14 +110,21 @@ class RollingKVCache:
     # 2. What changes it
 
     def begin_chunk(self, num_frames: int) -> None:
-        """Make room for a chunk of `num_frames` latent frames: the oldest frames but the sink leave the window."""
-        self._chunk_frames = list(range(self.next_frame, self.next_frame + num_frames))
+        """Make room for a chunk of `num_frames` latent frames: what no pass will read any more leaves, but the sink."""
         if self.window_size is not None:
-            num_recent = max(self.window_size - self.num_sink_frames - num_frames, 0)
-            oldest = self.next_frame - num_recent
+            oldest = self._oldest_recent(num_frames, self.num_sink_frames * self.sink_in_context_pass)
             self._keep((self._frame >= oldest) | (self._frame < self.num_sink_frames))
             self.frames = [frame for frame in self.frames if frame >= oldest or frame < self.num_sink_frames]
         self._forget_views()
+        self.begin_pass(num_frames)
+
+    def begin_pass(self, num_frames: int) -> None:
+        """The next forwards carry the `num_frames` latent frames after the context, of one chunk or of several."""
+        frames = list(range(self.next_frame, self.next_frame + num_frames))
+        sink = self.num_sink_frames if self._pending is None or self.sink_in_context_pass else 0
+        if (frames, sink) != (self._pass_frames, self._pass_sink):
+            self._pass_frames, self._pass_sink = frames, sink
+            self._forget_views()
 
     def evict(self, tokens: Mapping[int, Iterable[int]]) -> None:
         """Hard pruning (eq. 9, 10): `tokens[video]` are grid indices to remove from all its frames but the sink."""
@@ -127,13 +148,12 @@ class RollingKVCache:
             if old is not None:
                 new = _Layer(torch.cat([old.key, new.key], dim=1), torch.cat([old.value, new.value], dim=1))
             self._layers[index] = new
-        frame = torch.tensor(self._chunk_frames).repeat_interleave(self.tokens_per_frame).expand(self.num_videos, -1)
-        token = torch.arange(self.tokens_per_frame).repeat(len(self._chunk_frames)).expand(self.num_videos, -1)
+        frame, token = (table.expand(self.num_videos, -1) for table in self._pass_tables())
         self._frame = torch.cat([self._frame, frame], dim=1)
         self._token = torch.cat([self._token, token], dim=1)
         self._held = torch.cat([self._held, torch.ones_like(frame, dtype=torch.bool)], dim=1)
-        self.frames += self._chunk_frames
-        self.next_frame += len(self._chunk_frames)
+        self.frames += self._pass_frames
+        self.next_frame += len(self._pass_frames)
         self._changed()
 
     # 3. What attention reads
@@ -167,25 +187,18 @@ class RollingKVCache:
         past = self._layers.get(layer)
         if past is None or past.key.shape[1] == 0:
             return key, value, None
-        if past.rotated is None:
-            past.rotated = rotate(past.key, *self._past_angles(past.key)).to(value.dtype)
-        keys = torch.cat([self._rows(past.rotated), key], dim=1)
-        values = torch.cat([self._rows(past.value), value], dim=1)
-        if self._held.all():
-            return keys, values, None
-        if "mask" not in self._memo:
-            held = self._repeat(self._held, past.key.shape[0])
-            current = held.new_ones(len(held), key.shape[1])
-            self._memo["mask"] = (torch.cat([held, current], dim=1)[:, None, None, :].to(key.device),)
-        return keys, values, self._rows(*self._memo["mask"])
+        columns, cos, sin, mask = self._view(past.key)
+        if past.read is None:
+            old_key, old_value = (old if columns is None else _take(old, columns) for old in (past.key, past.value))
+            past.read = rotate(old_key, cos, sin).to(value.dtype), old_value
+        keys, values = (torch.cat([self._rows(old), new], dim=1) for old, new in zip(past.read, (key, value)))
+        return keys, values, None if mask is None else self._rows(mask)
 
     def rotate_chunk(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding at the current chunk's positions, (rows, seq, heads, head_dim), in fp32."""
-        if "chunk" not in self._memo:
-            frame = torch.tensor(self._chunk_frames).repeat_interleave(self.tokens_per_frame)[None]
-            token = torch.arange(self.tokens_per_frame).repeat(len(self._chunk_frames))[None]
-            self._memo["chunk"] = self._rotary_angles(frame, token, hidden_states.device)
-        return rotate(hidden_states, *self._memo["chunk"])
+        """Rotary embedding at the positions of the pass at hand, (rows, seq, heads, head_dim), in fp32."""
+        if "pass" not in self._memo:
+            self._memo["pass"] = self._rotary_angles(*self._pass_tables(), hidden_states.device)
+        return rotate(hidden_states, *self._memo["pass"])
 
     def prompt(
         self, layer: int, project: Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -212,21 +225,29 @@ class RollingKVCache:
         """What was derived from the context or its positions no longer holds."""
         self._memo.clear()
         for layer in self._layers.values():
-            layer.rotated = None
+            layer.read = None
 
     def _keep(self, keep: torch.Tensor) -> None:
         """Drop the tokens where `keep`, (B, held tokens), is False: held tokens move to the front of each row."""
         held = self._held & keep
         if torch.equal(held, self._held):
             return
-        length = int(held.sum(dim=1).max())
-        order = held.byte().argsort(dim=1, descending=True, stable=True)[:, :length]
-        self._frame, self._token, self._held = (x.gather(1, order) for x in (self._frame, self._token, held))
+        columns = _front(held)
+        self._frame, self._token, self._held = (x.gather(1, columns) for x in (self._frame, self._token, held))
         for layer in self._layers.values():
-            rows = self._repeat(order, layer.key.shape[0]).to(layer.key.device)
-            every = torch.arange(len(rows), device=rows.device)[:, None]
-            layer.key, layer.value = layer.key[every, rows], layer.value[every, rows]
+            of_rows = self._repeat(columns, layer.key.shape[0]).to(layer.key.device)
+            layer.key, layer.value = _take(layer.key, of_rows), _take(layer.value, of_rows)
         self._changed()
+
+    def _oldest_recent(self, num_frames: int, num_sink_frames: int) -> int:
+        """The first frame of the past that the window leaves room for beside `num_frames` and the sink."""
+        return self.next_frame - max(self.window_size - num_sink_frames - num_frames, 0)
+
+    def _is_read(self, frame: torch.Tensor) -> torch.Tensor:
+        """Which latent frames of the context the pass at hand reads."""
+        if self.window_size is None:
+            return torch.ones_like(frame, dtype=torch.bool)
+        return (frame >= self._oldest_recent(len(self._pass_frames), self._pass_sink)) | (frame < self._pass_sink)
 
     def _repeat(self, table: torch.Tensor, num_rows: int) -> torch.Tensor:
         """A table by video as a table by row: (B, ...) -> (branches * B, ...)."""
@@ -239,22 +260,37 @@ class RollingKVCache:
         starts = range(0, by_row.shape[0], self.num_videos)
         return by_row[[start + video for start in starts for video in self._videos]]
 
-    def _past_angles(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if "past" not in self._memo:
-            frame, token = self._frame, self._token
-            if self._held.all() and (frame == frame[:1]).all() and (token == token[:1]).all():
+    def _pass_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(latent frame, grid index) of every token of the pass at hand, each (1, seq)."""
+        frame = torch.tensor(self._pass_frames).repeat_interleave(self.tokens_per_frame)[None]
+        return frame, torch.arange(self.tokens_per_frame).repeat(len(self._pass_frames))[None]
+
+    def _view(self, key: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What the pass at hand reads of the past: the columns, unless all; cosine and sine; the mask, if needed."""
+        if "view" not in self._memo:
+            frame, token, held, columns = self._frame, self._token, self._held & self._is_read(self._frame), None
+            if not torch.equal(held, self._held):
+                columns = _front(held)
+                frame, token, held = (x.gather(1, columns) for x in (frame, token, held))
+                columns = self._repeat(columns, key.shape[0]).to(key.device)
+            mask = None
+            if held.all() and (frame == frame[:1]).all() and (token == token[:1]).all():
                 frame, token = frame[:1], token[:1]  # rows alike share one table
             else:
                 frame, token = self._repeat(frame, key.shape[0]), self._repeat(token, key.shape[0])
-            self._memo["past"] = self._rotary_angles(frame, token, key.device)
-        return self._memo["past"]
+            if not held.all():
+                current = held.new_ones(self.num_videos, len(self._pass_frames) * self.tokens_per_frame)
+                mask = self._repeat(torch.cat([held, current], dim=1), key.shape[0])[:, None, None, :].to(key.device)
+            self._memo["view"] = (columns, *self._rotary_angles(frame, token, key.device), mask)
+        return self._memo["view"]
 
     def _rotary_angles(
         self, frame: torch.Tensor, token: torch.Tensor, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine at (latent frame, grid index), both (batch, seq) -> (batch, seq, 1, head_dim / 2)."""
         if self.relative_positions:
-            attended = torch.tensor(self.frames + self._chunk_frames)
+            past = torch.tensor(self.frames, dtype=torch.long)
+            attended = torch.cat([past[self._is_read(past)], torch.tensor(self._pass_frames)])
             frame = torch.searchsorted(attended, frame)
         axes = (frame, token // self.grid[1], token % self.grid[1])
         cos, sin = [], []

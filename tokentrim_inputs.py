@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import is_compiled_module
 
 
 DRIFT_SIGNALS = ("final", "first_step")
-ROLLOUTS = ("self_forcing",)
+ROLLOUTS = ("self_forcing", "rolling_forcing")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -86,23 +86,33 @@ def check_method(
 
 
 def check_context(
-    rollout: str,
     window_size: int | None,
     num_sink_frames: int,
     relative_positions: bool,
     chunk_partition: Sequence[int],
+    num_window_chunks: int,
     use_kv_cache: bool,
 ) -> None:
-    """The arguments that say what a chunk may attend to."""
-    check_choice("rollout", rollout, ROLLOUTS)
+    """The arguments that say what a chunk may attend to; up to `num_window_chunks` are denoised together."""
     check_int("num_sink_frames", num_sink_frames, 0)
     check_bool("relative_positions", relative_positions)
     check(use_kv_cache is True, "use_kv_cache", use_kv_cache, "True: TokenTrim acts on the cache")
     if window_size is not None:
         check_int("window_size", window_size, 1)
-        shortest = num_sink_frames + max(chunk_partition)
-        valid = f"None or >= {shortest}: {num_sink_frames} sink frames and a chunk of {max(chunk_partition)}"
+        starts = range(max(len(chunk_partition) - num_window_chunks, 0) + 1)
+        together = max(sum(chunk_partition[start : start + num_window_chunks]) for start in starts)
+        shortest = num_sink_frames + together
+        what = "a chunk" if num_window_chunks == 1 else "chunks denoised together (one for each step)"
+        valid = f"None or >= {shortest}: {num_sink_frames} sink frames and {what} of {together} latent frames"
         check(window_size >= shortest, "window_size", window_size, valid)
+
+
+def check_rollout(rollout: str, scheduler: Any, drift_signal: str) -> None:
+    """Chunks that are denoised together meet a new context at each step, and become final one by one."""
+    if rollout == "rolling_forcing":
+        valid = "one without a history of steps (Euler or LCM) for rollout='rolling_forcing'"
+        check(scheduler.single_step, "scheduler", type(scheduler).__name__, valid)
+        check(drift_signal == "final", "drift_signal", drift_signal, "'final' for rollout='rolling_forcing'")
 
 
 def check_schedule(

@@ -124,6 +124,18 @@ class TokenTrimSchedulerMixin:
             self._chunk_generators[video].set_state(self._chunk_draws[video])
         self._restore()
 
+    @property
+    def single_step(self) -> bool:
+        """Whether a step needs nothing of the steps before it, so that steps of several chunks may take turns."""
+        return isinstance(
+            self, (FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler)
+        )
+
+    def seek(self, step: int) -> None:
+        """Stand before step `step` of the schedule, with a fresh solver that is bound to no context yet."""
+        self._restore()
+        self.set_begin_index(step)
+
     def step(
         self,
         model_output: torch.Tensor,
