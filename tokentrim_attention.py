@@ -1,8 +1,8 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Attention that reads a rolling KV cache, and the context manager that puts it into a Wan transformer and out again.
 
-Queries and keys are normalised and rotated in fp32 whatever the model's dtype: their rounding would be cached, read
-again and amplified.
+Queries and keys are normalised and rotated in fp32, and the sinusoid of the timestep is computed in float64, whatever
+the model's dtype: their rounding would be cached, read again and amplified.
 """
 
 import warnings
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 
 from .tokentrim_cache import RollingKVCache
@@ -66,11 +67,30 @@ class CachedCrossAttnProcessor(_CachedAttnProcessor):
         return self.attend(attn, query, *self.cache.prompt(self.layer, project))
 
 
+class ExactTimesteps(torch.nn.Module):
+    """The sinusoid of Diffusers' `Timesteps`, computed in float64 as the original Wan code does."""
+
+    def __init__(self, stock: Timesteps):
+        super().__init__()
+        self.stock = stock
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """(N,) -> (N, num_channels), in fp32."""
+        half, exact = self.stock.num_channels // 2, torch.float32 if timesteps.device.type == "mps" else torch.float64
+        exponent = torch.arange(half, dtype=exact, device=timesteps.device) / (half - self.stock.downscale_freq_shift)
+        angles = self.stock.scale * timesteps.to(exact)[:, None] * 10000.0**-exponent
+        halves = (angles.cos(), angles.sin()) if self.stock.flip_sin_to_cos else (angles.sin(), angles.cos())
+        return torch.cat(halves, dim=-1).float()
+
+
 @contextmanager
 def cached_attention(transformer: WanTransformer3DModel, cache: RollingKVCache) -> Iterator[None]:
-    """Let every attention layer of `transformer` read and write `cache`; always puts its own processors back."""
+    """Let every attention layer of `transformer` read and write `cache`; always puts its own parts back."""
     stock = [(attn, attn.processor) for block in transformer.blocks for attn in (block.attn1, block.attn2)]
+    embedder = transformer.condition_embedder
+    timesteps = embedder.timesteps_proj
     try:
+        embedder.timesteps_proj = ExactTimesteps(timesteps)
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(CachedSelfAttnProcessor(cache, layer, block.attn1.processor))
             block.attn2.set_processor(CachedCrossAttnProcessor(cache, layer, block.attn2.processor))
@@ -81,6 +101,7 @@ def cached_attention(transformer: WanTransformer3DModel, cache: RollingKVCache) 
     finally:
         for attn, processor in stock:
             attn.set_processor(processor)
+        embedder.timesteps_proj = timesteps
 
 
 def rotary_dims(transformer: WanTransformer3DModel) -> tuple[int, int, int]:

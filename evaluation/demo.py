@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from .measures import as_rgb, color_drift, summarize_drift, track_colors
@@ -11,6 +12,11 @@ from .rollouts import WORLD, load_pipeline, run_method
 
 
 SHOWN = ("plain", "tokentrim", "sink + tokentrim")
+
+
+def _or_gone(drift: float) -> str:
+    """A measure of the object, for the table; the object may be gone for the whole last half."""
+    return f"{'gone':>11}" if math.isnan(drift) else f"{drift:11.2f}"
 
 
 def main() -> None:
@@ -73,7 +79,7 @@ def main() -> None:
             f"{method:18}{args.chunks:8}{sum(each['trim'] for each in run.decisions[0]):10}"
             f"{sum(len(each['tokens']) for each in run.decisions[0]):9}{run.seconds:9.1f}"
             f"{run.seconds / plain.seconds:9.2f}x{run.denoiser_calls / plain.denoiser_calls:7.2f}x"
-            f"{drift['background_drift']:15.2f}{drift['object_drift']:11.2f}{drift['motion']:8.2f}"
+            f"{drift['background_drift']:15.2f}{_or_gone(drift['object_drift'])}{drift['motion']:8.2f}"
         )
     print(
         "evicted: grid positions; overhead, calls: seconds and transformer calls against plain;"

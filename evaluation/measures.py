@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from skimage.color import deltaE_ciede2000, lab2rgb, rgb2lab
+from skimage.measure import label, regionprops
 
 from training.world import COLORS, parse
 
@@ -18,12 +19,14 @@ class Colors:
         background (`np.ndarray`): (chunks, 3) CIELAB.
         area (`np.ndarray`): (frames,) share of the pixels that look like the object.
         center (`np.ndarray`): (frames, 2) mean place (y, x) of those pixels; NaN where there are none.
+        mask (`np.ndarray`): (frames, H, W), which pixels those are.
     """
 
     object: np.ndarray
     background: np.ndarray
     area: np.ndarray
     center: np.ndarray
+    mask: np.ndarray
 
 
 def difference(lab: np.ndarray, color: np.ndarray) -> np.ndarray:
@@ -40,7 +43,7 @@ def track_colors(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> 
     scene = parse(prompt)
     names = np.array([COLORS[scene.color], COLORS[scene.background]])
     object_color, background_color = rgb2lab(names[None])[0]
-    objects, backgrounds, areas, centers = [], [], [], []
+    objects, backgrounds, areas, centers, masks = [], [], [], [], []
     for start in range(0, len(frames), num_frames_per_chunk):
         lab = rgb2lab(frames[start : start + num_frames_per_chunk])  # (frames, H, W, 3)
         mask = difference(lab, object_color) < difference(lab, background_color)
@@ -52,7 +55,21 @@ def track_colors(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> 
         backgrounds.append(background_color)
         areas.extend(mask.mean(axis=(1, 2)))
         centers.extend(np.argwhere(each).mean(axis=0) if each.any() else np.full(2, np.nan) for each in mask)
-    return Colors(np.array(objects), np.array(backgrounds), np.array(areas), np.array(centers))
+        masks.extend(mask)
+    return Colors(*(np.array(each) for each in (objects, backgrounds, areas, centers, masks)))
+
+
+def name_shape(mask: np.ndarray) -> str | None:
+    """Which shape of the world a mask, (H, W), looks like: by its hole, or by its share of its bounding box; None where
+    nothing is."""
+    parts = regionprops(label(mask))
+    if not parts:
+        return None
+    largest = max(parts, key=lambda part: part.area)
+    if largest.area_filled > 1.05 * largest.area:
+        return "ring"
+    # A square fills its box, a circle pi / 4 of it, a triangle half.
+    return "square" if largest.extent > 0.88 else "circle" if largest.extent > 0.66 else "triangle"
 
 
 def color_drift(colors: np.ndarray) -> np.ndarray:

@@ -59,7 +59,8 @@ def film_strip(
     shown |= {0, num_chunks - 1}
     shown = sorted(shown)
 
-    figure = Figure(figsize=(1.05 * len(shown) + 1.2, 1.3 * len(videos) + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.05 * len(shown) + 1.2, 1.2 * len(videos) + 0.2), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.02, w_pad=0.02, hspace=0, wspace=0)
     axes = figure.subplots(len(videos), len(shown), squeeze=False)
     for row, (name, frames) in zip(axes, videos.items()):
         for axis, chunk in zip(row, shown):
@@ -127,6 +128,7 @@ def drift_plot(
         for name, of_method in drifts.items():
             axis.plot(of_method[part], label=name)
         axis.set_ylabel("CIEDE2000\nto chunk 0")
+        axis.set_ylim(top=1.25 * axis.get_ylim()[1])  # room for the legend
         axis.legend(loc="upper left", ncols=len(drifts), frameon=False)
     axis.set_xlabel("chunk")
     return figure
