@@ -1,0 +1,386 @@
+"""Original files: every layout becomes the model that it came from, and whatever is wrong with one is said."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders import full_pipeline, generators, quiet, tiny_transformer
+from conftest import ROOT
+from diffusers import FlowMatchLCMScheduler, WanTransformer3DModel
+from safetensors.torch import save_file
+
+from tokentrim import TokenTrimPipeline
+from tokentrim.convert import PRESETS, SCHEDULES, convert_checkpoint, load_original_transformer, main
+
+
+HEAD_DIM = 12
+PROMPT = "a red circle moving right over a blue background"
+CALL = {"num_frames": 57, "height": 32, "width": 48, "max_sequence_length": 8, "output_type": "latent"}
+
+TOP = {
+    "patch_embedding": "patch_embedding",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+}
+BLOCK = {
+    **{
+        f"{attn}.{name}": f"{original}.{short}"
+        for attn, original in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for name, short in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
+    },
+    **{
+        f"{attn}.{name}": f"{original}.{name}"
+        for attn, original in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for name in ("norm_q", "norm_k")
+    },
+    "norm2": "norm3",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "scale_shift_table": "modulation",
+}
+
+
+def original(key: str) -> str:
+    """The name that Wan's own code gives to a tensor of Diffusers' transformer."""
+    block, table = "", TOP
+    if key.startswith("blocks."):
+        _, index, key = key.split(".", 2)
+        block, table = f"blocks.{index}.", BLOCK
+    (name,) = (name for name in table if key == name or key.startswith(f"{name}."))
+    return block + table[name] + key.removeprefix(name)
+
+
+def original_weights(seed: int = 0, wrapped=lambda key: key) -> dict[str, torch.Tensor]:
+    state = tiny_transformer(seed).state_dict()
+    return {wrapped(original(key)): tensor.clone() for key, tensor in state.items()}
+
+
+def in_model(key: str) -> str:
+    return f"model.{key}"
+
+
+def in_fsdp(key: str) -> str:
+    """The model and each of its blocks are wrapped."""
+    parts = key.split(".")
+    if parts[0] == "blocks":
+        parts.insert(2, "_fsdp_wrapped_module")
+    return ".".join(["model", "_fsdp_wrapped_module", *parts])
+
+
+def in_everything(key: str) -> str:
+    parts = in_fsdp(key).split(".")
+    if "blocks" in parts:
+        parts.insert(5, "_checkpoint_wrapped_module")
+    return ".".join(["_orig_mod", "module", *parts])
+
+
+EMA, PLAIN = 0, 1  # seeds
+LAYOUTS = {
+    "self_forcing": lambda: {
+        "generator": original_weights(PLAIN, in_model),
+        "generator_ema": original_weights(EMA, in_model),
+    },
+    "rolling_forcing": lambda: {
+        "generator": original_weights(PLAIN, in_model),
+        "critic": original_weights(2, in_model),
+        "generator_ema": original_weights(EMA, in_fsdp),
+        "step": 3000,
+    },
+    "longlive": lambda: {"generator": original_weights(EMA, in_model)},
+    "causvid": lambda: {"generator": original_weights(EMA, in_fsdp), "critic": {}},
+    "model": lambda: {"model": original_weights(EMA, in_everything)},
+    "bare": lambda: original_weights(EMA),
+}
+
+
+def write(tmp_path: Path, content, name: str = "original.pt") -> Path:
+    path = tmp_path / name
+    torch.save(content, path)
+    return path
+
+
+def load(path: Path, **kwargs) -> WanTransformer3DModel:
+    return load_original_transformer(path, **{"attention_head_dim": HEAD_DIM, **kwargs})
+
+
+def assert_same_weights(transformer, expected):
+    weights, expected = transformer.state_dict(), expected.state_dict()
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A Wan folder in Diffusers format, with another transformer."""
+    folder = tmp_path_factory.mktemp("wan") / "base"
+    pipe = full_pipeline()
+    pipe.transformer = tiny_transformer(seed=9)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def arguments(path, base, out, preset="self_forcing", *more):
+    return [str(path), "--base", str(base), "--out", str(out), "--preset", preset, *more]
+
+
+# What is in a file comes out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(layout, tmp_path, caplog):
+    path = write(tmp_path, LAYOUTS[layout]())
+    with caplog.at_level(logging.INFO, logger="tokentrim.convert"):
+        transformer = load(path)
+    assert_same_weights(transformer, tiny_transformer(EMA))
+    assert not transformer.training
+    ours, expected = ({k: v for k, v in t.config.items() if k[0] != "_"} for t in (transformer, tiny_transformer()))
+    assert ours == expected
+    assert ("no EMA" in caplog.text) == ("ema" not in str(LAYOUTS[layout]().keys()))
+
+
+def test_safetensors(tmp_path):
+    path = tmp_path / "original.safetensors"
+    save_file(original_weights(EMA, in_model), path)
+    assert_same_weights(load(path), tiny_transformer(EMA))
+
+
+def test_without_ema(tmp_path):
+    path = write(tmp_path, LAYOUTS["rolling_forcing"]())
+    assert_same_weights(load(path, ema=False), tiny_transformer(PLAIN))
+    assert_same_weights(load(path, ema=True), tiny_transformer(EMA))
+
+
+def test_dtype_leaves_in_fp32_what_diffusers_does(tmp_path, base):
+    path = write(tmp_path, LAYOUTS["self_forcing"]())
+    main(arguments(path, base, tmp_path / "out", "self_forcing", "--dtype", "bfloat16"))
+    tiny_transformer(EMA).save_pretrained(tmp_path / "direct")
+    converted, direct = (
+        WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+        for folder in (tmp_path / "out" / "transformer", tmp_path / "direct")
+    )
+    assert {tensor.dtype for tensor in direct.state_dict().values()} == {torch.float32, torch.bfloat16}
+    assert_same_weights(converted, direct)
+
+
+# The folder
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_rollout_travels_in_the_folder(preset, tmp_path, base):
+    path = write(tmp_path, LAYOUTS["longlive"]())
+    convert_checkpoint(path, base, tmp_path / "new" / "out", preset)
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["out"]
+    index = json.loads((tmp_path / "new" / "out" / "model_index.json").read_text())
+    assert {name: index[name] for name in PRESETS[preset]} == PRESETS[preset]
+    assert index["scheduler"] == ["diffusers", "FlowMatchLCMScheduler"]
+
+
+@pytest.mark.parametrize("preset", ["self_forcing", "rolling_forcing"])
+def test_presets_are_the_shipped_configs(preset):
+    assert json.loads((ROOT / "configs" / f"{preset}.json").read_text()) == PRESETS[preset]
+
+
+def latents(pipe) -> torch.Tensor:
+    return quiet(pipe)(PROMPT, generator=generators(0), **CALL).frames
+
+
+@pytest.mark.parametrize("layout", ["self_forcing", "longlive"])
+def test_latents_are_those_of_the_weights(layout, tmp_path, base):
+    """Bit by bit, in memory and through folders (not across: weights lie differently in memory-mapped files)."""
+    path = write(tmp_path, LAYOUTS[layout]())
+    direct = full_pipeline(FlowMatchLCMScheduler(**SCHEDULES[layout]), **PRESETS[layout])
+    direct.save_pretrained(tmp_path / "direct")
+    expected = latents(direct)
+    direct.transformer = load(path)
+    assert torch.equal(latents(direct), expected)
+
+    convert_checkpoint(path, base, tmp_path / "out", layout)
+    ours, expected = (TokenTrimPipeline.from_pretrained(tmp_path / folder) for folder in ("out", "direct"))
+    assert torch.equal(latents(ours), latents(expected))
+    ours, expected = (tmp_path / folder / "transformer" for folder in ("out", "direct"))
+    file = "diffusion_pytorch_model.safetensors"
+    assert (ours / file).read_bytes() == (expected / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "preset, timesteps",
+    [
+        ("self_forcing", [1000, 937.5, 833.3333, 625]),
+        ("rolling_forcing", [1000, 952.3810, 882.3529, 769.2308, 555.5556]),
+        ("causvid", [1000, 756.7568, 521.7391]),
+    ],
+)
+def test_schedules_are_the_published_ones(preset, timesteps):
+    pipe = full_pipeline(FlowMatchLCMScheduler(**SCHEDULES[preset]))
+    pipe.scheduler.set_rollout_timesteps(PRESETS[preset]["num_inference_steps"])
+    assert pipe.scheduler.timesteps.tolist() == pytest.approx(timesteps, abs=1e-3)
+
+
+def test_the_command(tmp_path, base):
+    """As a stranger runs it, in a process of its own, into an empty folder that is there."""
+    path = write(tmp_path, LAYOUTS["rolling_forcing"]())
+    (tmp_path / "tokentrim").symlink_to(ROOT)
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-m", "tokentrim.convert"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    process = subprocess.run([*command, *arguments(path, base, "out", "rolling_forcing")], **options)
+    assert process.returncode == 0, process.stderr
+    log = process.stdout
+    for found in ("generator_ema", "critic, step", "_fsdp_wrapped_module., model.", "'num_layers': 2", "written"):
+        assert found in log
+    assert_same_weights(WanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer"), tiny_transformer(EMA))
+
+
+# What is wrong with a file is said, in one error that names it
+
+
+def without(key, weights):
+    return {name: tensor for name, tensor in weights.items() if name != key}
+
+
+BAD_FILES = {
+    "pickle": ({"generator": {}, "config": Path("config.yaml")}, "tensors alone.*pathlib"),
+    "list": ([torch.zeros(1)], "laid out as.*holds a list"),
+    "no layout": ({"critic": {}, "step": 1}, r"laid out as.*\['critic', 'step'\]"),
+    "step among weights": ({"model": {**original_weights(), "step": 1}}, r"floating-point.*\['step'\]"),
+    "integers": ({**original_weights(), "head.head.bias": torch.zeros(16, dtype=torch.int8)}, "floating-point.*head"),
+    "LoRA": ({"generator_lora": {"base_model.model.blocks.0.ffn.0.lora_A.weight": torch.zeros(1)}}, "holds a LoRA"),
+    "bare LoRA": ({"base_model.model.blocks.0.ffn.0.lora_B.weight": torch.zeros(1)}, "holds a LoRA"),
+    "Diffusers' names": (tiny_transformer().state_dict(), "original names.*no text_embedding.0, time_embedding.0"),
+    "two for one": (
+        {**original_weights(), "model.head.head.bias": torch.zeros(16)},
+        "one key.*two for head.head.bias",
+    ),
+    "unexpected": (
+        {**original_weights(), "img_emb.proj.0.weight": torch.zeros(3), "blocks.0.extra": torch.zeros(3)},
+        r"are 2 unexpected: img_emb.proj.0.weight, blocks.0.extra\.",
+    ),
+    "missing": (
+        without("blocks.1.norm3.bias", without("head.head.bias", original_weights())),
+        r"are 2 missing \(Diffusers' names\): blocks.1.norm2.bias, proj_out.bias\.",
+    ),
+    "a block missing": (
+        {key: tensor for key, tensor in original_weights().items() if "blocks.0." not in key or "ffn" in key},
+        "missing.*blocks.0.attn1.to_q.weight",
+    ),
+    "shape": (
+        {**original_weights(), "blocks.0.self_attn.q.bias": torch.zeros(5)},
+        r"are 1 of another shape: blocks.0.self_attn.q.bias \(5,\) instead of \(24,\)\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(case, tmp_path):
+    content, message = BAD_FILES[case]
+    path = write(tmp_path, content)
+    with pytest.raises(ValueError, match=message) as error:
+        load(path)
+    assert str(error.value).startswith("`path` has to be") and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("keep", [0, 0.5, 0.99])
+def test_truncated_files(suffix, keep, tmp_path):
+    path = tmp_path / f"original{suffix}"
+    (torch.save if suffix == ".pt" else save_file)(original_weights(), path)
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    with pytest.raises(ValueError, match=f"complete .safetensors file.*{path.name} is truncated or something else"):
+        load(path)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="`path`.*none.pt does not exist"):
+        load(tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="`path`.*is a folder"):
+        load(tmp_path)
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match="`path`.*text.pt is truncated or something else"):
+        load(tmp_path / "text.pt")
+
+
+def test_ema_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="`ema` has to be None or False.*only 'generator'"):
+        load(write(tmp_path, LAYOUTS["longlive"]()), ema=True)
+    with pytest.raises(ValueError, match="`ema` has to be None or True.*only 'generator_ema'"):
+        load(write(tmp_path, {"generator_ema": original_weights()}), ema=False)
+
+
+def test_head_dim_that_does_not_divide(tmp_path):
+    with pytest.raises(ValueError, match="`attention_head_dim` has to be a divisor of the width 24.*is 128"):
+        load_original_transformer(write(tmp_path, LAYOUTS["bare"]()))
+
+
+# Nothing is half-written
+
+
+@pytest.fixture
+def nothing_written(tmp_path):
+    yield
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "vae"])
+def test_base_without_a_part(part, tmp_path, base, nothing_written):
+    path = write(tmp_path, LAYOUTS["bare"]())
+    poor = tmp_path / "base"
+    poor.mkdir()
+    for folder in base.iterdir():
+        if folder.name != part:
+            (poor / folder.name).symlink_to(folder)
+    with pytest.raises(SystemExit, match=f"error: `base` has to be a Wan2.1 folder.*has no {part}/"):
+        main(arguments(path, poor, tmp_path / "out"))
+    (poor / part).mkdir()
+    with pytest.raises(SystemExit, match=f"error: `base` has to be a complete folder.*{part} does not load"):
+        main(arguments(path, poor, tmp_path / "out"))
+
+
+def test_base_of_another_model(tmp_path, base, nothing_written):
+    weights = {**original_weights(), "text_embedding.0.weight": torch.zeros(24, 40)}
+    with pytest.raises(SystemExit, match=r"error: `base` has to be a folder that fits.*\(40, 4, 4\).*\(32, 4, 4\)"):
+        main(arguments(write(tmp_path, weights), base, tmp_path / "out"))
+
+
+def test_bad_file_for_the_command(tmp_path, base, nothing_written):
+    path = write(tmp_path, {**original_weights(), "extra": torch.zeros(3)})
+    with pytest.raises(SystemExit, match="error: `path` has to be.*1 unexpected: extra"):
+        main(arguments(path, base, tmp_path / "out"))
+    with pytest.raises(SystemExit, match="error: `ema` has to be None or False"):
+        main(arguments(write(tmp_path, original_weights()), base, tmp_path / "out", "longlive", "--ema"))
+
+
+def test_failure_while_saving(tmp_path, base, nothing_written, monkeypatch):
+    def fail(self, folder):
+        folder.mkdir()
+        (folder / "model_index.json").write_text("{}")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(TokenTrimPipeline, "save_pretrained", fail)
+    with pytest.raises(SystemExit, match="error: No space left on device"):
+        main(arguments(write(tmp_path, LAYOUTS["bare"]()), base, tmp_path / "out"))
+
+
+def test_out_that_is_there(tmp_path, base):
+    path = write(tmp_path, LAYOUTS["bare"]())
+    with pytest.raises(SystemExit, match="error: `out` has to be a new or an empty folder.*is there already"):
+        main(arguments(path, base, path))
+    with pytest.raises(SystemExit, match="error: `out` has to be a new or an empty folder.*is there already"):
+        main(arguments(path, base, tmp_path))
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_unknown_preset(tmp_path, base):
+    with pytest.raises(ValueError, match="`preset` has to be one of.*'longlive'.*is 'wan'"):
+        convert_checkpoint(tmp_path / "original.pt", base, tmp_path / "out", "wan")
