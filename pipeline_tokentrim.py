@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from .tokentrim_attention import cached_attention, rotary_dims
 from .tokentrim_cache import RollingKVCache
+from .tokentrim_flowmo import checkpointed, guide
 from .tokentrim_inputs import (
     ROLLOUTS,
     check_attention_kwargs,
@@ -36,6 +37,7 @@ from .tokentrim_inputs import (
     check_components,
     check_context,
     check_draws,
+    check_flowmo,
     check_list,
     check_method,
     check_noise,
@@ -108,6 +110,16 @@ class _InFlight:
 
 
 @dataclass
+class _FlowMo:
+    """Which chunks and which of their denoising steps FlowMo guides, and how."""
+
+    chunks: Sequence[int]
+    steps: Sequence[int]
+    iterations: int
+    learning_rate: float
+
+
+@dataclass
 class _RolloutState:
     """What one call fixes for all its chunks; the prompt, which a callback may change; the chunks in flight.
 
@@ -115,8 +127,9 @@ class _RolloutState:
     are steps, each a step behind the chunk before it.
     """
 
-    noise_chunks: Sequence[torch.Tensor]
+    noise_chunks: list[torch.Tensor]
     num_window_chunks: int
+    flowmo: _FlowMo
     cache: RollingKVCache
     renoise: _Renoise
     solver_generators: list[torch.Generator] | None
@@ -243,6 +256,10 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         warmup_chunks: int = 2,
         max_regenerations: int = 1,
         drift_signal: str = "final",
+        flowmo_iterations: int = 0,
+        flowmo_learning_rate: float = 0.005,
+        flowmo_steps: list[int] | None = None,
+        flowmo_chunks: str = "first",
         rollout: str | None = None,
         num_frames_per_chunk: int | None = None,
         window_size: int | None = None,
@@ -301,6 +318,15 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             drift_signal (`str`, defaults to `"final"`):
                 What the gate compares: `"final"`, finished chunks; `"first_step"`, the x0 predictions of their first
                 denoising step, so that another attempt costs one step instead of all.
+            flowmo_iterations (`int`, defaults to `0`):
+                FlowMo ([arXiv 2506.01144](https://huggingface.co/papers/2506.01144)): gradient steps on the latents
+                before a denoising step, towards an x0 prediction that moves evenly. 0 is off, 1 the paper's.
+            flowmo_learning_rate (`float`, defaults to `0.005`): size of a gradient step.
+            flowmo_steps (`list[int]`, *optional*):
+                Indices of the denoising steps that it guides. By default the first quarter of them, rounded up (12 of
+                50 in its paper).
+            flowmo_chunks (`str`, defaults to `"first"`):
+                `"first"`, the first generated chunk, TokenTrim's motion-stabilised initialisation; or `"all"`.
             rollout (`str`, *optional*, defaults to `"self_forcing"`):
                 `"self_forcing"`: chunk after chunk, each through all its steps. `"rolling_forcing"`: a window of as
                 many chunks as there are steps, denoised together, each a step behind the chunk before it; with a
@@ -380,11 +406,25 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         check_schedule(self.scheduler, num_inference_steps, sigmas, timesteps, renoise)
         check_method(token_trim, prune_fraction, drift_sensitivity, warmup_chunks, max_regenerations, drift_signal)
         check_rollout(rollout, self.scheduler, drift_signal)
+        guided_chunks = range(num_given_chunks, len(chunk_partition))[: 1 if flowmo_chunks == "first" else None]
+        check_flowmo(
+            flowmo_iterations,
+            flowmo_learning_rate,
+            flowmo_steps,
+            flowmo_chunks,
+            min(chunk_partition[chunk] for chunk in guided_chunks),
+            drift_signal,
+        )
         check_callables(callback_on_step_end=callback_on_step_end, on_chunk=on_chunk)
         device = self._execution_device
         self.scheduler.set_rollout_timesteps(num_inference_steps, device, sigmas, timesteps)
         num_steps = len(self.scheduler.timesteps)
         num_window_chunks = num_steps if rolling else 1
+        if flowmo_steps is None:
+            flowmo_steps = range(-(-num_steps // 4))
+        flowmo = _FlowMo(
+            guided_chunks if flowmo_iterations else (), flowmo_steps, flowmo_iterations, flowmo_learning_rate
+        )
         if num_sink_frames is None:
             num_sink_frames = chunk_partition[0] if rolling else 0
         check_context(
@@ -448,8 +488,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             max_regenerations,
         )
         state = _RolloutState(
-            noise_chunks,
+            list(noise_chunks),
             num_window_chunks,
+            flowmo,
             cache,
             renoise,
             self._solver_generators(generator, num_videos),
@@ -505,9 +546,11 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
     def draft_chunk(self, state: _RolloutState, index: int) -> torch.Tensor:
         """What the gate looks at, (B, C, frames, H, W): the finished chunk, or its first x0 prediction."""
         if state.drift_signal == "first_step":
-            noise = state.noise_chunks[index]
-            state.first_flow = self.predict_flow(state, index, [_InFlight(noise)])
-            return self.scheduler.predict_original_sample(state.first_flow, noise)
+            window = [_InFlight(state.noise_chunks[index])]
+            self.guide_motion(state, index, window)
+            state.noise_chunks[index] = window[0].latents
+            state.first_flow = self.predict_flow(state, index, window)
+            return self.scheduler.predict_original_sample(state.first_flow, window[0].latents)
         state.attempt = self.denoise_window(state, index)
         return state.attempt[0].latents
 
@@ -557,6 +600,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             if self.interrupt:
                 break
             if flow is None:
+                self.guide_motion(state, index, window, videos)
                 flow = self.predict_flow(state, index, window, videos)
             sizes = [chunk.latents.shape[2] for chunk in window]
             step, flows, flow = window[0].step, flow.split(sizes, dim=2), None
@@ -569,6 +613,23 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                     chunk.latents = changed
             state.progress.update()
         return window
+
+    def guide_motion(
+        self, state: _RolloutState, index: int, window: list[_InFlight], videos: list[int] | None = None
+    ) -> None:
+        """FlowMo, where it was asked for: change the latents of chunk `index`, the first of the window."""
+        chunk, flowmo = window[0], state.flowmo
+        if index not in flowmo.chunks or chunk.step not in flowmo.steps:
+            return
+        if state.num_window_chunks > 1:
+            self.scheduler.seek(chunk.step)
+
+        def predict_x0(latents):
+            flow = self.predict_flow(state, index, [_InFlight(latents, chunk.step), *window[1:]], videos)
+            return self.scheduler.predict_original_sample(flow[:, :, : latents.shape[2]], latents)
+
+        with checkpointed(self.transformer):
+            chunk.latents = guide(chunk.latents, predict_x0, flowmo.iterations, flowmo.learning_rate)
 
     def step_chunk(
         self, state: _RolloutState, index: int, chunk: _InFlight, flow: torch.Tensor, videos: list[int] | None

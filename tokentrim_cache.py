@@ -205,9 +205,11 @@ class RollingKVCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-attention keys and values of `layer`, projected once for a prompt, (rows, text, heads, head_dim)."""
         if layer not in self._prompt:
+            with torch.no_grad():  # a prompt is no function of the latents
+                projected = project()
             if self._videos is not None:
-                return project()
-            self._prompt[layer] = project()
+                return projected
+            self._prompt[layer] = projected
         key, value = self._prompt[layer]
         return self._rows(key), self._rows(value)
 

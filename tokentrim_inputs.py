@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import is_compiled_module
 
 DRIFT_SIGNALS = ("final", "first_step")
 ROLLOUTS = ("self_forcing", "rolling_forcing")
+FLOWMO_CHUNKS = ("first", "all")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -105,6 +106,23 @@ def check_context(
         what = "a chunk" if num_window_chunks == 1 else "chunks denoised together (one for each step)"
         valid = f"None or >= {shortest}: {num_sink_frames} sink frames and {what} of {together} latent frames"
         check(window_size >= shortest, "window_size", window_size, valid)
+
+
+def check_flowmo(
+    iterations: int, learning_rate: float, steps: Any, chunks: str, num_frames: int, drift_signal: str
+) -> None:
+    """The arguments of FlowMo; `num_frames` is the least that a guided chunk has."""
+    check_int("flowmo_iterations", iterations, 0)
+    check_number("flowmo_learning_rate", learning_rate, lambda rate: rate > 0, "a finite number > 0")
+    check_choice("flowmo_chunks", chunks, FLOWMO_CHUNKS)
+    if steps is not None:
+        check_list("flowmo_steps", steps, int, "a list of ints")
+        check(min(steps, default=0) >= 0, "flowmo_steps", steps, "a list of ints >= 0, or None")
+    if iterations > 0:
+        valid = "0 for chunks of less than 3 latent frames, whose motion has no variance"
+        check(num_frames >= 3, "flowmo_iterations", iterations, valid)
+        valid = "'first' for drift_signal='first_step', whose flow would be of the latents before guidance"
+        check(chunks == "first" or drift_signal == "final", "flowmo_chunks", chunks, valid)
 
 
 def check_rollout(rollout: str, scheduler: Any, drift_signal: str) -> None:

@@ -17,11 +17,14 @@ CHECKPOINT = ROOT / "checkpoints" / "tiny-world"
 PAPER = json.loads((ROOT / "configs" / "paper.json").read_text())
 WORLD = json.loads((ROOT / "configs" / "tiny_world.json").read_text())
 SINK = {"num_sink_frames": WORLD["num_frames_per_chunk"]}
+# Without FlowMo, trimming is paired with the plain rollout: equal up to the first trigger.
+TRIM = {name: value for name, value in PAPER.items() if not name.startswith("flowmo")}
 METHODS = {
     "plain": {"token_trim": False},
-    "tokentrim": PAPER,
+    "tokentrim": TRIM,
+    "flowmo + tokentrim": PAPER,
     "sink": {"token_trim": False, **SINK},
-    "sink + tokentrim": {**PAPER, **SINK},
+    "sink + tokentrim": {**TRIM, **SINK},
 }
 
 
