@@ -117,7 +117,6 @@ def make_pipeline(
         rollout="self_forcing",
         num_frames_per_chunk=num_frames_per_chunk,
         window_size=NUM_FRAMES,
-        num_sink_frames=0,
         relative_positions=True,
         num_inference_steps=NUM_INFERENCE_STEPS,
         height=SIZE,
