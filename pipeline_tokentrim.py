@@ -617,19 +617,21 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
     def guide_motion(
         self, state: _RolloutState, index: int, window: list[_InFlight], videos: list[int] | None = None
     ) -> None:
-        """FlowMo, where it was asked for: change the latents of chunk `index`, the first of the window."""
-        chunk, flowmo = window[0], state.flowmo
-        if index not in flowmo.chunks or chunk.step not in flowmo.steps:
-            return
-        if state.num_window_chunks > 1:
-            self.scheduler.seek(chunk.step)
+        """FlowMo, where it was asked for: change the latents of chunks in the window, of which `index` is the first."""
+        flowmo, sizes = state.flowmo, [chunk.latents.shape[2] for chunk in window]
+        for offset, chunk in enumerate(window):
+            if index + offset not in flowmo.chunks or chunk.step not in flowmo.steps:
+                continue
+            if state.num_window_chunks > 1:
+                self.scheduler.seek(chunk.step)
 
-        def predict_x0(latents):
-            flow = self.predict_flow(state, index, [_InFlight(latents, chunk.step), *window[1:]], videos)
-            return self.scheduler.predict_original_sample(flow[:, :, : latents.shape[2]], latents)
+            def predict_x0(latents, offset=offset, step=chunk.step):
+                guided = [*window[:offset], _InFlight(latents, step), *window[offset + 1 :]]
+                flow = self.predict_flow(state, index, guided, videos).split(sizes, dim=2)[offset]
+                return self.scheduler.predict_original_sample(flow, latents)
 
-        with checkpointed(self.transformer):
-            chunk.latents = guide(chunk.latents, predict_x0, flowmo.iterations, flowmo.learning_rate)
+            with checkpointed(self.transformer):
+                chunk.latents = guide(chunk.latents, predict_x0, flowmo.iterations, flowmo.learning_rate)
 
     def step_chunk(
         self, state: _RolloutState, index: int, chunk: _InFlight, flow: torch.Tensor, videos: list[int] | None

@@ -68,8 +68,8 @@ def name_shape(mask: np.ndarray) -> str | None:
     largest = max(parts, key=lambda part: part.area)
     if largest.area_filled > 1.05 * largest.area:
         return "ring"
-    # A square fills its box, a circle pi / 4 of it, a triangle half.
-    return "square" if largest.extent > 0.88 else "circle" if largest.extent > 0.66 else "triangle"
+    # A square fills its box, a circle pi / 4 of it, a triangle half; what the model draws has rounded corners.
+    return "square" if largest.extent > 0.84 else "circle" if largest.extent > 0.66 else "triangle"
 
 
 def color_drift(colors: np.ndarray) -> np.ndarray:
