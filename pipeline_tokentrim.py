@@ -25,6 +25,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from .tokentrim_anchor import Anchor
 from .tokentrim_attention import cached_attention, rotary_dims
 from .tokentrim_cache import RollingKVCache
 from .tokentrim_flowmo import checkpointed, guide
@@ -44,6 +45,7 @@ from .tokentrim_inputs import (
     check_number,
     check_prompt_embeds,
     check_prompts,
+    check_reanchor,
     check_rollout,
     check_schedule,
     check_sizes,
@@ -130,6 +132,7 @@ class _RolloutState:
     noise_chunks: list[torch.Tensor]
     num_window_chunks: int
     flowmo: _FlowMo
+    anchor: Anchor
     cache: RollingKVCache
     renoise: _Renoise
     solver_generators: list[torch.Generator] | None
@@ -260,6 +263,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         flowmo_learning_rate: float = 0.005,
         flowmo_steps: list[int] | None = None,
         flowmo_chunks: str = "first",
+        reanchor: str | None = None,
+        reanchor_tolerance: float | None = None,
         rollout: str | None = None,
         num_frames_per_chunk: int | None = None,
         window_size: int | None = None,
@@ -327,6 +332,14 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 50 in its paper).
             flowmo_chunks (`str`, defaults to `"first"`):
                 `"first"`, the first generated chunk, TokenTrim's motion-stabilised initialisation; or `"all"`.
+            reanchor (`str`, *optional*):
+                Ours, not the paper's: which statistics of each latent channel of an accepted chunk are moved to the
+                first chunk's before it becomes context: `"mean"`, `"moments"` (mean and standard deviation) or
+                `"histogram"` (all values, by rank). What is shown stays as generated. `None` is off.
+            reanchor_tolerance (`float`, *optional*):
+                How far a chunk may be from the first one, in standard deviations of the latent channels' means,
+                before its change is taken for meant: it then stays as it is, and later chunks are held to it.
+                `None`: nothing is meant to change.
             rollout (`str`, *optional*, defaults to `"self_forcing"`):
                 `"self_forcing"`: chunk after chunk, each through all its steps. `"rolling_forcing"`: a window of as
                 many chunks as there are steps, denoised together, each a step behind the chunk before it; with a
@@ -415,6 +428,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             min(chunk_partition[chunk] for chunk in guided_chunks),
             drift_signal,
         )
+        check_reanchor(reanchor, reanchor_tolerance)
         check_callables(callback_on_step_end=callback_on_step_end, on_chunk=on_chunk)
         device = self._execution_device
         self.scheduler.set_rollout_timesteps(num_inference_steps, device, sigmas, timesteps)
@@ -491,6 +505,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             list(noise_chunks),
             num_window_chunks,
             flowmo,
+            Anchor(reanchor, reanchor_tolerance),
             cache,
             renoise,
             self._solver_generators(generator, num_videos),
@@ -535,7 +550,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             if self.interrupt:
                 break
             if index + 1 < len(state.noise_chunks):
-                self.commit_chunk(state, index, chunk)
+                self.commit_chunk(state, index, state.anchor.hold(chunk))
             judged = [vars(decision) for decision in policy.accept()]
             for of_video, decision in zip(decisions, judged):
                 of_video.append(decision)

@@ -12,6 +12,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.utils.torch_utils import is_compiled_module
 
+from .tokentrim_anchor import REANCHORINGS
+
 
 DRIFT_SIGNALS = ("final", "first_step")
 ROLLOUTS = ("self_forcing", "rolling_forcing")
@@ -48,6 +50,15 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 def check_list(name: str, value: Any, of_type: type | tuple[type, ...], valid: str) -> None:
     of_types = isinstance(value, (list, tuple)) and all(isinstance(each, of_type) for each in value)
     check(of_types, name, value, valid, TypeError)
+
+
+def check_reanchor(reanchor: Any, reanchor_tolerance: Any) -> None:
+    """Which statistics the context is held to, and how far it may leave them."""
+    if reanchor is not None:
+        check_choice("reanchor", reanchor, tuple(REANCHORINGS))
+    if reanchor_tolerance is not None:
+        check_number("reanchor_tolerance", reanchor_tolerance, lambda value: value > 0, "a finite number > 0, or None")
+        check(reanchor is not None, "reanchor_tolerance", reanchor_tolerance, "None where `reanchor` is None")
 
 
 def check_callables(**arguments: Any) -> None:

@@ -3,11 +3,15 @@
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
-from skimage.color import deltaE_ciede2000, lab2rgb, rgb2lab
+from scipy.ndimage import laplace
+from skimage.color import deltaE_ciede2000, lab2rgb, rgb2gray, rgb2hsv, rgb2lab
 from skimage.measure import label, regionprops
 
 from training.world import COLORS, parse
+
+from .identity import Appearance
 
 
 @dataclass
@@ -102,3 +106,50 @@ def summarize_drift(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) 
         "object_lost": float(np.mean(colors.area[half * num_frames_per_chunk :] < 0.01)),
         "motion": motion(colors),
     }
+
+
+def flow_amplitude(frames: np.ndarray) -> float:
+    """Mean length in pixels of the Farneback optical flow from frame to frame (Helios' motion amplitude)."""
+    grey = (rgb2gray(frames) * 255).astype(np.uint8)
+    flows = [cv2.calcOpticalFlowFarneback(*pair, None, 0.5, 3, 15, 3, 5, 1.2, 0) for pair in zip(grey, grey[1:])]
+    return float(np.mean([np.linalg.norm(flow, axis=-1).mean() for flow in flows]))
+
+
+def look_of(frames: np.ndarray) -> dict[str, float]:
+    """M of a chunk, (frames, H, W, 3) in [0, 1]: what needs neither prompt nor pretrained model."""
+    lab, grey = rgb2lab(frames), rgb2gray(frames)
+    means, spreads = lab.mean(axis=(0, 1, 2)), lab.std(axis=(0, 1, 2))
+    return {
+        **{f"{channel}_mean": float(value) for channel, value in zip("Lab", means)},
+        **{f"{channel}_spread": float(value) for channel, value in zip("Lab", spreads)},
+        "saturation": float(rgb2hsv(frames)[..., 1].mean()),
+        "contrast": float(grey.std()),
+        "sharpness": float(np.mean([laplace(each).var() for each in grey])),
+        "flicker": float(np.abs(np.diff(frames, axis=0)).mean()),
+        "flow": flow_amplitude(frames),
+    }
+
+
+def measure_chunks(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> list[dict[str, float]]:
+    """All measures of each chunk of a video, (frames, H, W, 3) in [0, 1]."""
+    colors, scene = track_colors(frames, prompt, num_frames_per_chunk), parse(prompt)
+    appearance = Appearance.of(frames[:num_frames_per_chunk], colors.mask[:num_frames_per_chunk])
+    steps = np.linalg.norm(np.diff(colors.center, axis=0), axis=1)
+    rows = []
+    for chunk, start in enumerate(range(0, len(frames), num_frames_per_chunk)):
+        stop = start + num_frames_per_chunk
+        middle = (start + stop) // 2
+        apart = deltaE_ciede2000(colors.object[chunk], colors.background[chunk])
+        rows.append(
+            {
+                "identity_error": appearance.place(frames[middle])[1],
+                "background_error": float(deltaE_ciede2000(colors.background[chunk], colors.background[0])),
+                "object_error": float(deltaE_ciede2000(colors.object[chunk], colors.object[0])),
+                "area": float(colors.area[start:stop].mean()),
+                "present": bool(colors.area[middle] >= 0.01 and apart >= 10),
+                "shape_right": name_shape(colors.mask[middle]) == scene.shape,
+                "motion": mean_of_present(steps[max(start - 1, 0) : stop - 1]),
+                **look_of(frames[start:stop]),
+            }
+        )
+    return rows

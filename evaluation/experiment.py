@@ -1,0 +1,117 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""An experiment: methods x seeds on one checkpoint, read from a YAML file and checked before anything runs."""
+
+import inspect
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+
+from tokentrim import TokenTrimPipeline
+from training.world import CHANGES, Scene
+
+from .controls import CONTROLS
+from .defects import DEFECTS
+from .rollouts import CHECKPOINT, ROOT
+
+
+SCENES = ("static", *CHANGES)
+ARGUMENTS = inspect.signature(TokenTrimPipeline.__call__).parameters
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides the numbers. Every method sees the same prompts and the same noise.
+
+    Args:
+        name (`str`): name of the file.
+        methods (`dict[str, dict]`): arguments of the pipeline's call by name; `config` takes those of
+            `configs/<config>.json` first, `control` names a control of `evaluation.controls`. The first one is what
+            the others are compared with.
+        checkpoint (`str`): folder, relative to the repository.
+        first_seed, num_seeds (`int`): a seed fixes prompt and noise.
+        num_chunks (`int`): length of the videos.
+        batch_size (`int`): videos generated together.
+        scenes (`list[str]`): what is meant to change in them: `"static"` is nothing but the object's place.
+        defects (`list[str]`): kinds of defects to paint, one video each in turn; none by default.
+        defect_chunk (`int`): the accepted chunk that they are painted into.
+    """
+
+    name: str
+    methods: dict[str, dict]
+    checkpoint: str = str(CHECKPOINT.relative_to(ROOT))
+    first_seed: int = 1000
+    num_seeds: int = 64
+    num_chunks: int = 40
+    batch_size: int = 8
+    scenes: list[str] = field(default_factory=lambda: ["static"])
+    defects: list[str] = field(default_factory=list)
+    defect_chunk: int = 8
+
+    @classmethod
+    def load(cls, path: Path) -> "Experiment":
+        """Read and check a YAML file."""
+        settings = yaml.safe_load(path.read_text())
+        known = set(cls.__dataclass_fields__) - {"name"}
+        if not isinstance(settings, dict) or not settings.get("methods"):
+            raise ValueError(f"{path} has to be a mapping with `methods`, but is {settings!r}.")
+        if unknown := set(settings) - known:
+            raise ValueError(f"{path}: unknown settings {sorted(unknown)}; there are {sorted(known)}.")
+        experiment = cls(name=path.stem, **settings)
+        for name in ("first_seed", "num_seeds", "num_chunks", "batch_size", "defect_chunk"):
+            value = getattr(experiment, name)
+            if not isinstance(value, int) or value < (0 if name == "first_seed" else 1):
+                raise ValueError(f"{path}: `{name}` has to be a whole number, but is {value!r}.")
+        for name, valid in (("scenes", SCENES), ("defects", DEFECTS)):
+            if unknown := set(getattr(experiment, name)) - set(valid):
+                raise ValueError(f"{path}: unknown {name} {sorted(unknown)}; there are {', '.join(valid)}.")
+        for method in experiment.methods:
+            experiment.arguments(method)
+        return experiment
+
+    def arguments(self, method: str) -> dict:
+        """The call's arguments, without `control`."""
+        settings = dict(self.methods[method] or {})
+        control, config = settings.pop("control", None), settings.pop("config", None)
+        if control is not None and control not in CONTROLS:
+            raise ValueError(f"method {method!r}: unknown control {control!r}; there are {', '.join(CONTROLS)}.")
+        path = ROOT / "configs" / f"{config}.json"
+        if config is not None and not path.is_file():
+            names = ", ".join(sorted(each.stem for each in path.parent.glob("*.json")))
+            raise ValueError(f"method {method!r}: unknown config {config!r}; there are {names}.")
+        settings = {**(json.loads(path.read_text()) if config else {}), **settings}
+        if unknown := set(settings) - set(ARGUMENTS):
+            raise ValueError(f"method {method!r}: the pipeline's call takes no {', '.join(sorted(unknown))}.")
+        return settings
+
+    def control(self, method: str) -> str | None:
+        return (self.methods[method] or {}).get("control")
+
+    def prompts(self, seeds: list[int]) -> list[str]:
+        """A prompt for each seed, of this experiment's kinds of scenes."""
+        return sample_prompts(seeds, self.scenes)
+
+    def jobs(self) -> list[tuple[str, list[int]]]:
+        """(method, seeds) of each batch, methods alternating."""
+        seeds = range(self.first_seed, self.first_seed + self.num_seeds)
+        batches = [list(seeds[start : start + self.batch_size]) for start in range(0, len(seeds), self.batch_size)]
+        return [(method, batch) for batch in batches for method in self.methods]
+
+    def fingerprint(self) -> dict:
+        """What a folder of results has to agree on; methods and seeds may be added to it."""
+        shared = {name: value for name, value in asdict(self).items() if name not in ("methods", "num_seeds", "name")}
+        return {**shared, "arguments": {method: self.arguments(method) for method in self.methods}}
+
+
+def sample_prompts(seeds: list[int], scenes: list[str] = ("static",)) -> list[str]:
+    """A prompt for each seed; by default of scenes in which nothing but the object is meant to change."""
+    prompts = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        scene = Scene.sample(generator)
+        while (scene.change or "static") not in scenes:
+            scene = Scene.sample(generator)
+        prompts.append(scene.prompt)
+    return prompts

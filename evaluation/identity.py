@@ -1,0 +1,80 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Identity error: how far each frame of a tiny-world video is from its own first chunk, drawn where its object is now.
+
+An object of this world keeps its outline, its texture and its colours and does not turn, and a background is one
+colour with a linear gradient; so a frame of the first chunk, cut into object and background, says what every later
+frame has to look like but for the object's place, and the place that fits best is searched for.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import binary_dilation, binary_erosion, shift
+from scipy.signal import fftconvolve
+
+
+@dataclass
+class Appearance:
+    """A frame in two layers; a rendering is `object + (1 - coverage) * background`, with the first two moved.
+
+    Args:
+        object (`np.ndarray`): sRGB times coverage, (H, W, 3).
+        coverage (`np.ndarray`): in [0, 1], (H, W).
+        background (`np.ndarray`): sRGB, (H, W, 3).
+    """
+
+    object: np.ndarray
+    coverage: np.ndarray
+    background: np.ndarray
+
+    @classmethod
+    def of(cls, frames: np.ndarray, mask: np.ndarray) -> "Appearance":
+        """Cut the middle frame of a chunk, (frames, H, W, 3) in [0, 1], into layers that compose to it again.
+
+        Args:
+            frames (`np.ndarray`): of one chunk.
+            mask (`np.ndarray`): which pixels look like the object, (frames, H, W).
+        """
+        y, x = np.indices(frames.shape[1:3]) / frames.shape[1]
+        plane = np.stack([np.ones_like(x), x, y], axis=-1)  # (H, W, 3)
+        away = ~np.stack([binary_dilation(each, iterations=2) for each in mask])
+        points = np.broadcast_to(plane, (*mask.shape, 3))[away]
+        background = plane @ np.linalg.lstsq(points, frames[away], rcond=None)[0]
+
+        frame, inside = frames[len(frames) // 2], mask[len(frames) // 2]
+        step = np.median(frame[inside], axis=0) - background if inside.any() else np.ones_like(background)
+        along = ((frame - background) * step).sum(axis=-1) / np.maximum((step**2).sum(axis=-1), 1e-6)
+        coverage = np.where(binary_erosion(inside), 1.0, along.clip(0, 1) * binary_dilation(inside))
+        return cls(frame - (1 - coverage[..., None]) * background, coverage, background)
+
+    def render(self, offset: tuple[float, float]) -> np.ndarray:
+        """The frame with its object moved by (y, x) pixels, (H, W, 3)."""
+        return (
+            shift(self.object, (*offset, 0), order=1)
+            + (1 - shift(self.coverage, offset, order=1))[..., None] * self.background
+        )
+
+    def place(self, frame: np.ndarray) -> tuple[tuple[float, float], float]:
+        """The offset (y, x) whose rendering is nearest to `frame`, (H, W, 3), to half a pixel, and its RMSE."""
+        # The squared error of every whole offset d at once: with r = frame - background, o and c the moved layers,
+        # sum (r - o + c b)^2 = sum r^2 + o^2 + c^2 b^2 - 2 r o + 2 r b c - 2 b o c, each a correlation.
+        residual = frame - self.background
+        spatial = (0, 1)
+
+        def correlate(fixed, moved):
+            return fftconvolve(fixed, moved[::-1, ::-1], axes=spatial).sum(axis=-1)
+
+        coverage = np.broadcast_to(self.coverage[..., None], self.object.shape)
+        error = (
+            correlate(np.ones_like(frame), self.object**2)
+            + correlate(self.background**2, coverage**2)
+            - 2 * correlate(residual, self.object)
+            + 2 * correlate(residual * self.background, coverage)
+            - 2 * correlate(self.background, self.object * coverage)
+        )
+        best = np.unravel_index(error.argmin(), error.shape)
+        y, x = (int(place) - size + 1 for place, size in zip(best, frame.shape))
+        offsets = [(y + half_y, x + half_x) for half_y in (-0.5, 0, 0.5) for half_x in (-0.5, 0, 0.5)]
+        errors = [np.sqrt(((frame - self.render(offset)) ** 2).mean()) for offset in offsets]
+        nearest = int(np.argmin(errors))
+        return offsets[nearest], float(errors[nearest])

@@ -1,0 +1,173 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""From the tidy table of an experiment to its Markdown report and plots."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy.stats import rankdata
+
+from .experiment import Experiment
+from .signals import SIGNALS
+
+
+BASE_CHUNKS = slice(1, 4)  # the chunk that the others are compared with comes before
+CONTRASTS = ("L_mean", "a_mean", "b_mean", "L_spread", "saturation", "contrast", "sharpness", "flicker")
+RECOVERY = 8  # chunks after a defect
+
+
+def bootstrap(values: np.ndarray, num_samples: int = 10_000) -> tuple[float, float]:
+    """95% interval of the mean, by resampling videos."""
+    generator = np.random.default_rng(0)
+    means = values[generator.integers(len(values), size=(num_samples, len(values)))].mean(axis=1)
+    return tuple(np.quantile(means, (0.025, 0.975)))
+
+
+def of_videos(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
+    """One row for each method and video: drift over the last half, and start-end contrasts (first and last 15%)."""
+    rows = []
+    for (method, seed), video in table.groupby(["method", "seed"], sort=False):
+        video = video.sort_values("chunk")
+        half, share = len(video) // 2, max(1, round(0.15 * len(video)))
+        error = video["identity_error"].to_numpy()
+        row = {
+            "method": method,
+            "seed": seed,
+            "prompt": video["prompt"].iloc[0],
+            "excess_drift": error[half:].mean() - error[BASE_CHUNKS].mean(),
+            "identity_error": error[half:].mean(),
+            "background_error": video["background_error"].iloc[half:].mean(),
+            "object_error": video["object_error"].iloc[half:].mean(),
+            "area_change": abs(video["area"].iloc[half:].mean() / video["area"].iloc[:3].mean() - 1),
+            "present": video["present"].iloc[half:].mean(),
+            "shape_right": video["shape_right"].iloc[half:].mean(),
+            "motion": video["motion"].mean(),
+            "flow": video["flow"].mean(),
+            "triggers": video["trim"].mean(),
+            "calls": video["calls"].sum(),
+            "seconds": video["seconds"].sum(),
+        }
+        if experiment.defects:
+            at = experiment.defect_chunk
+            row["recovery"] = error[at + 1 : at + 1 + RECOVERY].sum()
+        for name in CONTRASTS:
+            values = video[name].to_numpy()
+            row[f"contrast_{name}"] = abs(values[:share].mean() - values[-share:].mean())
+            row[f"slope_{name}"] = np.polyfit(np.arange(len(values)), values, 1)[0]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def paired(videos: pd.DataFrame, measure: str, method: str, reference: str) -> np.ndarray:
+    """Differences video by video; those without a value on either side are left out."""
+    by_method = {name: videos[videos["method"] == name].set_index("seed")[measure] for name in (method, reference)}
+    return (by_method[method] - by_method[reference]).dropna().to_numpy()
+
+
+def comparison(videos: pd.DataFrame, measure: str, methods: list[str], reference: str) -> str:
+    """A Markdown table of one measure."""
+    lines = [
+        f"| {measure.replace('_', ' ')} | mean | against {reference} [95%] | change | lower in | videos |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    base = videos.loc[videos["method"] == reference, measure].mean()
+    for method in methods:
+        mean = videos.loc[videos["method"] == method, measure].mean()
+        if method == reference:
+            lines.append(f"| {method} | {mean:.4g} | | | | {(videos['method'] == method).sum()} |")
+            continue
+        differences = paired(videos, measure, method, reference)
+        low, high = bootstrap(differences)
+        change = f"{differences.mean() / base:+.0%}" if base else ""
+        lines.append(
+            f"| {method} | {mean:.4g} | {differences.mean():+.4g} [{low:+.4g}, {high:+.4g}] | {change} "
+            f"| {np.mean(differences < 0):.0%} | {len(differences)} |"
+        )
+    return "\n".join(lines)
+
+
+def area_under_curve(signal: np.ndarray, bad: np.ndarray) -> float:
+    """Probability that a bad chunk has the larger signal than a good one, ties counted half."""
+    ranks = rankdata(signal)
+    return (ranks[bad].sum() - bad.sum() * (bad.sum() + 1) / 2) / (bad.sum() * (~bad).sum())
+
+
+def detectors(table: pd.DataFrame, method: str) -> str:
+    """How well each signal tells chunks of large true error, on the rollouts of one method."""
+    chunks = table[(table["method"] == method) & (table["chunk"] > 0)]
+    clean = chunks.loc[chunks["chunk"] < 4, "identity_error"]
+    bad = (chunks["identity_error"] > 2 * clean.median()).to_numpy()
+    lines = [
+        f"| signal, on {method} | AUC | rank correlation with identity error | with motion |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in SIGNALS:
+        lines.append(
+            f"| {name.replace('_', ' ')} | {area_under_curve(chunks[name].to_numpy(), bad):.3f} "
+            f"| {chunks[name].corr(chunks['identity_error'], method='spearman'):+.2f} "
+            f"| {chunks[name].corr(chunks['motion'], method='spearman'):+.2f} |"
+        )
+    lines.append(
+        f"\nBad is an identity error above twice the median of chunks 1 to 3: {bad.mean():.0%} of the chunks."
+    )
+    return "\n".join(lines)
+
+
+def curves(table: pd.DataFrame, measures: dict[str, str]) -> Figure:
+    """Mean over videos of some measures, chunk by chunk, a line for each method."""
+    figure = Figure(figsize=(9, 2.6 * len(measures)), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(len(measures), 1, sharex=True))
+    for axis, (measure, title) in zip(axes, measures.items()):
+        for method, rows in table.groupby("method", sort=False):
+            axis.plot(rows.groupby("chunk")[measure].mean(), label=method)
+        axis.set(ylabel=title)
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, ncols=3, fontsize=8)
+    axes[-1].set_xlabel("chunk")
+    return figure
+
+
+def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
+    """`report.md`, `videos.csv` and `curves.png` in `out`; returns the report."""
+    methods, reference = list(experiment.methods), next(iter(experiment.methods))
+    videos = of_videos(table, experiment)
+    videos.to_csv(out / "videos.csv", index=False, float_format="%.5g")
+    shown = {"identity_error": "identity error", "background_error": "background\nCIEDE2000", "motion": "motion"}
+    curves(table, shown).savefig(out / "curves.png", dpi=110)
+    measures = ["excess_drift", "identity_error", "background_error", "object_error", "motion", "flow"]
+    measures += ["present", "shape_right", "area_change"] + [f"contrast_{name}" for name in CONTRASTS]
+    if experiment.defects:
+        measures.insert(0, "recovery")
+    others = [method for method in methods[1:] if method == "sink"]
+    sections = [
+        f"# {experiment.name}",
+        f"`python -m evaluation.run --config evaluation/configs/{experiment.name}.yaml`: {experiment.num_seeds} seeds "
+        f"from {experiment.first_seed}, {experiment.num_chunks} chunks, scenes {', '.join(experiment.scenes)}, "
+        f"checkpoint `{experiment.checkpoint}`.",
+        *(comparison(videos, measure, methods, reference) for measure in measures),
+        *(comparison(videos, "excess_drift", methods, other) for other in others),
+        cost(table, videos, methods, reference),
+        detectors(table, reference),
+        "![curves](curves.png)",
+    ]
+    report = "\n\n".join(sections) + "\n"
+    (out / "report.md").write_text(report)
+    return report
+
+
+def cost(table: pd.DataFrame, videos: pd.DataFrame, methods: list[str], reference: str) -> str:
+    """Triggers, and what a rollout costs against the reference's."""
+    lines = [
+        "| cost | chunks trimmed | videos trimmed | transformer calls | seconds |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    base = videos[videos["method"] == reference]
+    for method in methods:
+        rows = videos[videos["method"] == method]
+        lines.append(
+            f"| {method} | {rows['triggers'].mean():.1%} | {(rows['triggers'] > 0).mean():.0%} "
+            f"| {rows['calls'].sum() / base['calls'].sum():.3f}x | {rows['seconds'].sum() / base['seconds'].sum():.2f}x |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,63 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Drift signals: what a gate could look at, for each chunk of latents, to be compared with the true error."""
+
+import torch
+
+from tokentrim.tokentrim_stability import severity, summarize, token_drift, unstable_tokens
+
+
+def _summaries(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> list[torch.Tensor]:
+    return [summarize(chunk, patch_size) for chunk in latents]
+
+
+def paper_severity(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
+    """D_t of the paper with p = 0.1: mean drift of the tenth that moved most, against the chunk before (eq. 6)."""
+    summaries = _summaries(latents, patch_size)
+    drifts = [token_drift(now, before) for now, before in zip(summaries, [summaries[0], *summaries])]
+    return torch.stack([severity(drift, unstable_tokens(drift, 0.1)) for drift in drifts], dim=1)
+
+
+def anchor_severity(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
+    """The same against the first chunk."""
+    first, *_ = summaries = _summaries(latents, patch_size)
+    drifts = [token_drift(now, first) for now in summaries]
+    return torch.stack([severity(drift, unstable_tokens(drift, 0.1)) for drift in drifts], dim=1)
+
+
+def anchor_median(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
+    """The median token's distance to the first chunk."""
+    first, *_ = summaries = _summaries(latents, patch_size)
+    return torch.stack([token_drift(now, first).median(dim=-1).values for now in summaries], dim=1)
+
+
+def previous_median(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
+    """The median token's distance to the chunk before."""
+    summaries = _summaries(latents, patch_size)
+    pairs = zip(summaries, [summaries[0], *summaries])
+    return torch.stack([token_drift(now, before).median(dim=-1).values for now, before in pairs], dim=1)
+
+
+def anchor_moments(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
+    """Distance of the channels' means to the first chunk's, in its standard deviations, root mean square."""
+    means = torch.stack([chunk.mean(dim=(2, 3, 4)) for chunk in latents], dim=1)  # (B, chunks, C)
+    spread = latents[0].std(dim=(2, 3, 4))[:, None]
+    return ((means - means[:, :1]) / spread).square().mean(dim=-1).sqrt()
+
+
+def nearest_anchor(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
+    """Mean distance of the tenth of tokens that are farthest from their nearest token of the first chunk, wherever
+    that is, the chunk's offset in mean taken away."""
+    first = summarize(latents[0], patch_size)
+    values = []
+    for chunk in latents:
+        now = summarize(chunk, patch_size)
+        now = now - now.mean(dim=1, keepdim=True) + first.mean(dim=1, keepdim=True)
+        distance = torch.cdist(now, first).min(dim=-1).values
+        values.append(severity(distance, unstable_tokens(distance, 0.1)))
+    return torch.stack(values, dim=1)
+
+
+SIGNALS = {
+    each.__name__: each
+    for each in (paper_severity, previous_median, anchor_severity, anchor_median, anchor_moments, nearest_anchor)
+}

@@ -1,0 +1,101 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""One process of an experiment, started by `evaluation.run` through `accelerate launch`."""
+
+import argparse
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+
+from tokentrim import TokenTrimPipeline
+
+from .controls import controlled
+from .defects import painted
+from .experiment import Experiment
+from .measures import measure_chunks
+from .rollouts import ROOT
+from .signals import SIGNALS
+
+
+def part(out: Path, method: str, seeds: list[int]) -> Path:
+    """Where the rows of a job go."""
+    return out / "parts" / f"{re.sub(r'[^a-z0-9.]+', '-', method.lower())}-{seeds[0]}-{seeds[-1]}.csv"
+
+
+def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds: list[int]) -> tuple:
+    """A row for each video and chunk, and the middle frame of each chunk, uint8 (videos, chunks, H, W, 3)."""
+    prompts, latents, calls = experiment.prompts(seeds), [], [0]
+    per_chunk = pipe.config.num_frames_per_chunk
+    kinds = [experiment.defects[seed % len(experiment.defects)] if experiment.defects else None for seed in seeds]
+
+    def count(*_):
+        calls[0] += 1
+
+    def collect(index, chunk, decisions):
+        latents.append(chunk)
+
+    hook, start = pipe.transformer.register_forward_hook(count), time.perf_counter()
+    try:
+        with controlled(experiment.control(method)), painted(kinds, seeds, experiment.defect_chunk):
+            output = pipe(
+                prompts,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                num_frames=experiment.num_chunks * per_chunk,
+                on_chunk=collect,
+                **experiment.arguments(method),
+            )
+    finally:
+        hook.remove()
+    seconds = time.perf_counter() - start
+    patch_size = pipe.transformer.config.patch_size
+    signals = {name: signal(latents, patch_size) for name, signal in SIGNALS.items()}  # each (B, chunks)
+    rows = []
+    for video, (seed, prompt, kind) in enumerate(zip(seeds, prompts, kinds)):
+        measured = measure_chunks(output.frames[video], prompt, per_chunk)
+        for chunk, (measures, decision) in enumerate(zip(measured, output.decisions[video], strict=True)):
+            rows.append(
+                {
+                    "method": method,
+                    "seed": seed,
+                    "prompt": prompt,
+                    "defect": kind,
+                    "chunk": chunk,
+                    **measures,
+                    "severity": decision["severity"],
+                    "threshold": decision["threshold"],
+                    "trim": decision["trim"],
+                    "evicted": len(decision["tokens"]),
+                    "regenerated_severity": decision["regenerated_severity"],
+                    **{name: values[video, chunk].item() for name, values in signals.items()},
+                    "calls": calls[0] / experiment.num_chunks,  # of the batch
+                    "seconds": seconds / experiment.num_chunks / len(seeds),
+                }
+            )
+    return pd.DataFrame(rows), (output.frames[:, per_chunk // 2 :: per_chunk] * 255).round().astype(np.uint8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    experiment, state = Experiment.load(args.config), PartialState()
+    jobs = [job for job in experiment.jobs() if not part(args.out, *job).exists()]
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // state.num_processes))
+    pipe = TokenTrimPipeline.from_pretrained(ROOT / experiment.checkpoint).to(state.device)
+    pipe.set_progress_bar_config(disable=True)
+    for method, seeds in jobs[state.process_index :: state.num_processes]:
+        rows, frames = run_job(pipe, experiment, method, seeds)
+        path = part(args.out, method, seeds)
+        np.savez_compressed(path.with_suffix(".npz"), frames=frames)
+        rows.to_csv(path.with_suffix(".partial"), index=False)
+        path.with_suffix(".partial").rename(path)
+
+
+if __name__ == "__main__":
+    main()
