@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 import torch
 
+from evaluation.experiment import sample_prompts
 from evaluation.rollouts import load_pipeline
-from evaluation.study import sample_prompts
 from tokentrim import TokenTrimPipeline, pipeline_tokentrim
 from tokentrim.tokentrim_flowmo import motion_variance
 

@@ -13,8 +13,8 @@ from unittest.mock import patch
 import torch
 from diffusers import FlowMatchLCMScheduler, WanTransformer3DModel
 
+from evaluation.experiment import sample_prompts
 from evaluation.rollouts import load_pipeline
-from evaluation.study import sample_prompts
 from tokentrim import TokenTrimPipeline, tokentrim_attention
 
 

@@ -67,6 +67,8 @@ class Experiment:
         for name, valid in (("scenes", SCENES), ("defects", DEFECTS)):
             if unknown := set(getattr(experiment, name)) - set(valid):
                 raise ValueError(f"{path}: unknown {name} {sorted(unknown)}; there are {', '.join(valid)}.")
+        if not (ROOT / experiment.checkpoint / "model_index.json").is_file():
+            raise ValueError(f"{path}: `checkpoint` has to be a pipeline's folder, but is {experiment.checkpoint!r}.")
         for method in experiment.methods:
             experiment.arguments(method)
         return experiment

@@ -13,6 +13,9 @@ from scipy.ndimage import binary_dilation, binary_erosion, shift
 from scipy.signal import fftconvolve
 
 
+MARGIN = 2  # pixels that an object may stand out of the picture
+
+
 @dataclass
 class Appearance:
     """A frame in two layers; a rendering is `object + (1 - coverage) * background`, with the first two moved.
@@ -55,7 +58,10 @@ class Appearance:
         )
 
     def place(self, frame: np.ndarray) -> tuple[tuple[float, float], float]:
-        """The offset (y, x) whose rendering is nearest to `frame`, (H, W, 3), to half a pixel, and its RMSE."""
+        """The offset (y, x) whose rendering is nearest to `frame`, (H, W, 3), to half a pixel, and its RMSE.
+
+        The object stays in the picture, as it does in this world: one that is lost does not fit anywhere.
+        """
         # The squared error of every whole offset d at once: with r = frame - background, o and c the moved layers,
         # sum (r - o + c b)^2 = sum r^2 + o^2 + c^2 b^2 - 2 r o + 2 r b c - 2 b o c, each a correlation.
         residual = frame - self.background
@@ -72,8 +78,11 @@ class Appearance:
             + 2 * correlate(residual * self.background, coverage)
             - 2 * correlate(self.background, self.object * coverage)
         )
-        best = np.unravel_index(error.argmin(), error.shape)
-        y, x = (int(place) - size + 1 for place, size in zip(best, frame.shape))
+        inside = np.argwhere(self.coverage > 0.5) if (self.coverage > 0.5).any() else np.zeros((1, 2), int)
+        lowest, highest = -inside.min(axis=0) - MARGIN, np.array(frame.shape[:2]) - 1 - inside.max(axis=0) + MARGIN
+        zero = np.array(frame.shape[:2]) - 1  # where the correlation has the offset 0
+        allowed = error[tuple(slice(low, high + 1) for low, high in zip(lowest + zero, highest + zero))]
+        y, x = (int(each) for each in np.unravel_index(allowed.argmin(), allowed.shape) + lowest)
         offsets = [(y + half_y, x + half_x) for half_y in (-0.5, 0, 0.5) for half_x in (-0.5, 0, 0.5)]
         errors = [np.sqrt(((frame - self.render(offset)) ** 2).mean()) for offset in offsets]
         nearest = int(np.argmin(errors))

@@ -44,10 +44,11 @@ def run_workers(config: Path, out: Path, experiment: Experiment, num_processes: 
     missing = [path for path in jobs if not path.exists()]
     if not missing:
         return
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += [] if torch.cuda.is_available() else ["--cpu"]
-    command += ["-m", "evaluation.worker", "--config", str(config), "--out", str(out)]
+    # `accelerate launch` starts a single process where there is no GPU; torchrun, which it wraps, starts them all.
+    launcher = ["accelerate.commands.launch", "--multi_gpu", f"--num_processes={num_processes}"]
+    if torch.cuda.device_count() < 2:
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    command = [sys.executable, "-m", *launcher, "-m", "evaluation.worker", "--config", str(config), "--out", str(out)]
     with (out / "workers.log").open("a") as log, tqdm(total=len(jobs), initial=len(jobs) - len(missing)) as progress:
         workers = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:

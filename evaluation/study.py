@@ -12,32 +12,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from training.world import CHANGES, Scene
-
+from .experiment import sample_prompts
 from .measures import summarize_drift
+from .report import bootstrap
 from .rollouts import METHODS, WORLD, load_pipeline, run_method
 
 
 MEASURES = ("background_drift", "object_drift", "object_lost", "motion")
-
-
-def sample_prompts(seeds: list[int]) -> list[str]:
-    """A prompt for each seed, of scenes in which nothing but the object is meant to change."""
-    prompts = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        scene = Scene.sample(generator)
-        while scene.change in CHANGES:
-            scene = Scene.sample(generator)
-        prompts.append(scene.prompt)
-    return prompts
-
-
-def bootstrap(values: np.ndarray, num_samples: int = 10_000) -> tuple[float, float]:
-    """95% interval of the mean, by resampling videos."""
-    generator = np.random.default_rng(0)
-    means = values[generator.integers(len(values), size=(num_samples, len(values)))].mean(axis=1)
-    return tuple(np.quantile(means, (0.025, 0.975)))
 
 
 def run_batch(seeds: list[int], num_chunks: int) -> tuple[list[dict], dict[str, np.ndarray]]:

@@ -10,9 +10,10 @@ import torch
 from conftest import ROOT
 from skimage.color import rgb2lab
 
+from evaluation.experiment import sample_prompts
 from evaluation.measures import difference, name_shape, summarize_drift, track_colors
+from evaluation.report import bootstrap
 from evaluation.rollouts import CHECKPOINT, METHODS, load_pipeline, run_method
-from evaluation.study import bootstrap, sample_prompts
 from training.world import COLORS, Appearance, Scene, centers, parse, render
 
 

@@ -1,0 +1,288 @@
+"""The instrument: its checker on rendered truth, its experiments, its controls, its defects, its arithmetic."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+from evaluation.controls import CONTROLS, controlled
+from evaluation.defects import DEFECTS, painted
+from evaluation.experiment import Experiment, sample_prompts
+from evaluation.identity import Appearance
+from evaluation.measures import look_of, measure_chunks, track_colors
+from evaluation.report import area_under_curve, of_videos, paired
+from evaluation.rollouts import load_pipeline
+from evaluation.signals import SIGNALS
+from training.world import Appearance as Drawn
+from training.world import parse, render
+
+
+TRIM = {"drift_sensitivity": 0.0, "warmup_chunks": 1}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def rendered(seed: int, num_frames: int = 30) -> tuple[str, np.ndarray]:
+    prompt = sample_prompts([seed])[0]
+    drawn = Drawn.sample(parse(prompt), torch.Generator().manual_seed(seed))
+    return prompt, render(parse(prompt), drawn, num_frames).permute(0, 2, 3, 1).numpy()
+
+
+def first_look(seed: int) -> tuple[Appearance, np.ndarray]:
+    prompt, frames = rendered(seed)
+    return Appearance.of(frames[:3], track_colors(frames[:3], prompt, 3).mask), frames
+
+
+# The checker, on rendered truth
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_layers_compose_to_their_frame_and_are_found_again(seed):
+    appearance, frames = first_look(seed)
+    np.testing.assert_allclose(appearance.render((0, 0)), frames[1], atol=1e-6)
+    moved = appearance.render((-3.5, 2.0))
+    offset, error = appearance.place(moved)
+    assert offset == (-3.5, 2.0) and error < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_floor_of_the_identity_error(seed):
+    """What is left where nothing drifts: edges that lie between two pixels."""
+    prompt, frames = rendered(seed)
+    rows = measure_chunks(frames, prompt, 3)
+    assert max(row["identity_error"] for row in rows) < 0.03
+    assert all(row["present"] and row["shape_right"] for row in rows)
+    assert max(row["background_error"] for row in rows) < 1.5
+
+
+def test_identity_error_sees_what_drifts():
+    prompt, frames = rendered(2)
+    clean = measure_chunks(frames, prompt, 3)[-1]
+    fade = np.linspace(1, 0.7, len(frames))[:, None, None, None]
+    gone = frames.copy()
+    gone[15:] = first_look(2)[0].background
+    swollen = frames.copy()
+    swollen[15:] = frames[15:].repeat(2, axis=1).repeat(2, axis=2)[:, 32:96, 32:96]
+    for broken in (frames * fade, gone, swollen):
+        assert measure_chunks(broken, prompt, 3)[-1]["identity_error"] > 3 * clean["identity_error"]
+    assert not measure_chunks(gone, prompt, 3)[-1]["present"]
+
+
+def test_looks_without_a_prompt():
+    _, frames = rendered(0, 6)
+    still = np.repeat(frames[:1], 3, axis=0)
+    assert look_of(still)["flow"] == pytest.approx(0, abs=1e-3) and look_of(still)["flicker"] == 0
+    assert look_of(frames)["flow"] > 0.02
+    grey = np.full((3, 64, 64, 3), 0.5)
+    assert look_of(grey)["saturation"] == look_of(grey)["contrast"] == look_of(grey)["sharpness"] == 0
+    assert look_of(frames * 0.5)["L_mean"] < look_of(frames)["L_mean"]
+
+
+# Controls and defects
+
+
+def latents_of(pipe, seeds=(5, 6), num_chunks=6, **settings):
+    collected = []
+    output = pipe(
+        sample_prompts(list(seeds)),
+        num_frames=3 * num_chunks,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+        on_chunk=lambda index, chunk, decisions: collected.append(chunk),
+        **settings,
+    )
+    return output, collected
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls_share_the_first_trigger_and_differ_after_it(pipe, name):
+    ours, _ = latents_of(pipe, **TRIM)
+    with controlled(name):
+        theirs, _ = latents_of(pipe, **TRIM)
+    again, _ = latents_of(pipe, **TRIM)
+    assert torch.equal(ours.frames, again.frames)  # nothing stays patched
+    pairs = [
+        next((video, *pair) for pair in zip(ours.decisions[video], theirs.decisions[video]) if pair[0]["trim"])
+        for video in range(2)
+        if any(decision["trim"] for decision in ours.decisions[video])
+    ]
+    assert pairs
+    for video, one, other in pairs:
+        assert other["trim"] and one["severity"] == pytest.approx(other["severity"], abs=1e-4)
+        expected = 0 if name.endswith("no_pruning") else len(one["tokens"])
+        assert len(other["tokens"]) == expected
+        assert (one["tokens"] == other["tokens"]) == (name == "fresh_noise")
+        start = 3 * one["chunk"]
+        assert torch.allclose(ours.frames[video, :, :start], theirs.frames[video, :, :start], atol=1e-4)
+        assert not torch.allclose(ours.frames[video, :, start:], theirs.frames[video, :, start:], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", DEFECTS)
+def test_defects_hit_one_chunk_of_one_video(pipe, kind):
+    _, clean = latents_of(pipe, num_chunks=4, token_trim=False)
+    with painted([kind, None], [5, 6], at_chunk=2):
+        _, broken = latents_of(pipe, num_chunks=4, token_trim=False)
+    changed = [(one - other).abs().amax(dim=(1, 2, 3, 4)).tolist() for one, other in zip(clean, broken)]
+    assert changed[0] == changed[1] == [0, 0]
+    assert changed[2][0] > 1 and changed[3][0] > 0.01  # and the next chunk read it
+    assert max(changed[2][1], changed[3][1]) < 1e-3
+
+
+def test_signals_start_at_zero_and_see_a_shift(pipe):
+    _, latents = latents_of(pipe, num_chunks=4, token_trim=False)
+    shifted = [*latents[:3], latents[3] + 2]
+    for name, signal in SIGNALS.items():
+        values, moved = signal(latents, (1, 2, 2)), signal(shifted, (1, 2, 2))
+        assert values.shape == (2, 4) and torch.isfinite(values).all()
+        assert torch.equal(values[:, :3], moved[:, :3])
+        if name == "nearest_anchor":  # blind to a global offset on purpose
+            torch.testing.assert_close(values, moved, atol=1e-3, rtol=0)
+        else:
+            assert (moved[:, 3] > values[:, 3]).all() and (values[:, 0] == 0).all()
+
+
+# Arithmetic
+
+
+def test_area_under_curve():
+    bad = np.array([False, False, True, True])
+    assert area_under_curve(np.array([1.0, 2.0, 3.0, 4.0]), bad) == 1
+    assert area_under_curve(np.array([4.0, 3.0, 2.0, 1.0]), bad) == 0
+    assert area_under_curve(np.array([1.0, 1.0, 1.0, 1.0]), bad) == 0.5
+
+
+# Experiments
+
+
+def write(tmp_path, **settings):
+    path = tmp_path / "small.yaml"
+    settings = {
+        "methods": {"plain": {"token_trim": False}, "trimmed": TRIM},
+        "num_seeds": 2,
+        "batch_size": 1,
+        "num_chunks": 4,
+        **settings,
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run(path, out, processes=2):
+    command = [sys.executable, "-m", "evaluation.run", "--config", str(path), "--out", str(out)]
+    return subprocess.run(
+        [*command, "--processes", str(processes)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_an_experiment_resumes_grows_and_refuses_other_settings(tmp_path):
+    path, out = write(tmp_path), tmp_path / "out"
+    done = run(path, out)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(out / "table.csv.gz")
+    assert len(table) == 2 * 2 * 4 and not table.duplicated(["method", "seed", "chunk"]).any()
+    assert (out / "curves.png").exists() and "excess drift" in (out / "report.md").read_text()
+    plain, trimmed = (table[table["method"] == method] for method in ("plain", "trimmed"))
+    assert trimmed["trim"].any() and not plain["trim"].any()
+    first = [rows.loc[rows["chunk"] == 0, "identity_error"].to_numpy() for rows in (plain, trimmed)]
+    np.testing.assert_allclose(*first, atol=1e-4)  # the same prompts and noise
+    assert trimmed["calls"].sum() > plain["calls"].sum()
+
+    parts = {part: part.stat().st_mtime_ns for part in (out / "parts").glob("*.csv")}
+    next(iter(parts)).unlink()
+    methods = {"plain": {"token_trim": False}, "trimmed": TRIM, "held": {"reanchor": "mean"}}
+    assert run(write(tmp_path, methods=methods), out, processes=1).returncode == 0
+    unchanged = [part for part, time in parts.items() if part.stat().st_mtime_ns == time]
+    assert len(unchanged) == len(parts) - 1
+    grown = pd.read_csv(out / "table.csv.gz")
+    pd.testing.assert_frame_equal(
+        grown[grown["method"] != "held"]
+        .drop(columns="seconds")
+        .sort_values(["method", "seed", "chunk"])
+        .reset_index(drop=True),
+        table.drop(columns="seconds").sort_values(["method", "seed", "chunk"]).reset_index(drop=True),
+        rtol=1e-2,
+        atol=1e-3,
+    )
+
+    other = run(write(tmp_path, methods={"plain": {"token_trim": True}}), out)
+    assert other.returncode != 0 and "methods['plain']" in other.stderr and "name another --out" in other.stderr
+    other = run(write(tmp_path, num_chunks=5), out)
+    assert other.returncode != 0 and "num_chunks" in other.stderr
+    assert json.loads((out / "experiment.json").read_text())["num_chunks"] == 4
+
+
+def test_a_crashed_worker_keeps_what_is_finished(tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model_index.json").write_text('{"_class_name": "none"}')
+    path, out = write(tmp_path, checkpoint=str(broken)), tmp_path / "out"
+    failed = run(path, out, processes=1)
+    assert failed.returncode != 0 and "workers.log" in failed.stderr and "4 of 4 batches" in failed.stderr
+    assert "Error" in (out / "workers.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": {}}, "`methods`"),
+        ({"methods": {"x": {"colour": 1}}}, "method 'x': the pipeline's call takes no colour"),
+        ({"methods": {"x": {"config": "best"}}}, "unknown config 'best'; there are .*paper"),
+        ({"methods": {"x": {"control": "best"}}}, "unknown control 'best'; there are .*random_tokens"),
+        ({"scenes": ["storm"]}, "unknown scenes .*storm.*static, turn"),
+        ({"defects": ["scratch"]}, "unknown defects .*scratch.*half_frame"),
+        ({"checkpoint": "checkpoints/none"}, "`checkpoint` .*'checkpoints/none'"),
+        ({"num_seeds": 0}, "`num_seeds` .*0"),
+        ({"seeds": 4}, "unknown settings .*seeds.*first_seed"),
+    ],
+)
+def test_bad_experiments(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Experiment.load(write(tmp_path, **settings))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "evaluation" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_committed_experiments_load(path):
+    experiment = Experiment.load(path)
+    assert len(experiment.jobs()) == len(experiment.methods) * -(-experiment.num_seeds // experiment.batch_size)
+
+
+def test_summaries_by_video():
+    chunks = np.arange(20)
+    rows = {name: np.zeros(20) for name in ("background_error", "object_error", "motion", "flow", "calls", "seconds")}
+    looks = dict.fromkeys(look_of(np.full((3, 64, 64, 3), 0.5)), chunks / 10)
+    table = pd.concat(
+        pd.DataFrame(
+            {
+                **rows,
+                **looks,
+                "method": method,
+                "seed": seed,
+                "prompt": "x",
+                "chunk": chunks,
+                "identity_error": 0.1 + slope * chunks,
+                "area": 0.2,
+                "present": True,
+                "shape_right": True,
+                "trim": False,
+            }
+        )
+        for method, slope in (("plain", 0.01), ("held", 0.0))
+        for seed in (1, 2)
+    )
+    videos = of_videos(table, Experiment("x", {"plain": {}, "held": {}}))
+    plain = videos[videos["method"] == "plain"]
+    np.testing.assert_allclose(plain["excess_drift"], 0.01 * (14.5 - 2))
+    np.testing.assert_allclose(plain["slope_saturation"], 0.1)
+    np.testing.assert_allclose(plain["contrast_saturation"], 0.1 * 17)
+    np.testing.assert_allclose(paired(videos, "excess_drift", "held", "plain"), -0.125)
