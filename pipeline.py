@@ -6,7 +6,8 @@ from .tokentrim_attention import cached_attention  # noqa: F401
 from .tokentrim_cache import RollingKVCache  # noqa: F401
 from .tokentrim_flowmo import guide  # noqa: F401
 from .tokentrim_inputs import check  # noqa: F401
+from .tokentrim_output import TokenTrimPipelineOutput  # noqa: F401
 from .tokentrim_policy import TokenTrimPolicy  # noqa: F401
+from .tokentrim_saving import copy_code  # noqa: F401
 from .tokentrim_scheduler import lift_scheduler  # noqa: F401
 from .tokentrim_stability import token_grid  # noqa: F401
-from .tokentrim_viewing import plot_drift  # noqa: F401

@@ -1,22 +1,17 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """TokenTrim (arXiv 2602.00268) for causal video diffusion models in Diffusers: the pipeline."""
 
-import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import BaseOutput
-from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -50,7 +45,6 @@ from .tokentrim_inputs import (
     check_context,
     check_draws,
     check_flowmo,
-    check_int,
     check_list,
     check_method,
     check_noise,
@@ -64,99 +58,11 @@ from .tokentrim_inputs import (
     count_given_chunks,
     partition_chunks,
 )
+from .tokentrim_output import TokenTrimPipelineOutput
 from .tokentrim_policy import TokenTrimPolicy
+from .tokentrim_saving import copy_code, name_our_classes, name_stock_classes
 from .tokentrim_scheduler import lift_scheduler
 from .tokentrim_stability import token_grid
-from .tokentrim_viewing import as_array, as_uint8, filmstrip, overlay_evictions, plot_drift, save_video
-
-
-@dataclass
-class TokenTrimPipelineOutput(BaseOutput):
-    r"""
-    Output of [`TokenTrimPipeline`].
-
-    Args:
-        frames (`torch.Tensor`, `np.ndarray`, or `list[list[PIL.Image.Image]]`):
-            The videos, as `output_type` asks; latents are (B, C, T, H, W).
-        decisions (`list[list[dict]]`):
-            `decisions[video][chunk]`, plain JSON types: `chunk`, `severity` (`None` for the first), `threshold`
-            (`None` while the gate is closed), `trim`, `tokens` (evicted grid indices), `drift` (one per token of the
-            grid, `None` for the first chunk) and `regenerated_severity` (`None` where nothing was regenerated).
-        grid (`tuple[int, int]`): tokens of a latent frame, (height, width).
-        chunk_frames (`list[int]`, *optional*): frames of each chunk, `None` where the videos are latents.
-    """
-
-    frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
-    decisions: list[list[dict]]
-    grid: tuple[int, int]
-    chunk_frames: list[int] | None = None
-
-    def plot_drift(self) -> Any:
-        """
-        Severity, threshold and triggers over the chunks.
-
-        Returns:
-            `matplotlib.figure.Figure`: a row for each video.
-
-        Raises:
-            `ImportError`: matplotlib is not installed.
-        """
-        return plot_drift(self.decisions)
-
-    def overlay_evictions(self) -> np.ndarray:
-        """
-        The videos with the tokens that each chunk evicted outlined, red around white, on all frames of that chunk.
-
-        Returns:
-            `np.ndarray`: (B, frames, H, W, 3) in [0, 1].
-
-        Raises:
-            `ValueError`: the videos are latents.
-        """
-        return overlay_evictions(self._videos(), self.decisions, self.grid, self.chunk_frames)
-
-    def filmstrip(self, columns: int = 14) -> np.ndarray:
-        """
-        The middle frame of some chunks, triggered ones first: those in a red frame, evicted tokens outlined.
-
-        Args:
-            columns (`int`, defaults to `14`): about how many chunks; the first and the last are always there.
-
-        Returns:
-            `np.ndarray`: one picture with a row for each video, (height, width, 3) in [0, 1].
-
-        Raises:
-            `ValueError`: the videos are latents.
-        """
-        check_int("columns", columns, 1)
-        return filmstrip(self._videos(), self.decisions, self.grid, self.chunk_frames, columns)
-
-    def save_video(self, path: str | os.PathLike, fps: float = 16, video: int = 0) -> Path:
-        """
-        Write one video as mp4.
-
-        Args:
-            path (`str` or `os.PathLike`): the file.
-            fps (`float`, defaults to `16`): frames per second; 16 is Wan's.
-            video (`int`, defaults to `0`): which video of the batch.
-
-        Returns:
-            `Path`: the file.
-
-        Raises:
-            `ImportError`: imageio or imageio-ffmpeg is not installed.
-            `ValueError`: the videos are latents, or an argument is no good.
-        """
-        check_number("fps", fps, lambda fps: fps > 0, "a finite number > 0")
-        videos = self._videos()
-        check(video in range(len(videos)), "video", video, f"an int from 0 to {len(videos) - 1}")
-        return save_video(path, as_uint8(videos[video]), fps)
-
-    def _videos(self) -> np.ndarray:
-        """(B, frames, H, W, 3) in [0, 1]."""
-        if self.chunk_frames is None:
-            raise ValueError("`output_type` has to be 'np', 'pt' or 'pil' to look at the frames, but was 'latent'.")
-        return as_array(self.frames)
 
 
 class _Renoise:
@@ -230,30 +136,6 @@ class _RolloutState:
     first_flow: torch.Tensor | None = None  # of the draft, where the drift signal is its first step
 
 
-def copy_code(folder: str | os.PathLike) -> None:
-    """Copy this file, and the companions that it imports, to where Diffusers' loader looks for them."""
-    here = Path(__file__)
-    os.makedirs(folder, exist_ok=True)
-    for name in (here.stem, *get_relative_imports(here)):
-        shutil.copy(here.with_name(f"{name}.py"), folder)
-
-
-def name_code(folder: str | os.PathLike) -> None:
-    """Where a checkpoint's folder holds the code, name its pipeline and scheduler in `model_index.json`; a scheduler
-    that is a component of its own is looked for in the scheduler's folder."""
-    here, folder = Path(__file__), Path(folder)
-    if not (folder / here.name).is_file():
-        return
-    path, schedulers = folder / TokenTrimPipeline.config_name, folder / "tokentrim_scheduler.py"
-    index = json.loads(path.read_text())
-    index["_class_name"] = [here.stem, TokenTrimPipeline.__name__]
-    scheduler = f"TokenTrim{index['scheduler'][1]}"
-    if schedulers.is_file() and f"class {scheduler}(" in schedulers.read_text():
-        shutil.copy(schedulers, folder / "scheduler")
-        index["scheduler"] = [schedulers.stem, scheduler]
-    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
 class TokenTrimPipeline(AnyFlowFARPipeline):
     r"""
     Long video from causal (chunk by chunk) Wan models, with a rolling KV cache that TokenTrim
@@ -299,8 +181,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         width: int | None = None,
         max_sequence_length: int | None = None,
     ):
-        wan_vae = vae is None or "scale_factor_temporal" in vae.config
-        check(wan_vae, "vae", type(vae).__name__, "an AutoencoderKLWan, as in Wan checkpoints")
+        is_wan = vae is None or "scale_factor_temporal" in vae.config
+        check(is_wan, "vae", type(vae).__name__, "an AutoencoderKLWan, from a causal Wan checkpoint")
         scheduler = lift_scheduler(scheduler) if scheduler is not None else None
         super().__init__(tokenizer, text_encoder, transformer, vae, scheduler)
         self.register_to_config(
@@ -328,7 +210,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             args, kwargs (*optional*): as in [`DiffusionPipeline.save_pretrained`].
         """
         if include_code:
-            copy_code(save_directory)
+            copy_code(Path(__file__), save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_config(self, save_directory: str | os.PathLike, **kwargs) -> None:
@@ -340,15 +222,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             save_directory (`str` or `os.PathLike`): the checkpoint's folder.
         """
         super().save_config(save_directory, **kwargs)
-        path = Path(save_directory) / self.config_name
-        index = json.loads(path.read_text())
-        index["_class_name"] = AnyFlowFARPipeline.__name__
-        if self.scheduler is not None:
-            bases = type(self.scheduler).__mro__
-            stock = next(base for base in bases if base.__module__.startswith("diffusers."))
-            index["scheduler"] = ["diffusers", stock.__name__]
-        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        name_code(save_directory)
+        name_stock_classes(save_directory, self.scheduler)
+        if (Path(save_directory) / Path(__file__).name).is_file():
+            name_our_classes(save_directory, Path(__file__))
 
     @torch.no_grad()
     def __call__(
@@ -637,11 +513,11 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         self.maybe_free_model_hooks()
         if not return_dict:
             return (frames, decisions)
-        chunk_frames = None
-        if output_type != "latent":
-            chunk_frames = [num * temporal for num in chunk_partition[: len(decisions[0])]]
-            chunk_frames[:1] = [num - temporal + 1 for num in chunk_frames[:1]]  # the first latent frame is one frame
-        return TokenTrimPipelineOutput(frames, decisions, cache.grid, chunk_frames)
+        chunk_frames = [num * temporal for num in chunk_partition]
+        chunk_frames[0] -= temporal - 1  # the first latent frame is one frame
+        return TokenTrimPipelineOutput(
+            frames, decisions, cache.grid, None if output_type == "latent" else chunk_frames
+        )
 
     def roll_out(
         self, state: _RolloutState, policy: TokenTrimPolicy, given_chunks: Sequence[torch.Tensor]

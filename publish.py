@@ -19,8 +19,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from . import __version__
-from .pipeline_tokentrim import TokenTrimPipeline, copy_code, name_code
 from .tokentrim_inputs import check
+from .tokentrim_saving import INDEX, copy_code, name_our_classes
 
 
 ROOT = Path(__file__).parent
@@ -61,38 +61,36 @@ def publish(
         raise ValueError(f"`repo_id` has to be a name like 'you/name', but is {repo_id!r}: {error}") from error
     check("/" in repo_id, "repo_id", repo_id, "a name like 'you/name'")
     check(not out.exists() or (out.is_dir() and not any(out.iterdir())), "out", str(out), "a new or an empty folder")
-    name, body = repo_id.split("/")[1], None
+    body = None
     if checkpoint is None:
         check(license in (None, "apache-2.0"), "license", license, "None or 'apache-2.0' for the code alone")
         license = "apache-2.0"
     else:
         checkpoint = Path(checkpoint)
-        has_index = (checkpoint / TokenTrimPipeline.config_name).is_file()
-        check(has_index, "checkpoint", str(checkpoint), f"a folder with a {TokenTrimPipeline.config_name}")
+        check((checkpoint / INDEX).is_file(), "checkpoint", str(checkpoint), f"a folder with a {INDEX}")
         if (checkpoint / "README.md").is_file():
             own_card = ModelCard.load(checkpoint / "README.md")
-            license = own_card.data.license if license is None else license
-            body = own_card.text
+            license, body = license or own_card.data.license, nested(own_card.text)
         check(license is not None, "license", license, f"given, since {checkpoint} has no card that says it")
-
-    if checkpoint is not None:
         shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns(".*", "*.py"), dirs_exist_ok=True)
-    copy_code(out)
+
+    pipeline = ROOT / "pipeline_tokentrim.py"
+    copy_code(pipeline, out)
     for file in ("pipeline.py", "LICENSE"):
         shutil.copy(ROOT / file, out)
     if checkpoint is not None:
-        name_code(out)
+        name_our_classes(out, pipeline)
 
     card = ModelCard.from_template(
         ModelCardData(library_name="diffusers", pipeline_tag="text-to-video", license=license, tags=TAGS),
         template_str=(ROOT / "model_card.md").read_text(),
-        title=name,
+        title=repo_id.split("/")[1],
         repo_id=repo_id,
         revision=revision,
         prompt=prompt,
         checkpoint=checkpoint,
         license=license,
-        weights=readme_section("Your weights", only_table=True) if checkpoint is None else nested(body or "No card."),
+        body=body,
         results=readme_section("Results"),
         limits=readme_section("Limits"),
     )
@@ -100,13 +98,10 @@ def publish(
     return card
 
 
-def readme_section(title: str, only_table: bool = False) -> str:
-    """The section of this project's README whose title begins so, without links into the repository."""
+def readme_section(title: str) -> str:
+    """The section of this project's README whose title begins so."""
     section = re.search(rf"^## {title}.*?\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(), flags=re.M | re.S)
-    text = section[1].strip()
-    if only_table:
-        text = "\n".join(line for line in text.splitlines() if line.startswith("|"))
-    return unlinked(text)
+    return unlinked(section[1].strip())
 
 
 def nested(text: str) -> str:
@@ -116,8 +111,9 @@ def nested(text: str) -> str:
 
 
 def unlinked(text: str) -> str:
-    """Without links to files that do not come along."""
-    return re.sub(r"!?\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+    """Without links to files that do not come along, and without what stands in parentheses for such a link alone."""
+    link = r"!?\[([^\]]*)\]\((?!https?:)[^)]*\)"
+    return re.sub(link, r"\1", re.sub(rf"\s*\({link}\)", "", text))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

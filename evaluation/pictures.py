@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
-from tokentrim.tokentrim_viewing import TRIM, as_uint8, choose_chunks, plot_severity, save_video
+from tokentrim.tokentrim_output import TRIM, as_uint8, choose_chunks, plot_severity, save_video
 
 
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})

@@ -1,7 +1,9 @@
 """A Hub on the loopback interface: what `huggingface_hub` asks for, answered from folders."""
 
+import base64
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,11 +13,13 @@ from urllib.parse import unquote
 class Hub:
     """Serves `revisions[repo_id][revision]`, folders of model repositories; `main` and a tag may share one.
 
-    `requests` lists what was asked for, `cards` the model cards that were sent for validation.
+    `requests` lists what was asked for, `cards` the model cards that were sent for validation; what is uploaded goes to
+    new folders below `uploads`.
     """
 
-    def __init__(self, revisions: dict[str, dict[str, Path]]):
+    def __init__(self, revisions: dict[str, dict[str, Path]], uploads: Path):
         self.revisions = revisions
+        self.uploads = uploads
         self.requests: list[str] = []
         self.cards: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
@@ -54,14 +58,36 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def answer_json(self, body: dict | list) -> None:
+        self.answer(json.dumps(body).encode(), Content_Type="application/json")
+
     def fail(self, code: str) -> None:
         self.answer(b"", 404, X_Error_Code=code, X_Error_Message=code)
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         self.hub.requests.append(f"POST {self.path}")
-        self.hub.cards.append(body["content"])
-        self.answer(b"{}")
+        if self.path == "/api/validate-yaml":
+            self.hub.cards.append(json.loads(body)["content"])
+            return self.answer_json({})
+        if self.path == "/api/repos/create":
+            created = json.loads(body)
+            repo_id = f"{created.get('organization', 'you')}/{created['name']}"
+            folder = self.hub.uploads / repo_id
+            folder.mkdir(parents=True)
+            self.hub.revisions[repo_id] = {"main": folder}
+            return self.answer_json({"url": f"{self.hub.url}/{repo_id}"})
+        repo_id, action, _ = re.fullmatch("/api/models/(.+/.+)/(.+)/(.+)", self.path).groups()
+        if action == "preupload":
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            return self.answer_json({"files": [{"path": file["path"], **how} for file in json.loads(body)["files"]]})
+        folder = self.hub.revisions[repo_id]["main"]
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                path = folder / line["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(line["value"]["content"]))
+        self.answer_json({"commitUrl": f"{self.hub.url}/{repo_id}", "commitOid": self.hub.commit(folder)})
 
     def do_GET(self):
         path = unquote(self.path.split("?")[0])
@@ -85,11 +111,11 @@ class Handler(BaseHTTPRequestHandler):
                 {"type": "file", "path": name, "size": path.stat().st_size, "oid": etag(path)}
                 for name, path in files.items()
             ]
-            return self.answer(json.dumps(entries).encode(), Content_Type="application/json")
+            return self.answer_json(entries)
         if of_api:
             info = {"id": repo_id, "sha": sha, "private": False, "tags": [], "downloads": 0, "likes": 0}
             info["siblings"] = [{"rfilename": name} for name in files]
-            return self.answer(json.dumps(info).encode(), Content_Type="application/json")
+            return self.answer_json(info)
         if file not in files:
             return self.fail("EntryNotFound")
         self.answer(files[file].read_bytes(), ETag=f'"{etag(files[file])}"', X_Repo_Commit=sha)
