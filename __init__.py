@@ -7,7 +7,7 @@ import importlib
 # Lazy: the same flat files also serve as a Diffusers custom pipeline, where importing the package must load nothing.
 _EXPORTS = {
     "TokenTrimPipeline": "pipeline_tokentrim",
-    "TokenTrimPipelineOutput": "pipeline_tokentrim",
+    "TokenTrimPipelineOutput": "tokentrim_output",
     "TokenTrimPolicy": "tokentrim_policy",
     "RollingKVCache": "tokentrim_cache",
     "TokenTrimSchedulerMixin": "tokentrim_scheduler",

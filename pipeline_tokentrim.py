@@ -1,7 +1,6 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """TokenTrim (arXiv 2602.00268) for causal video diffusion models in Diffusers: the pipeline."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -10,20 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AnyFlowFARPipeline,
-    AnyFlowFARTransformer3DModel,
-    AutoencoderKLWan,
-    FlowMapEulerDiscreteScheduler,
-    WanTransformer3DModel,
-)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
+
+
+try:
+    from diffusers import (
+        AnyFlowFARPipeline,
+        AnyFlowFARTransformer3DModel,
+        AutoencoderKLWan,
+        FlowMapEulerDiscreteScheduler,
+        WanTransformer3DModel,
+    )
+except ImportError as error:
+    from diffusers import __version__
+
+    raise ImportError(
+        f"TokenTrim needs diffusers 0.39.0 or newer, but {__version__} is here: `pip install -U diffusers`."
+    ) from error
 
 from .tokentrim_anchor import Anchor
 from .tokentrim_attention import cached_attention, rotary_dims
@@ -31,6 +37,7 @@ from .tokentrim_cache import RollingKVCache
 from .tokentrim_flowmo import checkpointed, guide
 from .tokentrim_inputs import (
     ROLLOUTS,
+    check,
     check_attention_kwargs,
     check_callables,
     check_callback_outputs,
@@ -53,27 +60,11 @@ from .tokentrim_inputs import (
     count_given_chunks,
     partition_chunks,
 )
+from .tokentrim_output import TokenTrimPipelineOutput
 from .tokentrim_policy import TokenTrimPolicy
+from .tokentrim_saving import copy_code, name_our_classes, name_stock_classes
 from .tokentrim_scheduler import lift_scheduler
 from .tokentrim_stability import token_grid
-
-
-@dataclass
-class TokenTrimPipelineOutput(BaseOutput):
-    r"""
-    Output of [`TokenTrimPipeline`].
-
-    Args:
-        frames (`torch.Tensor`, `np.ndarray`, or `list[list[PIL.Image.Image]]`):
-            The videos, as `output_type` asks; latents are (B, C, T, H, W).
-        decisions (`list[list[dict]]`):
-            `decisions[video][chunk]`, plain JSON types: `chunk`, `severity` (`None` for the first), `threshold`
-            (`None` while the gate is closed), `trim`, `tokens` (evicted grid indices), `drift` (one per token of the
-            grid, `None` for the first chunk) and `regenerated_severity` (`None` where nothing was regenerated).
-    """
-
-    frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
-    decisions: list[list[dict]]
 
 
 class _Renoise:
@@ -193,6 +184,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         width: int | None = None,
         max_sequence_length: int | None = None,
     ):
+        is_wan = vae is None or "scale_factor_temporal" in vae.config
+        check(is_wan, "vae", type(vae).__name__, "an AutoencoderKLWan, from a causal Wan checkpoint")
         scheduler = lift_scheduler(scheduler) if scheduler is not None else None
         super().__init__(tokenizer, text_encoder, transformer, vae, scheduler)
         self.register_to_config(
@@ -207,23 +200,34 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             max_sequence_length=max_sequence_length,
         )
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, include_code: bool = False, **kwargs) -> None:
+        """
+        Save all components, and the settings of the rollout.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder.
+            include_code (`bool`, defaults to `False`):
+                Whether to save the code of the pipeline as well, so that `trust_remote_code=True` is all that somebody
+                without this project needs to load the folder; without that, it does not load. A folder that holds the
+                code already stays such a folder.
+            args, kwargs (*optional*): as in [`DiffusionPipeline.save_pretrained`].
+        """
+        if include_code:
+            copy_code(Path(__file__), save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def save_config(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """
-        Write `model_index.json` with the names of the stock Diffusers classes: Diffusers saves no code, and an index
-        that names ours would load nowhere. The stock scheduler is lifted again when the folder is loaded here.
+        Write `model_index.json`. Where the folder holds no code, it names the stock Diffusers classes, since ours would
+        load nowhere; the stock scheduler is lifted again when the folder is loaded here.
 
         Args:
             save_directory (`str` or `os.PathLike`): the checkpoint's folder.
         """
         super().save_config(save_directory, **kwargs)
-        path = Path(save_directory) / self.config_name
-        index = json.loads(path.read_text())
-        index["_class_name"] = AnyFlowFARPipeline.__name__
-        if self.scheduler is not None:
-            bases = type(self.scheduler).__mro__
-            stock = next(base for base in bases if base.__module__.startswith("diffusers."))
-            index["scheduler"] = ["diffusers", stock.__name__]
-        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        name_stock_classes(save_directory, self.scheduler)
+        if (Path(save_directory) / Path(__file__).name).is_file():
+            name_our_classes(save_directory, Path(__file__))
 
     @torch.no_grad()
     def __call__(
@@ -524,7 +528,11 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         self.maybe_free_model_hooks()
         if not return_dict:
             return (frames, decisions)
-        return TokenTrimPipelineOutput(frames=frames, decisions=decisions)
+        chunk_frames = [num * temporal for num in chunk_partition]
+        chunk_frames[0] -= temporal - 1  # the first latent frame is one frame
+        return TokenTrimPipelineOutput(
+            frames, decisions, cache.grid, None if output_type == "latent" else chunk_frames
+        )
 
     def roll_out(
         self, state: _RolloutState, policy: TokenTrimPolicy, given_chunks: Sequence[torch.Tensor]

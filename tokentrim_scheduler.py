@@ -6,6 +6,7 @@ A leaf: it imports nothing of this project, so that it also loads alone, as the 
 
 import copy
 import inspect
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ from diffusers import (
 )
 from diffusers.utils import BaseOutput
 
+
+logger = logging.getLogger("tokentrim.scheduler")
 
 # What the mixin keeps beside the solver's own state.
 OURS = ("_internal_dict", "_fresh_state", "_chunk_generators", "_chunk_draws", "_step_generator", "_context_version")
@@ -242,4 +245,5 @@ def lift_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     lifted = globals().get(f"TokenTrim{stock.__name__}")
     if lifted is None:
         lifted = type(f"TokenTrim{stock.__name__}", (TokenTrimSchedulerMixin, stock), {"__module__": __name__})
+    logger.info("scheduler %s: lifted to %s, with its config", stock.__name__, lifted.__name__)
     return lifted.from_config(scheduler.config)

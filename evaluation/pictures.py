@@ -1,29 +1,24 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Pictures of rollouts: film strip, drift plot, videos side by side."""
 
-from pathlib import Path
+from functools import partial
 
-import imageio.v3 as iio
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
+from tokentrim.tokentrim_output import TRIM, as_uint8, choose_chunks, plot_severity, save_video
+
 
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-TRIM = "#d62728"
+save_video = partial(save_video, fps=12)
 
 
 def enlarge(frames: np.ndarray, factor: int = 4) -> np.ndarray:
     """(frames, H, W, 3) in [0, 1] -> uint8, each pixel `factor` times as wide and high."""
-    frames = (frames * 255).round().clip(0, 255).astype(np.uint8)
-    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
-def save_video(path: Path, frames: np.ndarray, fps: int = 12) -> None:
-    """Write uint8 (frames, H, W, 3) as mp4."""
-    iio.imwrite(path, frames, plugin="FFMPEG", fps=fps, codec="libx264", quality=9, macro_block_size=2)
+    return as_uint8(frames).repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def side_by_side(videos: dict[str, np.ndarray]) -> np.ndarray:
@@ -51,13 +46,7 @@ def film_strip(
     """
     num_chunks = len(next(iter(decisions.values())))
     per_chunk = len(next(iter(videos.values()))) // num_chunks
-    triggered = sorted({each["chunk"] for rows in decisions.values() for each in rows if each["trim"]})
-    shown = set(triggered[: columns // 2])
-    for chunk in np.linspace(0, num_chunks - 1, columns).round().astype(int):
-        if len(shown) < columns:
-            shown.add(int(chunk))
-    shown |= {0, num_chunks - 1}
-    shown = sorted(shown)
+    shown = choose_chunks(list(decisions.values()), columns)
 
     figure = Figure(figsize=(1.05 * len(shown) + 1.2, 1.2 * len(videos) + 0.2), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.02, w_pad=0.02, hspace=0, wspace=0)
@@ -103,24 +92,8 @@ def drift_plot(
     axes = list(figure.subplots(len(rows), 1, sharex=True, height_ratios=rows))
     for name, of_method in decisions.items():
         axis = axes.pop(0)
-        chunks = [each["chunk"] for each in of_method]
-        severity = [np.nan if each["severity"] is None else each["severity"] for each in of_method]
-        threshold = [np.nan if each["threshold"] is None else each["threshold"] for each in of_method]
-        axis.plot(chunks, severity, ".-", color="0.3", label="severity")
-        axis.plot(chunks, threshold, "--", color="tab:blue", label="threshold")
-        trims = [each for each in of_method if each["trim"]]
-        axis.plot([e["chunk"] for e in trims], [e["severity"] for e in trims], "o", color=TRIM, label="trimmed")
-        axis.plot(
-            [e["chunk"] for e in trims],
-            [e["regenerated_severity"] for e in trims],
-            "o",
-            markerfacecolor="none",
-            color=TRIM,
-            label="regenerated",
-        )
-        axis.set(title=name, ylabel="severity")
-        axis.set_ylim(top=1.25 * axis.get_ylim()[1])  # room for the legend
-        axis.legend(loc="upper right", ncols=4, frameon=False)
+        plot_severity(axis, of_method)
+        axis.set(title=name)
     for part in parts:
         strip, axis = axes.pop(0), axes.pop(0)
         colors = np.stack([of_method[part] for of_method in swatches.values()])  # (methods, chunks, 3)

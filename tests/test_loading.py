@@ -1,69 +1,53 @@
-"""Loading, as strangers do it: in fresh processes, from files, without the network."""
+"""Loading, as strangers do it: in fresh processes, from files and from a Hub, every row of the README's table."""
 
 import ast
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from builders import full_pipeline, generators
+import torch
+from builders import (
+    full_pipeline,
+    generators,
+    quiet,
+    tiny_text_encoder,
+    tiny_tokenizer,
+    tiny_transformer,
+    tiny_vae,
+)
 from conftest import ROOT
-from diffusers import FlowMatchLCMScheduler
+from diffusers import (
+    AnyFlowFARPipeline,
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
+from fresh import Nursery
+from hub import Hub
 
 import tokentrim
+from tokentrim import TokenTrimPipeline
+from tokentrim.bundle import bundle
+from tokentrim.publish import publish
 
 
 SIBLINGS = sorted(path.stem for path in ROOT.glob("tokentrim_*.py"))
-SETTINGS = {"window_size": 9, "num_sink_frames": 3, "relative_positions": True}
-CALL = {"num_frames": 45, "drift_sensitivity": 0.0}
 PROMPT = "a red circle moving right over a blue background"
-
-LOAD = f"""
-import sys
-import numpy as np, torch
-from diffusers import DiffusionPipeline
-torch.set_num_threads(1)
-
-def load(folder, custom_pipeline):
-    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=custom_pipeline, trust_remote_code=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-def generate(pipe):
-    return pipe({PROMPT!r}, generator=[torch.Generator().manual_seed(0)], **{CALL!r})
-"""
-
-
-def run_fresh(script, tmp_path, *arguments):
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-    }
-    process = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return process.stdout
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A saved pipeline, and the video that it makes."""
-    pipe = full_pipeline(FlowMatchLCMScheduler(shift=5.0), **SETTINGS)
-    folder = tmp_path / "checkpoint"
-    pipe.save_pretrained(folder)
-    return folder, pipe(PROMPT, generator=generators(0), **CALL)
+SETTINGS = {"window_size": 9, "num_sink_frames": 3, "relative_positions": True}
+SIZE = {"height": 32, "width": 48, "max_sequence_length": 8, "num_inference_steps": 2}
+CALL = {"num_frames": 45, "drift_sensitivity": 0.0, "output_type": "latent"}
+README = (ROOT / "README.md").read_text().split("## Every way in\n")[1].split("\n## ")[0]
+PREAMBLE = re.search(r"```python\n(.*?)```", README, flags=re.S)[1]
+WAYS = dict(re.findall(r"^\| (.+?) \| `(.+?)` \|", README, flags=re.M))
 
 
 # What the sources have to look like for Diffusers' loader
@@ -90,6 +74,17 @@ def test_the_scheduler_file_stands_alone():
     assert relative_imports("tokentrim_scheduler") == ([], [])
 
 
+def test_the_directory_entry_names_the_pipeline_and_every_sibling():
+    names = [module for _, module in relative_imports("pipeline")[0]]
+    assert sorted(names) == sorted(["pipeline_tokentrim", *SIBLINGS]) == sorted(relative_imports("pipeline")[1])
+
+
+def test_what_only_looking_at_a_run_needs_is_not_imported_by_the_loader():
+    """It imports whatever an import statement names, inside functions too, and warns of what is missing."""
+    for name in ("pipeline_tokentrim", *SIBLINGS):
+        assert not re.search(r"^\s*(from|import)\s+(matplotlib|imageio)", (ROOT / f"{name}.py").read_text(), re.M)
+
+
 def test_every_export_is_there():
     for name in tokentrim.__all__:
         assert getattr(tokentrim, name).__name__ == name
@@ -97,48 +92,265 @@ def test_every_export_is_there():
         tokentrim.no_such_name  # noqa: B018
 
 
+def wan_parts(scheduler):
+    return (tiny_tokenizer(), tiny_text_encoder(), tiny_vae(), scheduler, tiny_transformer())
+
+
+def wan_pipeline():
+    settings = {"flow_shift": 5.0, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    return quiet(WanPipeline(*wan_parts(UniPCMultistepScheduler(**settings))))
+
+
+def latents(pipe):
+    return quiet(pipe)(PROMPT, generator=generators(0), **CALL, **SIZE).frames
+
+
+def test_from_pipe():
+    """Components are shared, the scheduler is lifted beside the other pipeline's own, settings are arguments."""
+    wan = wan_pipeline()
+    pipe = TokenTrimPipeline.from_pipe(wan, **SETTINGS)
+    assert pipe.transformer is wan.transformer and pipe.vae is wan.vae and pipe.text_encoder is wan.text_encoder
+    assert type(pipe.scheduler).__name__ == "TokenTrimUniPCMultistepScheduler"
+    assert pipe.scheduler.config.flow_shift == 5.0 and pipe.config.window_size == 9
+    assert type(wan.scheduler) is UniPCMultistepScheduler
+    ours = full_pipeline(UniPCMultistepScheduler.from_config(wan.scheduler.config), **SETTINGS)
+    assert latents(pipe).equal(latents(ours))
+
+    tokenizer, text_encoder, vae, scheduler, transformer = wan_parts(FlowMatchEulerDiscreteScheduler(shift=5.0))
+    far = AnyFlowFARPipeline(tokenizer, text_encoder, transformer, vae, scheduler)
+    assert latents(TokenTrimPipeline.from_pipe(far, **SETTINGS)).equal(latents(full_pipeline(**SETTINGS)))
+
+
+def test_a_plain_wan_folder(tmp_path):
+    """Its scheduler's shift is kept; the transformer may be replaced by a causal one."""
+    wan_pipeline().save_pretrained(tmp_path)
+    other = tiny_transformer(seed=1)
+    pipe = TokenTrimPipeline.from_pretrained(tmp_path, transformer=other, **SETTINGS)
+    assert pipe.transformer is other and pipe.scheduler.config.flow_shift == 5.0 and pipe.config.window_size == 9
+    wan = wan_pipeline()
+    wan.transformer = other
+    assert latents(pipe).equal(latents(TokenTrimPipeline.from_pipe(wan, **SETTINGS)))
+
+
+def test_lifting_a_scheduler_is_logged(caplog):
+    with caplog.at_level("INFO", logger="tokentrim"):
+        TokenTrimPipeline(None, None, tiny_transformer(), None, FlowMatchEulerDiscreteScheduler())
+    assert [record.getMessage() for record in caplog.records] == [
+        "scheduler FlowMatchEulerDiscreteScheduler: lifted to TokenTrimFlowMatchEulerDiscreteScheduler, with its config"
+    ]
+
+
+def test_a_checkpoint_of_another_family():
+    vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=32)
+    with pytest.raises(ValueError, match="`vae` has to be an AutoencoderKLWan, .*but is 'AutoencoderKL'"):
+        TokenTrimPipeline(None, None, tiny_transformer(), vae, None)
+
+
+def test_saving_with_and_without_code(tmp_path):
+    """Stock names without; with code, it is where the loader looks, and saving again keeps naming it."""
+    pipe = full_pipeline(FlowMatchLCMScheduler(shift=5.0), **SETTINGS)
+
+    def save(name, **kwargs):
+        pipe.save_pretrained(tmp_path / name, **kwargs)
+        index = json.loads((tmp_path / name / "model_index.json").read_text())
+        assert {setting: index[setting] for setting in SETTINGS} == SETTINGS
+        return index["_class_name"], index["scheduler"]
+
+    stock = "AnyFlowFARPipeline", ["diffusers", "FlowMatchLCMScheduler"]
+    ours = ["pipeline_tokentrim", "TokenTrimPipeline"], ["tokentrim_scheduler", "TokenTrimFlowMatchLCMScheduler"]
+    assert save("stock") == stock and not list((tmp_path / "stock").rglob("*.py"))
+    assert save("ours", include_code=True) == ours and save("ours") == ours
+    files = {str(path.relative_to(tmp_path / "ours")) for path in (tmp_path / "ours").rglob("*.py")}
+    code = {f"{name}.py" for name in ("pipeline_tokentrim", *SIBLINGS)}
+    assert files == code | {"scheduler/tokentrim_scheduler.py"}
+
+    pipe.scheduler = tokentrim.lift_scheduler(FlowMatchHeunDiscreteScheduler(shift=5.0))  # into a class of no file
+    assert save("heun", include_code=True) == (ours[0], ["diffusers", "FlowMatchHeunDiscreteScheduler"])
+
+
 # In fresh processes
 
 
-def test_importing_the_package_loads_nothing(tmp_path):
-    (tmp_path / "tokentrim").symlink_to(ROOT)
-    run_fresh("import tokentrim, sys; assert 'torch' not in sys.modules and 'diffusers' not in sys.modules", tmp_path)
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """What the README's table loads, in folders and on a Hub."""
+    folder = tmp_path_factory.mktemp("world")
+    ours = full_pipeline(FlowMatchLCMScheduler(shift=5.0), **SETTINGS)
+    ours.save_pretrained(folder / "checkpoint")
+    ours.save_pretrained(folder / "with-code", include_code=True)
+    wan_pipeline().save_pretrained(folder / "wan")
+    (folder / "tokentrim").symlink_to(ROOT)
+    (folder / "tokentrim_bundle.py").write_text(bundle())
+
+    repositories = folder / "hub"
+    publish("you/code", repositories / "code")
+    publish("you/both", repositories / "both", folder / "checkpoint", license="apache-2.0")
+    for name, file in (("code", "pipeline.py"), ("both", "pipeline_tokentrim.py")):  # another code in another revision
+        shutil.copytree(repositories / name, repositories / f"{name}-v1")
+        with (repositories / f"{name}-v1" / file).open("a") as code:
+            code.write('\nTokenTrimPipeline.revision = "v1"\n')
+    revisions = {
+        "you/weights": {"main": folder / "checkpoint"},
+        "you/code": {"main": repositories / "code", "v1": repositories / "code-v1"},
+        "you/both": {"main": repositories / "both", "v1": repositories / "both-v1"},
+    }
+    expected = {}
+    for scheduler, of_scheduler in (("FlowMatchLCM", "checkpoint"), ("UniPCMultistep", "wan")):
+        pipe = TokenTrimPipeline.from_pretrained(folder / of_scheduler, **SETTINGS)
+        expected[f"TokenTrim{scheduler}Scheduler"] = latents(pipe)
+    of_hub = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with (
+        Hub(revisions, folder / "uploads") as hub,
+        Nursery(HF_HUB_OFFLINE="0", HF_ENDPOINT=hub.url, **of_hub) as online,
+        Nursery(HF_HUB_OFFLINE="1", HF_ENDPOINT=hub.url, **of_hub) as offline,
+    ):
+        yield SimpleNamespace(folder=folder, hub=hub, online=online, offline=offline, expected=expected)
 
 
-def test_custom_pipeline_from_a_file(checkpoint, tmp_path):
-    """Settings and lifted scheduler included; what it saves loads again, with and without this project."""
-    folder, expected = checkpoint
-    script = (
-        LOAD
-        + """
-pipe = load(sys.argv[1], sys.argv[2])
-output = generate(pipe)
-assert type(pipe).__name__ == "TokenTrimPipeline" and type(pipe.scheduler).__name__ == "TokenTrimFlowMatchLCMScheduler"
-np.save("frames.npy", output.frames)
-print([d["trim"] for d in output.decisions[0]])
+@pytest.fixture
+def here(world, tmp_path):
+    """A folder for a script, with links to what it may load."""
+    for path in world.folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
 
-pipe.save_pretrained("saved")
-again = load("saved", sys.argv[2])
-assert np.abs(generate(again).frames - output.frames).max() < 1e-5
-stock = DiffusionPipeline.from_pretrained("saved")
-assert type(stock).__name__ == "AnyFlowFARPipeline" and type(stock.scheduler).__name__ == "FlowMatchLCMScheduler"
-assert stock.scheduler.config.shift == 5.0
+
+QUIET = "from diffusers.utils import logging; logging.set_verbosity_error()"
+LOUD = "logging.set_verbosity_warning()"
+# Pipelines in memory, whose own loading says what their classes do not expect.
+GIVEN = {
+    "anyflow": 'AnyFlowFARPipeline.from_pretrained("checkpoint")',
+    "wan": 'WanPipeline.from_pretrained("wan")',
+    "causal": 'AnyFlowFARPipeline.from_pretrained("checkpoint").transformer',
+    "snapshots": '__import__("json").load(open("snapshots.json"))',
+}
+DOWNLOAD = """
+import huggingface_hub, json
+print(json.dumps({name: huggingface_hub.snapshot_download(f"you/{name}") for name in ("weights", "code", "both")}))
 """
+CHECK = f"""
+import torch
+pipe.set_progress_bar_config(disable=True)
+generator = [torch.Generator().manual_seed(0)]
+torch.save(pipe({PROMPT!r}, generator=generator, **{CALL | SIZE}).frames, "latents.pt")
+print(type(pipe).__name__, type(pipe.scheduler).__name__, getattr(pipe, "revision", None))
+"""
+
+
+@pytest.fixture
+def run(world, here):
+    """Run code that makes `pipe`, which has to make the expected latents, bit by bit, without a word of warning."""
+
+    def run(code, nursery=world.offline, scheduler="FlowMatchLCM", revision=None, warnings=()):
+        printed, warned = nursery.run(f"{code}\n{CHECK}", here)
+        scheduler = f"TokenTrim{scheduler}Scheduler"
+        assert printed.split() == ["TokenTrimPipeline", scheduler, str(revision)]
+        assert all(any(known in line for known in warnings) for line in warned), warned
+        assert torch.load(here / "latents.pt").equal(world.expected[scheduler])
+
+    return run
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_row_of_the_readme(way, world, here, run):
+    code = WAYS[way]
+    script = [PREAMBLE, f"rollout = {SETTINGS}"]
+    if "snapshots" in code:
+        (here / "snapshots.json").write_text(world.online.run(DOWNLOAD, here)[0])
+    if code.startswith("TokenTrimPipeline"):
+        script.append("from tokentrim import TokenTrimPipeline")
+    for name, stock in GIVEN.items():
+        if re.search(rf"[(=]{name}\b", code):
+            script.append(f"{QUIET}\n{name} = {stock}\n{LOUD}")
+    run(
+        "\n".join([*script, f"pipe = {code}"]),
+        nursery=world.online if '"you/' in code else world.offline,
+        scheduler="UniPCMultistep" if "wan" in code else "FlowMatchLCM",
+        revision="v1" if "v1" in code else None,
+        warnings=["should be kept in float32"] if "from_pipe" in code else [],  # it casts, whatever the pipeline
     )
-    printed = run_fresh(script, tmp_path, folder, ROOT / "pipeline_tokentrim.py")
-    np.testing.assert_allclose(np.load(tmp_path / "frames.npy"), expected.frames, atol=1e-4)
-    assert ast.literal_eval(printed) == [decision["trim"] for decision in expected.decisions[0]]
 
 
-def test_code_and_schedulers_inside_a_checkpoint(checkpoint, tmp_path):
-    """Pipeline and siblings at its root, the scheduler's file in its folder: each class loads alone and is kept."""
-    folder, expected = checkpoint
-    for name in ("pipeline_tokentrim", *SIBLINGS):
-        shutil.copy(ROOT / f"{name}.py", folder)
-    shutil.copy(ROOT / "tokentrim_scheduler.py", folder / "scheduler")
-    index = json.loads((folder / "model_index.json").read_text())
+UNTRUSTED = "`trust_remote_code=True`"
+REFUSALS = {
+    'DiffusionPipeline.from_pretrained("checkpoint", custom_pipeline="tokentrim/pipeline_tokentrim.py")': UNTRUSTED,
+    'DiffusionPipeline.from_pretrained("checkpoint", custom_pipeline="tokentrim")': UNTRUSTED,
+    'DiffusionPipeline.from_pretrained("with-code")': UNTRUSTED,
+    'DiffusionPipeline.from_pretrained("you/weights", custom_pipeline="you/code")': UNTRUSTED,
+    'DiffusionPipeline.from_pretrained("you/both")': UNTRUSTED,
+    'load("you/weights", custom_pipeline="you/nothing")': "you/nothing",
+    'load("you/weights", custom_pipeline="you/code", custom_revision="v9")': "Revision Not Found",
+    'load("checkpoint", custom_pipeline="you/code"); import huggingface_hub as hub; '  # cached, and then offline
+    'hub.constants.HF_HUB_OFFLINE = True; load("checkpoint", custom_pipeline="you/code")': "offline mode is enabled",
+    'diffusers = sys.modules["diffusers"]; del diffusers.AnyFlowFARPipeline; '  # as before 0.39.0
+    'diffusers._class_to_module.pop("AnyFlowFARPipeline"); load("checkpoint", custom_pipeline="tokentrim")': (
+        "TokenTrim needs diffusers 0.39.0 or newer, but .* is here: `pip install -U diffusers`"
+    ),
+}
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+def test_what_cannot_be_says_what_to_do(code, world, here):
+    script = f"{PREAMBLE}\nimport sys\ntry:\n    {code}\nexcept Exception as error:\n    print(error)"
+    nursery = world.online if '"you/' in code else world.offline
+    assert re.search(REFUSALS[code], nursery.run(script, here)[0])
+
+
+def test_the_hub_is_asked_for_every_file_once(world, here, run):
+    """Weights and companions come over the wire; a second load takes them from the cache."""
+    world.hub.requests.clear()
+    load = 'pipe = load("you/weights", custom_pipeline="you/code")'
+    run(f"{PREAMBLE}\n{load}\n{load}", world.online)
+    fetched = [request for request in world.hub.requests if request.startswith("GET /you/")]
+    assert len(fetched) == len(set(fetched))
+    for name in ("pipeline.py", "pipeline_tokentrim.py", *(f"{sibling}.py" for sibling in SIBLINGS)):
+        assert any(request.endswith(f"/{name}") for request in fetched)
+    assert sum("safetensors" in request for request in fetched) == 3
+
+
+def test_publishing(world, here, run):
+    """What `save_pretrained(push_to_hub=True)` and `upload_folder` upload loads again; the Hub finds the cards valid."""
+    script = f"""{PREAMBLE}
+import huggingface_hub
+pipe = load("with-code")
+pipe.save_pretrained("pushed", include_code=True, push_to_hub=True, repo_id="you/pushed", token="hf_none")
+huggingface_hub.create_repo("you/uploaded", token="hf_none")
+huggingface_hub.upload_folder(repo_id="you/uploaded", folder_path="hub/both", token="hf_none")
+for name in ("code", "both"):
+    huggingface_hub.ModelCard.load(f"hub/{{name}}/README.md").validate()
+"""
+    world.online.run(script, here)
+    cards = {(world.folder / "hub" / name / "README.md").read_text() for name in ("code", "both")}
+    assert cards <= set(world.hub.cards)
+    for name in ("pushed", "uploaded"):
+        run(f'{PREAMBLE}\npipe = load("you/{name}")', world.online)
+
+
+def test_saving_from_each_kind_of_pipeline(world, here, run):
+    """A pipeline that was loaded from a file, a Hub or a bundle saves its own code, and plain folders without it."""
+    sources = {
+        "file": 'load("checkpoint", custom_pipeline="tokentrim/pipeline_tokentrim.py")',
+        "code": 'load("with-code")',
+        "bundle": 'load("checkpoint", custom_pipeline="tokentrim_bundle.py")',
+    }
+    for name, source in sources.items():
+        script = f"{PREAMBLE}\npipe = {source}\npipe.save_pretrained('{name}-code', include_code=True)"
+        world.offline.run(f"{script}\npipe.save_pretrained('{name}-plain')", here)
+        run(f'{PREAMBLE}\npipe = load("{name}-code")')
+        run(f'{PREAMBLE}\npipe = load("{name}-plain", custom_pipeline="tokentrim")')
+    stock = (
+        '{PREAMBLE}\npipe = DiffusionPipeline.from_pretrained("file-plain")\nprint(type(pipe), type(pipe.scheduler))'
+    )
+    printed, _ = world.offline.run(stock.format(PREAMBLE=PREAMBLE), here)
+    assert "AnyFlowFARPipeline" in printed and ".FlowMatchLCMScheduler" in printed
+
+
+def test_schedulers_as_components(world, here):
+    """A scheduler's file in the scheduler's folder: each class loads alone, is kept, and saves its config."""
+    code = here / "saved"
+    shutil.copytree(world.folder / "with-code", code)
+    index = json.loads((code / "model_index.json").read_text())
     configs = {
-        "TokenTrimFlowMatchLCMScheduler": {"shift": 5.0},
         "TokenTrimFlowMatchEulerDiscreteScheduler": {"shift": 5.0},
         "TokenTrimFlowMapEulerDiscreteScheduler": {"shift": 5.0},
         "TokenTrimUniPCMultistepScheduler": {
@@ -148,27 +360,44 @@ def test_code_and_schedulers_inside_a_checkpoint(checkpoint, tmp_path):
         },
     }
     for scheduler, config in configs.items():
-        variant = tmp_path / scheduler
-        shutil.copytree(folder, variant)
         index["scheduler"] = ["tokentrim_scheduler", scheduler]
-        (variant / "model_index.json").write_text(json.dumps(index))
-        (variant / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    script = (
-        LOAD
-        + """
-for scheduler in sys.argv[1:]:
-    pipe = load(scheduler, "pipeline_tokentrim")
-    assert type(pipe.scheduler).__name__ == scheduler
-    assert 5.0 in (pipe.scheduler.config.get("shift"), pipe.scheduler.config.get("flow_shift"))
-    np.save(scheduler + ".npy", generate(pipe).frames)
-    pipe.scheduler.save_pretrained("saved")
-    again = type(pipe.scheduler).from_pretrained("saved")
-    ours, theirs = ({k: v for k, v in each.config.items() if k[0] != "_"} for each in (again, pipe.scheduler))
-    assert ours == theirs
+        (code / "model_index.json").write_text(json.dumps(index))
+        (code / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+        script = f"""{PREAMBLE}
+pipe = load("saved")
+pipe.scheduler.save_pretrained("scheduler")
+again = type(pipe.scheduler).from_pretrained("scheduler")
+assert all(again.config[name] == value for name, value in {config}.items())
+{CHECK}"""
+        assert world.offline.run(script, here)[0].split()[1] == scheduler
+        ours = TokenTrimPipeline.from_pretrained(
+            world.folder / "checkpoint", scheduler=getattr(tokentrim, scheduler)(**config)
+        )
+        assert torch.load(here / "latents.pt").equal(latents(ours))
+
+
+def test_the_wheel(world, here, run):
+    """An installation holds every module, and what `publish` reads."""
+    source = here / "source"
+    ignored = shutil.ignore_patterns(".*", "checkpoints", "tests", "build", "*.egg-info", "docs", "runs", "demo")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", here / "site", source], check=True, stderr=subprocess.DEVNULL)
+    (here / "tokentrim").unlink()
+    script = """
+import sys; sys.path.insert(0, "site")
+from tokentrim import TokenTrimPipeline
+assert "site/tokentrim" in sys.modules["tokentrim"].__file__
+import tokentrim.publish, tokentrim.convert, tokentrim.bundle
+tokentrim.publish.publish("you/installed", "published", "checkpoint", license="apache-2.0")
+pipe = TokenTrimPipeline.from_pretrained("checkpoint")
 """
-    )
-    run_fresh(script, tmp_path, *configs)
-    for scheduler, config in configs.items():
-        pipe = full_pipeline(getattr(tokentrim, scheduler)(**config), **SETTINGS)
-        ours = pipe(PROMPT, generator=generators(0), **CALL).frames
-        np.testing.assert_allclose(np.load(tmp_path / f"{scheduler}.npy"), ours, atol=1e-4)
+    run(script)
+    run(f'{PREAMBLE}\npipe = load("published")')
+
+
+def test_importing_the_package_loads_nothing():
+    script = "import tokentrim, sys; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokentrim").symlink_to(ROOT)
+        subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)

@@ -1,0 +1,142 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Folders that are ready for the Hub: the code of the pipeline, or the code and a checkpoint, with a model card.
+
+    python -m tokentrim.publish you/tokentrim --out hub/tokentrim
+    python -m tokentrim.publish you/tiny-world --checkpoint checkpoints/tiny-world --out hub/tiny-world
+
+What the card says about licences, results and limits is what README.md says.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from . import __version__
+from .tokentrim_inputs import check
+from .tokentrim_saving import INDEX, copy_code, name_our_classes
+
+
+ROOT = Path(__file__).parent
+TAGS = ["diffusers", "video-generation", "long-video", "wan", "causal", "kv-cache", "tokentrim", "arxiv:2602.00268"]
+
+
+def publish(
+    repo_id: str,
+    out: str | os.PathLike,
+    checkpoint: str | os.PathLike | None = None,
+    license: str | None = None,
+    revision: str = f"v{__version__}",
+    prompt: str = "a red fox trots through snow",
+) -> ModelCard:
+    """
+    Write a folder that is ready for `hf upload`.
+
+    Args:
+        repo_id (`str`): the repository that the card's snippet loads, `"you/name"`.
+        out (`str` or `os.PathLike`): the folder to write, new or empty.
+        checkpoint (`str` or `os.PathLike`, *optional*):
+            A Diffusers folder of a causal Wan model, whose files are copied as they are. By default, code alone.
+        license (`str`, *optional*):
+            The Hub's name of the licence of the weights. By default, what the checkpoint's own card says.
+        revision (`str`, *optional*): the tag that the card's snippet pins. By default, this version.
+        prompt (`str`, *optional*): a prompt for the snippet.
+
+    Returns:
+        `ModelCard`: the card, as written to README.md.
+
+    Raises:
+        `ValueError`: an argument is no good; its name, its value and what is valid are in the message.
+    """
+    out = Path(out)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"`repo_id` has to be a name like 'you/name', but is {repo_id!r}: {error}") from error
+    check("/" in repo_id, "repo_id", repo_id, "a name like 'you/name'")
+    check(not out.exists() or (out.is_dir() and not any(out.iterdir())), "out", str(out), "a new or an empty folder")
+    body = None
+    if checkpoint is None:
+        check(license in (None, "apache-2.0"), "license", license, "None or 'apache-2.0' for the code alone")
+        license = "apache-2.0"
+    else:
+        checkpoint = Path(checkpoint)
+        check((checkpoint / INDEX).is_file(), "checkpoint", str(checkpoint), f"a folder with a {INDEX}")
+        if (checkpoint / "README.md").is_file():
+            own_card = ModelCard.load(checkpoint / "README.md")
+            license, body = license or own_card.data.license, nested(own_card.text)
+        check(license is not None, "license", license, f"given, since {checkpoint} has no card that says it")
+        shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns(".*", "*.py"), dirs_exist_ok=True)
+
+    pipeline = ROOT / "pipeline_tokentrim.py"
+    copy_code(pipeline, out)
+    for file in ("pipeline.py", "LICENSE"):
+        shutil.copy(ROOT / file, out)
+    if checkpoint is not None:
+        name_our_classes(out, pipeline)
+
+    card = ModelCard.from_template(
+        ModelCardData(library_name="diffusers", pipeline_tag="text-to-video", license=license, tags=TAGS),
+        template_str=(ROOT / "model_card.md").read_text(),
+        title=repo_id.split("/")[1],
+        repo_id=repo_id,
+        revision=revision,
+        prompt=prompt,
+        checkpoint=checkpoint,
+        license=license,
+        body=body,
+        results=readme_section("Results"),
+        limits=readme_section("Limits"),
+    )
+    card.save(out / "README.md")
+    return card
+
+
+def readme_section(title: str) -> str:
+    """The section of this project's README whose title begins so."""
+    section = re.search(rf"^## {title}.*?\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    return unlinked(section[1].strip())
+
+
+def nested(text: str) -> str:
+    """The text of another card, below a heading of this one."""
+    text = re.sub(r"\A\s*# .*\n", "", text)
+    return unlinked(re.sub(r"^(#+ )", r"#\1", text, flags=re.M).strip())
+
+
+def unlinked(text: str) -> str:
+    """Without links to files that do not come along, and without what stands in parentheses for such a link alone."""
+    link = r"!?\[([^\]]*)\]\((?!https?:)[^)]*\)"
+    return re.sub(link, r"\1", re.sub(rf"\s*\({link}\)", "", text))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tokentrim.publish", description=__doc__.splitlines()[0])
+    parser.add_argument("repo_id", metavar="REPO", help="the repository on the Hub, you/name")
+    parser.add_argument("--out", required=True, help="the folder to write, new or empty")
+    parser.add_argument("--checkpoint", help="Diffusers folder to publish with the code (default: the code alone)")
+    parser.add_argument("--license", help="of the weights, as the Hub names it (default: the checkpoint's card)")
+    parser.add_argument("--revision", default=f"v{__version__}", help="tag that the snippet pins (%(default)s)")
+    parser.add_argument("--prompt", default="a red fox trots through snow", help="for the snippet (%(default)s)")
+    parser.add_argument("--validate", action="store_true", help="also ask the Hub whether the card is valid")
+    options = vars(parser.parse_args(arguments))
+    validate = options.pop("validate")
+    try:
+        card = publish(**options)
+        if validate:
+            card.validate()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    out, repo_id = options["out"], options["repo_id"]
+    print(f"written {out}. Read its README.md, then:\n\n  hf repos create {repo_id}\n  hf upload {repo_id} {out} .")
+    print(f"  hf repos tag create {repo_id} {options['revision']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""`examples/generate.py`, as its users start it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from builders import full_pipeline
+from conftest import ROOT
+from diffusers import FlowMatchLCMScheduler
+from fresh import Nursery
+
+
+SCRIPT = ROOT / "examples" / "generate.py"
+PROMPTS = ["a red circle moving right", "", "a blue square moving left", "a green circle"]
+NAMES = ["00000-a-red-circle-moving-right", "00002-a-blue-square-moving-left", "00003-a-green-circle"]
+
+
+@pytest.fixture
+def here(tmp_path):
+    full_pipeline(FlowMatchLCMScheduler(shift=5.0)).save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "rollout.json").write_text(json.dumps({"window_size": 9, "num_frames": 21}))
+    (tmp_path / "trim.json").write_text(json.dumps({"drift_sensitivity": 0.0, "warmup_chunks": 1, "num_frames": 33}))
+    return tmp_path
+
+
+OPTIONS = ["--checkpoint", "checkpoint", "--config", "rollout.json", "--config", "trim.json", "--fps", "8"]
+
+
+def start(nursery, folder, *arguments):
+    argv = [str(SCRIPT), *arguments, *OPTIONS]
+    script = f"import runpy, sys\nsys.argv = {argv}\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    return nursery.run(f"{script}except SystemExit as end:\n    print('exit', int(end.code))", folder)[0]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_many_prompts(here):
+    """Two processes make what one makes, bit by bit; a failure is reported and the rest goes on; a second start does
+    what is left; one prompt with its seed is one of them."""
+    (here / "two" / f"{NAMES[1]}.mp4").mkdir(parents=True)  # a video cannot be written there
+    arguments = ["--prompts", "prompts.txt", "--out", "two", *OPTIONS]
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT, *arguments],
+        cwd=here,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(here / "hf")},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    assert "3 to generate, 0 there already" in process.stdout and "2 done, 1 failed" in process.stdout
+    assert f"two/{NAMES[1]}.mp4: IsADirectoryError" in process.stdout
+    assert "process 0: 100%" in process.stderr and "process 1: 100%" in process.stderr
+    (here / "two" / f"{NAMES[1]}.mp4").rmdir()
+    written = {
+        name: (here / "two" / name).stat().st_mtime_ns for name in contents(here / "two") if "00002" not in name
+    }
+
+    with Nursery(HF_HUB_OFFLINE="1") as nursery:
+        printed = start(nursery, here, "--prompts", "prompts.txt", "--out", "two")
+        assert "1 to generate, 2 there already" in printed and "1 done, 0 failed\nexit 0" in printed
+        assert {name: (here / "two" / name).stat().st_mtime_ns for name in written} == written
+        assert "exit 0" in start(nursery, here, "--prompts", "prompts.txt", "--out", "one")
+        assert sorted(contents(here / "one")) == sorted(f"{name}.{kind}" for name in NAMES for kind in ("mp4", "json"))
+        assert contents(here / "one") == contents(here / "two")
+        assert not list((here / "two").glob(".*"))
+
+        assert "exit 0" in start(nursery, here, PROMPTS[2], "--out", "deep/down/square.mp4", "--seed", "2")
+        assert (here / "deep" / "down" / "square.mp4").read_bytes() == contents(here / "one")[f"{NAMES[1]}.mp4"]
+        assert "0 to generate, 1 there already" in start(nursery, here, PROMPTS[2], "--out", "deep/down/square.mp4")
+
+    record = json.loads((here / "one" / f"{NAMES[1]}.json").read_text())
+    assert (record["prompt"], record["seed"], len(record["decisions"])) == (PROMPTS[2], 2, 3)
+    assert record["decisions"][2]["trim"]  # the sensitivity of the second config file
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["a prompt", "--out", "videos"], "--out has to end with .mp4 for one prompt, but is 'videos'"),
+        (["a prompt", "--prompts", "prompts.txt", "--out", "videos"], "not allowed with"),
+        (["--out", "a.mp4"], "one of the arguments"),
+    ],
+)
+def test_bad_arguments(arguments, message, monkeypatch, capsys):
+    from examples.generate import parse
+
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""Looking at a run: pictures of what the decisions say."""
+
+import sys
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from builders import full_pipeline, generators
+from diffusers import FlowMatchLCMScheduler
+from PIL import Image
+
+from tokentrim import TokenTrimPipelineOutput
+
+
+RED = np.array([0xD6, 0x27, 0x28]) / 255
+CHUNK_FRAMES = [2, 3, 3]
+GRID = (2, 4)  # tokens of 8x8 pixels
+
+
+def decision(chunk, tokens=()):
+    severity = None if chunk == 0 else 1.0 + len(tokens)
+    return {
+        "chunk": chunk,
+        "severity": severity,
+        "threshold": 1.5 if chunk == 2 else None,
+        "trim": bool(tokens),
+        "tokens": list(tokens),
+        "drift": None if chunk == 0 else [0.5] * 8,
+        "regenerated_severity": 0.5 if tokens else None,
+    }
+
+
+def make_output(frames=None):
+    """Two grey videos; the second one lost two tokens at its last chunk."""
+    frames = np.full((2, 8, 16, 32, 3), 0.5) if frames is None else frames
+    decisions = [[decision(0), decision(1), decision(2)], [decision(0), decision(1), decision(2, [0, 7])]]
+    return TokenTrimPipelineOutput(frames, decisions, GRID, CHUNK_FRAMES)
+
+
+def is_red(pixels):
+    return np.isclose(pixels, RED).all(axis=-1)
+
+
+def test_overlay_outlines_evicted_tokens_on_the_frames_of_their_chunk():
+    output = make_output()
+    overlay = output.overlay_evictions()
+    assert (output.frames == 0.5).all()
+    expected = np.zeros((2, 8, 16, 32), dtype=bool)
+    expected[1, 5:, :8, :8] = expected[1, 5:, 8:, 24:] = True  # tokens 0 and 7
+    expected[1, 5:, 1:7, 1:7] = expected[1, 5:, 9:15, 25:31] = False  # but for their inside
+    np.testing.assert_array_equal(is_red(overlay), expected)
+    white = (overlay == 1).all(axis=-1)
+    assert white.sum() == 3 * 2 * (6 * 6 - 4 * 4) and not (white & expected).any()  # a second line inside
+    assert (overlay[~(expected | white)] == 0.5).all()
+
+
+def test_every_decoded_output_type_looks_the_same():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 8, 16, 32, 3), dtype=np.uint8)
+    expected = make_output(frames / 255).overlay_evictions()
+    as_tensor = torch.from_numpy(frames / 255).permute(0, 1, 4, 2, 3)
+    as_pil = [[Image.fromarray(frame) for frame in video] for video in frames]
+    for same in (as_tensor, as_pil):
+        np.testing.assert_allclose(make_output(same).overlay_evictions(), expected, atol=1e-6)
+
+
+def test_filmstrip_shows_the_middle_of_each_chunk_and_frames_the_trimmed_ones():
+    frames = np.zeros((2, 8, 16, 32, 3)) + np.arange(8)[:, None, None, None] / 10
+    strip = make_output(frames).filmstrip()
+    assert strip.shape == (2 * (16 + 4), 3 * (32 + 4), 3)  # two pixels around each frame
+    inside = strip.reshape(2, 20, 3, 36, 3)[:, 2:-2, :, 2:-2]
+    np.testing.assert_allclose(inside[0].mean(axis=(0, 2, 3)), [0.1, 0.3, 0.6])
+    cell = strip.reshape(2, 20, 3, 36, 3)[:, 0, :, 0]  # a corner of each
+    np.testing.assert_array_equal(is_red(cell), [[False] * 3, [False, False, True]])
+    assert make_output(frames).filmstrip(columns=1).shape[1] == 2 * 36  # the first and the last are always there
+    with pytest.raises(ValueError, match="`columns` has to be an int >= 1, but is 0"):
+        make_output().filmstrip(columns=0)
+
+
+def test_plot_drift_shows_severities_thresholds_and_triggers():
+    figure = make_output().plot_drift()
+    assert len(figure.axes) == 2
+    severity, threshold, trimmed, regenerated = (line.get_xydata() for line in figure.axes[1].lines)
+    np.testing.assert_array_equal(severity, [[0, np.nan], [1, 1], [2, 3]])
+    np.testing.assert_array_equal(threshold, [[0, np.nan], [1, np.nan], [2, 1.5]])
+    np.testing.assert_array_equal(trimmed, [[2, 3]])
+    np.testing.assert_array_equal(regenerated, [[2, 0.5]])
+
+
+def test_save_video(tmp_path):
+    frames = np.full((2, 8, 16, 32, 3), 0.5)
+    frames[1] = 1.0
+    path = make_output(frames).save_video(tmp_path / "second.mp4", fps=8, video=1)
+    assert path == tmp_path / "second.mp4"
+    video = iio.imread(path, plugin="FFMPEG")
+    assert video.shape == (8, 16, 32, 3) and video.min() > 250
+    assert iio.immeta(path, plugin="FFMPEG")["fps"] == 8
+    with pytest.raises(ValueError, match="`video` has to be an int from 0 to 1, but is 2"):
+        make_output().save_video(tmp_path / "no.mp4", video=2)
+    with pytest.raises(ValueError, match="`fps` has to be a finite number > 0, but is 0"):
+        make_output().save_video(tmp_path / "no.mp4", fps=0)
+
+
+def test_latents_have_no_frames_to_look_at(tmp_path):
+    output = TokenTrimPipelineOutput(torch.zeros(2, 4, 9, 2, 4), make_output().decisions, GRID)
+    output.plot_drift()
+    for look in (output.overlay_evictions, output.filmstrip, lambda: output.save_video(tmp_path / "no.mp4")):
+        with pytest.raises(ValueError, match="`output_type` has to be 'np', 'pt' or 'pil'"):
+            look()
+
+
+@pytest.mark.parametrize(
+    "module, packages", [("matplotlib.figure", "matplotlib"), ("imageio_ffmpeg", "imageio imageio-ffmpeg")]
+)
+def test_a_missing_package_is_named_with_the_command(module, packages, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    look = make_output().plot_drift if "matplotlib" in module else lambda: make_output().save_video(tmp_path / "a.mp4")
+    with pytest.raises(ImportError, match=f"{module} is not installed: `pip install {packages}`"):
+        look()
+
+
+@pytest.mark.parametrize("output_type", ["np", "latent"])
+def test_a_run_says_its_grid_and_its_chunks(output_type):
+    pipe = full_pipeline(FlowMatchLCMScheduler(shift=5.0))
+    prompt = "a red circle moving right over a blue background"
+    output = pipe(prompt, num_frames=45, generator=generators(0), output_type=output_type, drift_sensitivity=0.0)
+    assert output.grid == (2, 3)
+    assert output.chunk_frames == (None if output_type == "latent" else [9, 12, 12, 12])  # 3 latent frames each
+    if output_type == "np":
+        assert sum(output.chunk_frames) == output.frames.shape[1]
+        assert output.filmstrip().shape[2] == 3
+    decisions = pipe(prompt, num_frames=9, output_type="latent", return_dict=False)[1]
+    assert decisions == [output.decisions[0][:1]]

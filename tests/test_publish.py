@@ -1,0 +1,101 @@
+"""Folders for the Hub: what is in them, and what their cards say."""
+
+import ast
+import json
+import re
+
+import pytest
+from builders import full_pipeline
+from conftest import ROOT
+from huggingface_hub import ModelCard
+
+from tokentrim.publish import main, publish
+
+
+CODE = {"pipeline.py", "pipeline_tokentrim.py", *(path.name for path in ROOT.glob("tokentrim_*.py"))}
+
+
+def content(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def snippet(card):
+    return re.search(r"```python\n(.*?)```", card.text, flags=re.S)[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    full_pipeline(window_size=9).save_pretrained(folder)
+    (folder / "README.md").write_text(
+        "---\nlicense: cc-by-nc-sa-4.0\n---\n\n# mine\n\nText, [linked](a.md).\n\n## More\n"
+    )
+    return folder
+
+
+def test_the_code_alone(tmp_path):
+    card = publish("you/code", tmp_path)
+    assert content(tmp_path) == CODE | {"LICENSE", "README.md"}
+    assert (tmp_path / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+    written = ModelCard.load(tmp_path / "README.md")
+    assert written.data.to_dict() == card.data.to_dict()
+    data = written.data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("diffusers", "text-to-video", "apache-2.0")
+    assert "tokentrim" in data.tags and "arxiv:2602.00268" in data.tags
+    code = snippet(written)
+    ast.parse(code)
+    assert 'custom_pipeline="you/code"' in code and 'custom_revision="v0.1.0"' in code
+
+
+def test_code_and_checkpoint(checkpoint, tmp_path):
+    """Weights are copied byte by byte; the licence is the one of the checkpoint's own card, whose text is in ours."""
+    publish("you/both", tmp_path, checkpoint, revision="v2", prompt="a red circle")
+    assert content(tmp_path) == CODE | content(checkpoint) | {"LICENSE", "scheduler/tokentrim_scheduler.py"}
+    for file in content(checkpoint) - {"README.md", "model_index.json"}:
+        assert (tmp_path / file).read_bytes() == (checkpoint / file).read_bytes()
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline_tokentrim", "TokenTrimPipeline"] and index["window_size"] == 9
+    assert index["scheduler"] == ["tokentrim_scheduler", "TokenTrimFlowMatchEulerDiscreteScheduler"]
+
+    written = ModelCard.load(tmp_path / "README.md")
+    assert written.data.license == "cc-by-nc-sa-4.0" and "The weights: cc-by-nc-sa-4.0." in written.text
+    assert "# mine" not in written.text and "Text, linked." in written.text and "\n### More" in written.text
+    assert 'from_pretrained("you/both", revision="v2", trust_remote_code=True)' in snippet(written)
+    assert 'pipe("a red circle"' in snippet(written)
+
+
+def test_a_card_says_what_the_readme_says_without_its_links(checkpoint, tmp_path):
+    for number, card in enumerate(
+        (publish("you/code", tmp_path / "code"), publish("you/both", tmp_path / "both", checkpoint))
+    ):
+        sections = re.split(r"^## (.*)\n", card.text, flags=re.M)[1:]
+        assert sections[::2] == ["Licence", *["These weights"] * number, "Measured results", "Limits"]
+        assert all(len(text.strip()) > 10 for text in sections[1::2])
+        assert not re.search(r"\]\((?!https:)", card.text) and "{{" not in card.text and "{%" not in card.text
+
+
+def test_bad_input(checkpoint, tmp_path):
+    for repo_id in ("no-owner", "you/a b", "you/a/b", ""):
+        with pytest.raises(ValueError, match="`repo_id` has to be a name like 'you/name'"):
+            publish(repo_id, tmp_path / "out")
+    with pytest.raises(ValueError, match="`out` has to be a new or an empty folder"):
+        publish("you/code", checkpoint)
+    with pytest.raises(ValueError, match="`checkpoint` has to be a folder with a model_index.json"):
+        publish("you/both", tmp_path / "out", checkpoint / "transformer")
+    with pytest.raises(ValueError, match="`license` has to be None or 'apache-2.0' for the code alone, but is 'mit'"):
+        publish("you/code", tmp_path / "out", license="mit")
+    card = (checkpoint / "README.md").read_text()
+    (checkpoint / "README.md").unlink()
+    with pytest.raises(ValueError, match="`license` has to be given"):
+        publish("you/both", tmp_path / "out", checkpoint)
+    (checkpoint / "README.md").write_text(card)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path, capsys):
+    main(["you/code", "--out", str(tmp_path / "out"), "--revision", "v7"])
+    printed = capsys.readouterr().out
+    assert "hf upload you/code" in printed and "hf repos tag create you/code v7" in printed
+    with pytest.raises(SystemExit, match="error: `out` has to be a new or an empty folder"):
+        main(["you/code", "--out", str(tmp_path / "out")])

@@ -1,0 +1,46 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What a saved checkpoint says of its classes: Diffusers' own names, or ours where the code lies beside the weights."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from diffusers import AnyFlowFARPipeline, SchedulerMixin
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
+
+
+INDEX, PIPELINE, SCHEDULERS = "model_index.json", "TokenTrimPipeline", "tokentrim_scheduler.py"
+
+
+def copy_code(pipeline: Path, folder: str | os.PathLike) -> None:
+    """Copy the pipeline's file, and the companions that it imports, to where Diffusers' loader looks for them."""
+    os.makedirs(folder, exist_ok=True)
+    for name in (pipeline.stem, *get_relative_imports(pipeline)):
+        shutil.copy(pipeline.with_name(f"{name}.py"), folder)
+
+
+def name_stock_classes(folder: str | os.PathLike, scheduler: SchedulerMixin | None) -> None:
+    """Diffusers would write names of ours, which load nowhere without the code; our pipeline lifts a stock scheduler."""
+    names = {"_class_name": AnyFlowFARPipeline.__name__}
+    if scheduler is not None:
+        stock = next(base for base in type(scheduler).__mro__ if base.__module__.startswith("diffusers."))
+        names["scheduler"] = ["diffusers", stock.__name__]
+    _rename(folder, names)
+
+
+def name_our_classes(folder: str | os.PathLike, pipeline: Path) -> None:
+    """Name the classes in the pipeline's file. A scheduler's file has to lie in the scheduler's own folder."""
+    folder = Path(folder)
+    names = {"_class_name": [pipeline.stem, PIPELINE]}
+    scheduler = f"TokenTrim{json.loads((folder / INDEX).read_text())['scheduler'][1]}"
+    schedulers = folder / SCHEDULERS
+    if schedulers.is_file() and f"class {scheduler}(" in schedulers.read_text():
+        shutil.copy(schedulers, folder / "scheduler")
+        names["scheduler"] = [schedulers.stem, scheduler]
+    _rename(folder, names)
+
+
+def _rename(folder: str | os.PathLike, names: dict) -> None:
+    index = Path(folder) / INDEX
+    index.write_text(json.dumps({**json.loads(index.read_text()), **names}, indent=2, sort_keys=True) + "\n")
