@@ -289,7 +289,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             height (`int`, *optional*, defaults to `480`): height of the video in pixels.
             width (`int`, *optional*, defaults to `832`): width of the video in pixels.
             num_frames (`int`, *optional*, defaults to `81`):
-                Frames of the video. Its latent frames, (num_frames - 1) / temporal factor + 1, are whole chunks.
+                Frames of the video. Its latent frames, (num_frames - 1) / temporal factor + 1, are whole chunks; with
+                AnyFlow-FAR the last one is what is left.
             num_inference_steps (`int`, *optional*, defaults to `4`): denoising steps of each chunk.
             sigmas (`list[float]`, *optional*):
                 Noise levels, falling from 1; the scheduler's shift is applied on top. By default
@@ -314,7 +315,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             use_mean_velocity (`bool`, defaults to `True`):
                 AnyFlow-FAR alone: whether the model is told where a step goes, not only where it is.
             use_kv_cache (`bool`, defaults to `True`): has to be `True`.
-            chunk_partition (`list[int]`, *optional*): latent frames of each chunk, instead of `num_frames_per_chunk`.
+            chunk_partition (`list[int]`, *optional*):
+                Latent frames of each chunk, instead of `num_frames_per_chunk`. By default of AnyFlow-FAR the model's
+                own; for another length its first chunk, and then as many of its second as there is room for.
             token_trim (`bool`, defaults to `True`):
                 Whether to trim. `False` is the same loop with the gate shut: severities are still reported.
             prune_fraction (`float`, defaults to `0.1`): p, the share of the token grid that counts as unstable.
@@ -338,7 +341,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 `"self_forcing"`: chunk after chunk, each through all its steps. `"rolling_forcing"`: a window of as
                 many chunks as there are steps, denoised together, each a step behind the chunk before it; with a
                 sink directly before the recent frames, which only the denoising reads, not the context pass.
-            num_frames_per_chunk (`int`, *optional*, defaults to `3`): latent frames of a chunk.
+            num_frames_per_chunk (`int`, *optional*, defaults to `3`):
+                Latent frames of a chunk; with AnyFlow-FAR of all but the first, by default as the model's own.
             window_size (`int`, *optional*):
                 Latent frames that attention spans, the current chunk and the sink included. `None` without a setting
                 in the checkpoint: all of the past, whose cache grows without bound.

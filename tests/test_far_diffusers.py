@@ -9,7 +9,9 @@ import inspect
 import pytest
 import torch
 from builders import far_components, far_noise, generators, processors, quiet, randn, tiny_far
+from conftest import ROOT
 from diffusers import AnyFlowFARPipeline, DiffusionPipeline
+from test_loading import run_fresh
 
 from tokentrim import TokenTrimPipeline
 
@@ -204,6 +206,24 @@ def test_save_and_load(tmp_path):
     stock = quiet(DiffusionPipeline.from_pretrained(tmp_path))
     assert type(stock) is AnyFlowFARPipeline
     close(call(stock, output_type="latent"), call(pipe, token_trim=False, output_type="latent"), 1e-5)
+
+
+def test_custom_pipeline_is_all_that_a_stock_folder_needs(tmp_path):
+    """In a fresh process, as a user of a published checkpoint does it."""
+    stock = quiet(AnyFlowFARPipeline(**far_components()))
+    stock.save_pretrained(tmp_path / "checkpoint")
+    script = f"""
+import sys, torch
+from diffusers import DiffusionPipeline
+torch.set_num_threads(1)
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline=sys.argv[2], trust_remote_code=True)
+call = {CALL | {"output_type": "latent"}!r}
+output = pipe(**call, generator=torch.Generator().manual_seed(0), token_trim=False)
+assert len(output.decisions[0]) == 3
+torch.save(output.frames, sys.argv[3])
+"""
+    run_fresh(script, tmp_path, tmp_path / "checkpoint", ROOT / "pipeline_tokentrim.py", tmp_path / "frames.pt")
+    close(torch.load(tmp_path / "frames.pt"), call(stock, output_type="latent"), 1e-5)
 
 
 def test_save_and_load_without_optional_components(tmp_path):

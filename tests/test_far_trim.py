@@ -5,7 +5,7 @@ import torch
 from builders import embeds, far_noise, far_pipeline, randn, tiny_far, triggers
 from oracle_far import oracle_far
 
-from tokentrim.tokentrim_far import FARKVCache
+from tokentrim.tokentrim_far import FARBackbone, FARKVCache
 
 
 PARTITION = [1, 2, 2, 2, 2, 2, 2, 1]
@@ -222,3 +222,24 @@ def test_a_regeneration_with_nothing_to_evict_repeats_the_chunk():
     )
     assert triggers(trimmed.decisions[0])
     assert torch.equal(trimmed.frames, plain.frames)
+
+
+def test_a_context_without_any_token_is_as_if_there_was_none():
+    """Attention over nothing but masked keys, in the context pass of a chunk that lost all, makes no NaN."""
+    transformer, text = tiny_far(), embeds(2)
+    *chunks, noisy = far_noise(10, batch=2).split(2, dim=2)
+    times = torch.tensor([[800.0], [400.0]])
+
+    def flow(past, evicting):
+        backbone = FARBackbone(transformer, True, True, grid=(4, 6), num_videos=2)
+        with torch.no_grad(), backbone.attached():
+            for chunk in past:
+                backbone.cache.begin_chunk(2)
+                assert torch.isfinite(backbone.commit(chunk, text, None)).all()
+                backbone.cache.evict({video: range(24) for video in evicting})
+            backbone.cache.begin_chunk(2)
+            return backbone.predict_flow(noisy, [2], *times, text, None)
+
+    alone, whole = flow([], []), flow(chunks, [])
+    torch.testing.assert_close(flow(chunks, [0, 1]), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(flow(chunks, [1]), torch.stack([whole[0], alone[1]]), atol=1e-5, rtol=0)
