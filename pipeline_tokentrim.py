@@ -421,9 +421,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             num_frames, temporal, num_frames_per_chunk, chunk_partition, config.get("chunk_partition")
         )
         if far:
-            check_compression(
-                height, width, spatial, config.compressed_patch_size, full_chunk_limit, len(chunk_partition)
-            )
+            check_compression(height, width, spatial, config, len(chunk_partition))
         num_channels = config.in_channels
         shape = (num_videos, num_channels, sum(chunk_partition), height // spatial, width // spatial)
         check_draws(generator, latents, shape)

@@ -76,7 +76,8 @@ class FARKVCache(RollingKVCache):
         """Make room for a chunk of `num_frames` latent frames: what no pass will read any more leaves, but the sink."""
         before = self.frames
         super().begin_chunk(num_frames)
-        self._evicted = self._evicted[:, [frame in self.frames for frame in before]]
+        left = set(self.frames)
+        self._evicted = self._evicted[:, [frame in left for frame in before]]
 
     def begin_pass(self, num_frames: int) -> None:
         """The next forwards carry the `num_frames` latent frames of the chunk after the context."""

@@ -181,9 +181,7 @@ def check_components(pipe: Any, encodes_text: bool, encodes_video: bool, output_
         check(not needed or getattr(pipe, name, None) is not None, name, None, valid)
     transformer = pipe.transformer._orig_mod if is_compiled_module(pipe.transformer) else pipe.transformer
     if isinstance(transformer, AnyFlowFARTransformer3DModel):
-        check_far(
-            **{name: transformer.config[name] for name in ("patch_size", "compressed_patch_size", "full_chunk_limit")}
-        )
+        check_far(transformer.config)
         return
     text_to_video = isinstance(transformer, WanTransformer3DModel) and transformer.config.added_kv_proj_dim is None
     valid = (
@@ -192,16 +190,15 @@ def check_components(pipe: Any, encodes_text: bool, encodes_video: bool, output_
     check(text_to_video and transformer.config.patch_size[0] == 1, "transformer", type(transformer).__name__, valid)
 
 
-def check_far(patch_size: Sequence[int], compressed_patch_size: Sequence[int], full_chunk_limit: int) -> None:
+def check_far(config: Any) -> None:
     """What an AnyFlow-FAR transformer's config says is what its forward can do."""
-    frames, height, width = patch_size
-    name, valid = "transformer.config.patch_size", "(1, n, n)"
-    check(frames == 1 and height == width, name, tuple(patch_size), valid)
-    whole = compressed_patch_size[0] == 1 and not any(size % height for size in compressed_patch_size[1:])
-    name, valid = "transformer.config.compressed_patch_size", f"(1, h, w) with multiples of {height}"
-    check(whole, name, tuple(compressed_patch_size), valid)
+    patch, large, limit = tuple(config.patch_size), tuple(config.compressed_patch_size), config.full_chunk_limit
+    check(patch[0] == 1 and patch[1] == patch[2], "transformer.config.patch_size", patch, "(1, n, n)")
+    whole = large[0] == 1 and not any(size % patch[1] for size in large[1:])
+    valid = f"(1, h, w) with multiples of {patch[1]}"
+    check(whole, "transformer.config.compressed_patch_size", large, valid)
     valid = "an int >= 2: the current chunk and at least one in full resolution"
-    check(full_chunk_limit >= 2, "transformer.config.full_chunk_limit", full_chunk_limit, valid)
+    check(limit >= 2, "transformer.config.full_chunk_limit", limit, valid)
 
 
 def partition_chunks(
@@ -244,22 +241,12 @@ def partition_chunks(
     return [num_frames_per_chunk] * num_chunks
 
 
-def check_compression(
-    height: int,
-    width: int,
-    spatial_factor: int,
-    compressed_patch_size: Sequence[int],
-    full_chunk_limit: int,
-    num_chunks: int,
-) -> None:
-    """A video whose chunks get compressed is at least a compressed patch high and wide."""
-    if num_chunks > full_chunk_limit:
-        for name, value, patch in (
-            ("height", height, compressed_patch_size[1]),
-            ("width", width, compressed_patch_size[2]),
-        ):
-            valid = f">= {spatial_factor * patch}, a compressed patch, for more than {full_chunk_limit} chunks"
-            check(value >= spatial_factor * patch, name, value, valid)
+def check_compression(height: int, width: int, spatial_factor: int, config: Any, num_chunks: int) -> None:
+    """A video of AnyFlow-FAR whose chunks get compressed is at least a compressed patch high and wide."""
+    for name, value, patch in zip(("height", "width"), (height, width), config.compressed_patch_size[1:]):
+        smallest = spatial_factor * patch
+        valid = f">= {smallest}, a compressed patch, for more than {config.full_chunk_limit} chunks"
+        check(num_chunks <= config.full_chunk_limit or value >= smallest, name, value, valid)
 
 
 def check_sizes(
