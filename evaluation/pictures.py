@@ -119,6 +119,7 @@ def drift_plot(
             label="regenerated",
         )
         axis.set(title=name, ylabel="severity")
+        axis.set_ylim(top=1.25 * axis.get_ylim()[1])  # room for the legend
         axis.legend(loc="upper right", ncols=4, frameon=False)
     for part in parts:
         strip, axis = axes.pop(0), axes.pop(0)

@@ -70,7 +70,7 @@ def report(rows: list[dict], cost: dict[str, np.ndarray], num_chunks: int) -> st
             values = np.array([row[measure] for row in of_method])
             paired = np.isfinite(values) & np.isfinite(plain)
             values, differences = values[paired], (values - plain)[paired]
-            line = "  {:18}{:8.3f} [{:.3f}, {:.3f}]".format(method, values.mean(), *bootstrap(values))
+            line = "  {:20}{:8.3f} [{:.3f}, {:.3f}]".format(method, values.mean(), *bootstrap(values))
             if method != "plain":
                 line += "   against plain {:+.3f} [{:+.3f}, {:+.3f}]".format(
                     differences.mean(), *bootstrap(differences)
@@ -82,7 +82,7 @@ def report(rows: list[dict], cost: dict[str, np.ndarray], num_chunks: int) -> st
         triggers, chunks = sum(row["triggers"] for row in of_method), len(of_method) * num_chunks
         videos = np.mean([row["triggers"] > 0 for row in of_method])
         line = (
-            f"  {method:18}{triggers} triggers in {chunks} chunks ({triggers / chunks:.1%}), in {videos:.0%} of videos"
+            f"  {method:20}{triggers} triggers in {chunks} chunks ({triggers / chunks:.1%}), in {videos:.0%} of videos"
         )
         lines.append(f"{line}; seconds {cost[method][0] / cost['plain'][0]:.2f}x")
     return "\n".join(lines)

@@ -5,13 +5,15 @@ apply to this pipeline, upstream's own included; those marked `needs_accelerator
 """
 
 import inspect
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from builders import far_components, far_noise, generators, processors, quiet, randn, tiny_far
 from conftest import ROOT
 from diffusers import AnyFlowFARPipeline, DiffusionPipeline
-from test_loading import run_fresh
 
 from tokentrim import TokenTrimPipeline
 
@@ -222,7 +224,14 @@ output = pipe(**call, generator=torch.Generator().manual_seed(0), token_trim=Fal
 assert len(output.decisions[0]) == 3
 torch.save(output.frames, sys.argv[3])
 """
-    run_fresh(script, tmp_path, tmp_path / "checkpoint", ROOT / "pipeline_tokentrim.py", tmp_path / "frames.pt")
+    process = subprocess.run(
+        [sys.executable, "-c", script, "checkpoint", str(ROOT / "pipeline_tokentrim.py"), "frames.pt"],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
     close(torch.load(tmp_path / "frames.pt"), call(stock, output_type="latent"), 1e-5)
 
 

@@ -124,3 +124,24 @@ def test_demo_writes_what_it_promises(tmp_path):
     decisions = json.loads((tmp_path / "decisions.json").read_text())
     assert [len(of_method) for of_method in decisions.values()] == [6, 6, 6]
     assert "sink + tokentrim" in result.stdout
+
+
+def test_rolling_forcing_trims_on_the_world_and_leaves_the_anchor(pipe):
+    """It was not trained for it."""
+    seeds, anchors = [0, 1, 2], []
+
+    def on_chunk(index, latents, decisions):
+        cache = pipe.transformer.blocks[0].attn1.processor.cache
+        anchors.append([cache.held_tokens(video)[: 3 * 64] for video in range(3)])
+
+    output = pipe(
+        sample_prompts(seeds),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        rollout="rolling_forcing",
+        num_inference_steps=4,
+        num_frames=36,
+        output_type="latent",
+        on_chunk=on_chunk,
+    )
+    assert any(each["trim"] for decisions in output.decisions for each in decisions)
+    assert anchors == [[[(frame, token) for frame in range(3) for token in range(64)]] * 3] * 12
