@@ -32,17 +32,20 @@ except ImportError as error:
     ) from error
 
 from .tokentrim_anchor import Anchor
-from .tokentrim_attention import cached_attention, rotary_dims
+from .tokentrim_attention import WanBackbone
 from .tokentrim_cache import RollingKVCache
+from .tokentrim_far import FARBackbone
 from .tokentrim_flowmo import checkpointed, guide
 from .tokentrim_inputs import (
     ROLLOUTS,
     check,
     check_attention_kwargs,
+    check_bool,
     check_callables,
     check_callback_outputs,
     check_choice,
     check_components,
+    check_compression,
     check_context,
     check_draws,
     check_flowmo,
@@ -124,6 +127,7 @@ class _RolloutState:
     num_window_chunks: int
     flowmo: _FlowMo
     anchor: Anchor
+    backbone: WanBackbone | FARBackbone
     cache: RollingKVCache
     renoise: _Renoise
     solver_generators: list[torch.Generator] | None
@@ -151,7 +155,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
     Args:
         tokenizer ([`AutoTokenizer`]): tokenizer; `None` where prompts come as `prompt_embeds`.
         text_encoder ([`UMT5EncoderModel`]): text encoder; `None` where prompts come as `prompt_embeds`.
-        transformer ([`WanTransformer3DModel`]): chunk-causal video transformer.
+        transformer ([`WanTransformer3DModel`] or [`AnyFlowFARTransformer3DModel`]): chunk-causal video transformer.
         vae ([`AutoencoderKLWan`]): video VAE; `None` where latents come out.
         scheduler ([`SchedulerMixin`]): any flow-matching scheduler; one without [`TokenTrimSchedulerMixin`] is lifted.
         rollout (`str`, *optional*): `"self_forcing"` or `"rolling_forcing"`.
@@ -274,6 +278,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         window_size: int | None = None,
         num_sink_frames: int | None = None,
         relative_positions: bool | None = None,
+        protect_conditioning: bool = True,
+        pad_keys: bool = True,
         renoise: Callable[[int, int], torch.Tensor] | None = None,
         on_chunk: Callable[[int, torch.Tensor, list[dict]], None] | None = None,
     ) -> TokenTrimPipelineOutput | tuple:
@@ -292,7 +298,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             height (`int`, *optional*, defaults to `480`): height of the video in pixels.
             width (`int`, *optional*, defaults to `832`): width of the video in pixels.
             num_frames (`int`, *optional*, defaults to `81`):
-                Frames of the video. Its latent frames, (num_frames - 1) / temporal factor + 1, are whole chunks.
+                Frames of the video. Its latent frames, (num_frames - 1) / temporal factor + 1, are whole chunks; with
+                AnyFlow-FAR the last one is what is left.
             num_inference_steps (`int`, *optional*, defaults to `4`): denoising steps of each chunk.
             sigmas (`list[float]`, *optional*):
                 Noise levels, falling from 1; the scheduler's shift is applied on top. By default
@@ -314,9 +321,12 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 videos generated again), as in every Diffusers pipeline.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): what it is given.
             max_sequence_length (`int`, *optional*, defaults to `512`): tokens that a prompt is padded to.
-            use_mean_velocity (`bool`, defaults to `True`): without effect on Wan transformers.
+            use_mean_velocity (`bool`, defaults to `True`):
+                AnyFlow-FAR alone: whether the model is told where a step goes, not only where it is.
             use_kv_cache (`bool`, defaults to `True`): has to be `True`.
-            chunk_partition (`list[int]`, *optional*): latent frames of each chunk, instead of `num_frames_per_chunk`.
+            chunk_partition (`list[int]`, *optional*):
+                Latent frames of each chunk, instead of `num_frames_per_chunk`. By default of AnyFlow-FAR the model's
+                own; for another length its first chunk, and then as many of its second as there is room for.
             token_trim (`bool`, defaults to `True`):
                 Whether to trim. `False` is the same loop with the gate shut: severities are still reported.
             prune_fraction (`float`, defaults to `0.1`): p, the share of the token grid that counts as unstable.
@@ -348,7 +358,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 `"self_forcing"`: chunk after chunk, each through all its steps. `"rolling_forcing"`: a window of as
                 many chunks as there are steps, denoised together, each a step behind the chunk before it; with a
                 sink directly before the recent frames, which only the denoising reads, not the context pass.
-            num_frames_per_chunk (`int`, *optional*, defaults to `3`): latent frames of a chunk.
+            num_frames_per_chunk (`int`, *optional*, defaults to `3`):
+                Latent frames of a chunk; with AnyFlow-FAR of all but the first, by default as the model's own.
             window_size (`int`, *optional*):
                 Latent frames that attention spans, the current chunk and the sink included. `None` without a setting
                 in the checkpoint: all of the past, whose cache grows without bound.
@@ -358,6 +369,11 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             relative_positions (`bool`, *optional*):
                 Count positions inside the window, the sink directly before the recent frames. `None` without a
                 setting in the checkpoint: only with `"rolling_forcing"`.
+            protect_conditioning (`bool`, defaults to `True`):
+                Whether the frames of `video` or `video_latents` are safe from eviction; the window drops them still.
+            pad_keys (`bool`, defaults to `True`):
+                AnyFlow-FAR alone: whether a chunk also attends to the zero keys that upstream's pipeline adds where
+                its tokens are no multiple of 128. `False` is attention as the model was trained.
             renoise (`Callable`, *optional*):
                 `renoise(chunk, step)` gives the noise, (B, C, frames of the chunk, H, W), that re-noises chunk `chunk`
                 after its step `step`, for schedulers that re-noise. By default drawn from `generator`, the same
@@ -386,7 +402,10 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         rollout = self._setting("rollout", rollout, "self_forcing")
         check_choice("rollout", rollout, ROLLOUTS)
         rolling = rollout == "rolling_forcing"
-        num_frames_per_chunk = self._setting("num_frames_per_chunk", num_frames_per_chunk, 3)
+        config = self.transformer.config
+        full_chunk_limit = config.get("full_chunk_limit", 1)  # of AnyFlow-FAR alone
+        far = full_chunk_limit > 1
+        num_frames_per_chunk = self._setting("num_frames_per_chunk", num_frames_per_chunk, None if far else 3)
         window_size = self._setting("window_size", window_size, None)
         num_sink_frames = self._setting("num_sink_frames", num_sink_frames, None)
         relative_positions = self._setting("relative_positions", relative_positions, rolling)
@@ -400,7 +419,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         valid = "a list of names of tensors"
         check_list("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs, str, valid)
         check_attention_kwargs(attention_kwargs)
-        patch_size = self.transformer.config.patch_size
+        patch_size = config.patch_size
         check_sizes(height, width, spatial, patch_size, max_sequence_length, num_videos_per_prompt)
         self.check_inputs(
             prompt,
@@ -411,18 +430,25 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             negative_prompt_embeds,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        check_prompt_embeds(prompt_embeds, negative_prompt_embeds, self.transformer.config.text_dim)
+        check_prompt_embeds(prompt_embeds, negative_prompt_embeds, config.text_dim)
         batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
         check_prompts(prompt, negative_prompt, batch_size)
         num_videos = batch_size * num_videos_per_prompt
-        chunk_partition = partition_chunks(num_frames, temporal, num_frames_per_chunk, chunk_partition)
-        num_channels = self.transformer.config.in_channels
+        chunk_partition = partition_chunks(
+            num_frames, temporal, num_frames_per_chunk, chunk_partition, config.get("chunk_partition")
+        )
+        if far:
+            check_compression(height, width, spatial, config, len(chunk_partition))
+        num_channels = config.in_channels
         shape = (num_videos, num_channels, sum(chunk_partition), height // spatial, width // spatial)
         check_draws(generator, latents, shape)
         num_given_chunks = count_given_chunks(video, video_latents, spatial, temporal, shape, chunk_partition)
         check_schedule(self.scheduler, num_inference_steps, sigmas, timesteps, renoise)
         check_method(token_trim, prune_fraction, drift_sensitivity, warmup_chunks, max_regenerations, drift_signal)
-        check_rollout(rollout, self.scheduler, drift_signal)
+        check_rollout(rollout, self.scheduler, drift_signal, full_chunk_limit)
+        check_bool("use_mean_velocity", use_mean_velocity)
+        check_bool("protect_conditioning", protect_conditioning)
+        check_bool("pad_keys", pad_keys)
         guided_chunks = range(num_given_chunks, len(chunk_partition))[: 1 if flowmo_chunks == "first" else None]
         check_flowmo(
             flowmo_iterations,
@@ -446,7 +472,13 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         if num_sink_frames is None:
             num_sink_frames = chunk_partition[0] if rolling else 0
         check_context(
-            window_size, num_sink_frames, relative_positions, chunk_partition, num_window_chunks, use_kv_cache
+            window_size,
+            num_sink_frames,
+            relative_positions,
+            chunk_partition,
+            num_window_chunks,
+            full_chunk_limit,
+            use_kv_cache,
         )
         renoise = _Renoise(renoise, generator, shape, chunk_partition, num_window_chunks, device)
         if renoise.given is not None and num_steps > 1:
@@ -488,15 +520,18 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             given_chunks = given.split(chunk_partition[:num_given_chunks], dim=2)
 
         # 4. Roll out chunk by chunk
-        cache = RollingKVCache(
-            token_grid(initial_noise, patch_size),
-            rotary_dims(self.transformer),
-            num_videos,
-            window_size,
-            num_sink_frames,
-            relative_positions,
-            sink_in_context_pass=not rolling,
-        )
+        context = {
+            "grid": token_grid(initial_noise, patch_size),
+            "num_videos": num_videos,
+            "window_size": window_size,
+            "num_sink_frames": num_sink_frames,
+            "relative_positions": relative_positions,
+            "num_protected_frames": sum(chunk_partition[:num_given_chunks]) if protect_conditioning else 0,
+        }
+        if far:
+            backbone = FARBackbone(self.transformer, use_mean_velocity, pad_keys, **context)
+        else:
+            backbone = WanBackbone(self.transformer, sink_in_context_pass=not rolling, **context)
         policy = TokenTrimPolicy(
             patch_size,
             num_videos,
@@ -510,7 +545,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             num_window_chunks,
             flowmo,
             Anchor(reanchor, reanchor_tolerance),
-            cache,
+            backbone,
+            backbone.cache,
             renoise,
             self._solver_generators(generator, num_videos),
             drift_signal,
@@ -520,7 +556,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             callback_on_step_end_tensor_inputs,
             on_chunk,
         )
-        with cached_attention(self.transformer, cache), self.progress_bar(total=self.num_timesteps) as state.progress:
+        with backbone.attached(), self.progress_bar(total=self.num_timesteps) as state.progress:
             latents, decisions = self.roll_out(state, policy, given_chunks)
 
         # 5. Decode
@@ -674,42 +710,39 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         chunk.step += 1
 
     def commit_chunk(self, state: _RolloutState, index: int, chunk: torch.Tensor) -> None:
-        """Context pass: a forward over the clean chunk at timestep 0 writes its keys and values; nothing else stays."""
-        with state.cache.writing():
-            self.predict_flow(state, index, [_InFlight(chunk, len(self.scheduler.timesteps))])
+        """Context pass: the clean chunk's keys and values enter the cache; nothing else stays."""
+        outcome = state.backbone.commit(*self._branches(state, chunk), self.attention_kwargs)
+        self._check_finite(outcome, index, "the context pass")
 
     def predict_flow(
         self, state: _RolloutState, index: int, window: list[_InFlight], videos: list[int] | None = None
     ) -> torch.Tensor:
-        """The transformer's flow prediction in fp32, guided where asked, (B or len(videos), C, frames, H, W).
-
-        A chunk that has taken all its steps is clean: its timestep is 0.
-        """
-        latents = torch.cat([chunk.latents for chunk in window], dim=2)
-        state.cache.begin_pass(latents.shape[2])
-        branches = [state.negative_prompt_embeds, state.prompt_embeds]
-        branches = [embeds if videos is None else embeds[videos] for embeds in branches if embeds is not None]
-        levels = F.pad(self.scheduler.timesteps.float(), (0, 1))
-        timestep = levels[window[0].step].expand(len(branches) * len(latents))
-        if len(window) > 1:  # one for each token, frame-major
-            num_tokens = [chunk.latents.shape[2] * state.cache.tokens_per_frame for chunk in window]
-            timestep = torch.cat([levels[chunk.step].expand(num) for chunk, num in zip(window, num_tokens)])
-            timestep = timestep.expand(len(branches) * len(latents), -1)
-        flow = self.transformer(
-            hidden_states=torch.cat([latents] * len(branches)).to(self.transformer.dtype),
-            timestep=timestep,
-            encoder_hidden_states=torch.cat(branches).to(self.transformer.dtype),
-            attention_kwargs=self.attention_kwargs,
-            return_dict=False,
-        )[0].float()
-        if not torch.isfinite(flow).all():
-            clean = window[0].step == len(self.scheduler.timesteps)
-            step = "the context pass" if clean else f"step {window[0].step}"
-            raise RuntimeError(f"The transformer's output is not finite (NaN or Inf) in chunk {index}, {step}.")
-        if len(branches) == 1:
+        """The transformer's flow prediction in fp32, guided where asked, (B or len(videos), C, frames, H, W)."""
+        sizes = [chunk.latents.shape[2] for chunk in window]
+        steps = torch.tensor([chunk.step for chunk in window])
+        levels = F.pad(self.scheduler.timesteps, (0, 1))
+        latents, text = self._branches(state, torch.cat([chunk.latents for chunk in window], dim=2), videos)
+        flow = state.backbone.predict_flow(
+            latents, sizes, levels[steps], levels[steps + 1], text, self.attention_kwargs
+        ).float()
+        self._check_finite(flow, index, f"step {window[0].step}")
+        if state.negative_prompt_embeds is None:
             return flow
         unconditional, conditional = flow.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def _branches(
+        self, state: _RolloutState, latents: torch.Tensor, videos: list[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of latents and of text: with guidance the unconditional ones first."""
+        embeds = [state.negative_prompt_embeds, state.prompt_embeds]
+        embeds = [each if videos is None else each[videos] for each in embeds if each is not None]
+        return torch.cat([latents] * len(embeds)), torch.cat(embeds)
+
+    @staticmethod
+    def _check_finite(outcome: torch.Tensor, index: int, place: str) -> None:
+        if not torch.isfinite(outcome).all():
+            raise RuntimeError(f"The transformer's output is not finite (NaN or Inf) in chunk {index}, {place}.")
 
     def encode_whole_video(self, video: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """`encode_video` for any length: the VAE goes by 1 + 4n frames and drops a rest, so a rest is padded for it."""

@@ -1,16 +1,18 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Attention that reads a rolling KV cache, and the context manager that puts it into a Wan transformer and out again.
+"""Attention that reads a rolling KV cache, the context manager that puts it into a Wan transformer and out again, and
+that transformer as a rollout sees it.
 
 Queries and keys are normalised and rotated in fp32, and the sinusoid of the timestep is computed in float64, whatever
 the model's dtype: their rounding would be cached, read again and amplified.
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import ModelMixin, WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_wan import _get_qkv_projections
@@ -18,8 +20,8 @@ from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 from .tokentrim_cache import RollingKVCache
 
 
-class _CachedAttnProcessor:
-    """What both processors share: the cache, the layer, and the attention backend of the processor they stand for."""
+class CachedAttnProcessor:
+    """What the processors share: the cache, the layer, and the attention backend of the processor they stand for."""
 
     def __init__(self, cache: RollingKVCache, layer: int, stock):
         self.cache = cache
@@ -27,8 +29,9 @@ class _CachedAttnProcessor:
         self._attention_backend = stock._attention_backend
         self._parallel_config = stock._parallel_config
 
-    def attend(self, attn, query, key, value, mask=None) -> torch.Tensor:
-        hidden_states = dispatch_attention_fn(
+    def attend(self, query, key, value, mask=None) -> torch.Tensor:
+        """(rows, queries, heads, head_dim)"""
+        return dispatch_attention_fn(
             query.to(value.dtype),
             key,
             value,
@@ -36,12 +39,14 @@ class _CachedAttnProcessor:
             dropout_p=0.0,
             is_causal=False,
             backend=self._attention_backend,
-            parallel_config=None if attn.is_cross_attention else self._parallel_config,
+            parallel_config=self._parallel_config,
         )
+
+    def project(self, attn, hidden_states: torch.Tensor) -> torch.Tensor:
         return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2, 3)))
 
 
-class CachedSelfAttnProcessor(_CachedAttnProcessor):
+class CachedSelfAttnProcessor(CachedAttnProcessor):
     """Self-attention of the current chunk to [held context, current chunk], unmasked but for padding."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
@@ -50,11 +55,15 @@ class CachedSelfAttnProcessor(_CachedAttnProcessor):
         key = attn.norm_k(key.float()).unflatten(2, (attn.heads, -1))
         value = value.unflatten(2, (attn.heads, -1))
         keys, values, mask = self.cache.update(self.layer, key, value)
-        return self.attend(attn, self.cache.rotate_chunk(query), keys, values, mask)
+        return self.project(attn, self.attend(self.cache.rotate_chunk(query), keys, values, mask))
 
 
-class CachedCrossAttnProcessor(_CachedAttnProcessor):
+class CachedCrossAttnProcessor(CachedAttnProcessor):
     """Cross-attention to a prompt whose keys and values are projected once."""
+
+    def __init__(self, cache: RollingKVCache, layer: int, stock):
+        super().__init__(cache, layer, stock)
+        self._parallel_config = None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         def project():
@@ -64,7 +73,7 @@ class CachedCrossAttnProcessor(_CachedAttnProcessor):
 
         query = attn.to_q(hidden_states)
         query = attn.norm_q(query.float()).unflatten(2, (attn.heads, -1))
-        return self.attend(attn, query, *self.cache.prompt(self.layer, project))
+        return self.project(attn, self.attend(query, *self.cache.prompt(self.layer, project)))
 
 
 class ExactTimesteps(torch.nn.Module):
@@ -84,26 +93,99 @@ class ExactTimesteps(torch.nn.Module):
 
 
 @contextmanager
+def replaced_processors(
+    transformer: ModelMixin, cache: RollingKVCache, of_self: type, of_cross: type
+) -> Iterator[None]:
+    """Give every block of `transformer` processors that read and write `cache`; always puts its own back."""
+    stock = [(attn, attn.processor) for block in transformer.blocks for attn in (block.attn1, block.attn2)]
+    try:
+        for layer, block in enumerate(transformer.blocks):
+            block.attn1.set_processor(of_self(cache, layer, block.attn1.processor))
+            block.attn2.set_processor(of_cross(cache, layer, block.attn2.processor))
+        yield
+    finally:
+        for attn, processor in stock:
+            attn.set_processor(processor)
+
+
+@contextmanager
 def cached_attention(transformer: WanTransformer3DModel, cache: RollingKVCache) -> Iterator[None]:
     """Let every attention layer of `transformer` read and write `cache`; always puts its own parts back."""
-    stock = [(attn, attn.processor) for block in transformer.blocks for attn in (block.attn1, block.attn2)]
     embedder = transformer.condition_embedder
     timesteps = embedder.timesteps_proj
     try:
         embedder.timesteps_proj = ExactTimesteps(timesteps)
-        for layer, block in enumerate(transformer.blocks):
-            block.attn1.set_processor(CachedSelfAttnProcessor(cache, layer, block.attn1.processor))
-            block.attn2.set_processor(CachedCrossAttnProcessor(cache, layer, block.attn2.processor))
         with warnings.catch_warnings():
             # The norm in fp32 of a model in bf16 is what we ask for, at the cost of torch's fused kernel.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-            yield
+            with replaced_processors(transformer, cache, CachedSelfAttnProcessor, CachedCrossAttnProcessor):
+                yield
     finally:
-        for attn, processor in stock:
-            attn.set_processor(processor)
         embedder.timesteps_proj = timesteps
 
 
 def rotary_dims(transformer: WanTransformer3DModel) -> tuple[int, int, int]:
     """How a head's rotary dimensions are shared among (frame, height, width)."""
     return transformer.rope.t_dim, transformer.rope.h_dim, transformer.rope.w_dim
+
+
+class WanBackbone:
+    """A Wan transformer and its cache as a rollout sees them: the flow of a window, and a past that grows by chunks.
+
+    Args:
+        transformer (`WanTransformer3DModel`): stays as it is but inside `attached`.
+        grid (`tuple[int, int]`), **context: what [`RollingKVCache`] takes.
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel, grid: tuple[int, int], **context):
+        self.transformer = transformer
+        self.cache = RollingKVCache(grid, rotary_dims(transformer), **context)
+
+    def attached(self) -> AbstractContextManager:
+        """The transformer reads and writes the cache inside."""
+        return cached_attention(self.transformer, self.cache)
+
+    def predict_flow(
+        self,
+        latents: torch.Tensor,
+        chunk_sizes: Sequence[int],
+        timesteps: torch.Tensor,
+        next_timesteps: torch.Tensor,
+        text: torch.Tensor,
+        attention_kwargs: dict[str, Any] | None,
+    ) -> torch.Tensor:
+        """Flow of a window of chunks behind the cached past.
+
+        Args:
+            latents (`torch.Tensor`): the window, (rows, C, T, H, W).
+            chunk_sizes (`Sequence[int]`): latent frames of each of its chunks.
+            timesteps (`torch.Tensor`), next_timesteps (`torch.Tensor`): of each chunk, where it is and where it goes.
+            text (`torch.Tensor`): text embeddings, (rows, text, dim).
+            attention_kwargs (`dict`, *optional*): passed on to the transformer.
+
+        Returns:
+            `torch.Tensor`: flow prediction, shaped like `latents`.
+        """
+        self.cache.begin_pass(latents.shape[2])
+        timestep = timesteps.float()
+        if len(chunk_sizes) > 1:  # one for each token, frame-major
+            num_tokens = torch.tensor(chunk_sizes, device=timestep.device) * self.cache.tokens_per_frame
+            timestep = timestep.repeat_interleave(num_tokens)[None]
+        return self.transformer(
+            hidden_states=latents.to(self.transformer.dtype),
+            timestep=timestep.expand(len(latents), *timestep.shape[1:]),
+            encoder_hidden_states=text.to(self.transformer.dtype),
+            attention_kwargs=attention_kwargs,
+            return_dict=False,
+        )[0]
+
+    def commit(
+        self, latents: torch.Tensor, text: torch.Tensor, attention_kwargs: dict[str, Any] | None
+    ) -> torch.Tensor:
+        """Context pass: a forward over the clean chunk at timestep 0 writes its keys and values.
+
+        Returns what is finite if the pass was.
+        """
+        with self.cache.writing():
+            clean = torch.zeros(1, device=latents.device)
+            return self.predict_flow(latents, [latents.shape[2]], clean, clean, text, attention_kwargs)

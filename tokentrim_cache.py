@@ -54,6 +54,7 @@ class RollingKVCache:
         relative_positions (`bool`): count positions inside the window, the sink directly before the recent frames,
             instead of from the start of the video.
         sink_in_context_pass (`bool`): whether a context pass reads the sink too, at the price of as many recent frames.
+        num_protected_frames (`int`): first latent frames that eviction leaves alone, beside the sink.
 
     Attributes:
         version (`int`): changes whenever what attention reads of the past changes.
@@ -68,6 +69,7 @@ class RollingKVCache:
         num_sink_frames: int = 0,
         relative_positions: bool = False,
         sink_in_context_pass: bool = True,
+        num_protected_frames: int = 0,
     ):
         self.grid = grid
         self.rope_dims = rope_dims
@@ -76,6 +78,7 @@ class RollingKVCache:
         self.num_sink_frames = num_sink_frames
         self.relative_positions = relative_positions
         self.sink_in_context_pass = sink_in_context_pass
+        self.num_protected_frames = max(num_protected_frames, num_sink_frames)
         self.version = 0
         self.reset()
 
@@ -127,11 +130,11 @@ class RollingKVCache:
             self._forget_views()
 
     def evict(self, tokens: Mapping[int, Iterable[int]]) -> None:
-        """Hard pruning (eq. 9, 10): `tokens[video]` are grid indices to remove from all its frames but the sink."""
+        """Hard pruning (eq. 9, 10): `tokens[video]` are grid indices to remove from all its unprotected frames."""
         keep = torch.ones_like(self._held)
         for video, indices in tokens.items():
             condemned = torch.isin(self._token[video], torch.tensor(sorted(indices), dtype=torch.long))
-            keep[video] = ~condemned | (self._frame[video] < self.num_sink_frames)
+            keep[video] = ~condemned | (self._frame[video] < self.num_protected_frames)
         self._keep(keep)
 
     @contextmanager
@@ -184,15 +187,15 @@ class RollingKVCache:
         if self._pending is not None:
             self._pending[layer] = _Layer(key.to(value.dtype), value)
         key = self.rotate_chunk(key).to(value.dtype)
-        past = self._layers.get(layer)
+        past, mask = self._layers.get(layer), self._mask(len(key), key.device)
         if past is None or past.key.shape[1] == 0:
-            return key, value, None
-        columns, cos, sin, mask = self._view(past.key)
+            return key, value, mask
+        columns, cos, sin = self._view(past.key)
         if past.read is None:
             old_key, old_value = (old if columns is None else _take(old, columns) for old in (past.key, past.value))
             past.read = rotate(old_key, cos, sin).to(value.dtype), old_value
         keys, values = (torch.cat([self._rows(old), new], dim=1) for old, new in zip(past.read, (key, value)))
-        return keys, values, None if mask is None else self._rows(mask)
+        return keys, values, mask
 
     def rotate_chunk(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Rotary embedding at the positions of the pass at hand, (rows, seq, heads, head_dim), in fp32."""
@@ -267,23 +270,46 @@ class RollingKVCache:
         frame = torch.tensor(self._pass_frames).repeat_interleave(self.tokens_per_frame)[None]
         return frame, torch.arange(self.tokens_per_frame).repeat(len(self._pass_frames))[None]
 
-    def _view(self, key: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What the pass at hand reads of the past: the columns, unless all; cosine and sine; the mask, if needed."""
-        if "view" not in self._memo:
+    def _pass_held(self) -> torch.Tensor:
+        """Which tokens of the pass at hand may be attended to, (B, seq)."""
+        return torch.ones(self.num_videos, self._pass_tables()[0].shape[1], dtype=torch.bool)
+
+    def _place(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and column of a grid index."""
+        return token // self.grid[1], token % self.grid[1]
+
+    def _reading(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What the pass at hand reads of the past, (B, tokens) each: frame, grid index, held; the columns, unless all."""
+        if "reading" not in self._memo:
             frame, token, held, columns = self._frame, self._token, self._held & self._is_read(self._frame), None
             if not torch.equal(held, self._held):
                 columns = _front(held)
                 frame, token, held = (x.gather(1, columns) for x in (frame, token, held))
+            self._memo["reading"] = (frame, token, held, columns)
+        return self._memo["reading"]
+
+    def _mask(self, num_rows: int, device: torch.device) -> torch.Tensor | None:
+        """Which keys the `num_rows` at hand may attend to, (rows, 1, 1, keys), where that is not all."""
+        if "mask" not in self._memo:
+            held = torch.cat([self._reading()[2], self._pass_held()], dim=1)
+            self._memo["mask"] = (None if held.all() else held.to(device),)
+        (held,) = self._memo["mask"]
+        if held is None:
+            return None
+        held = held if self._videos is None else held[self._videos]
+        return held.repeat(num_rows // len(held), 1)[:, None, None, :]
+
+    def _view(self, key: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """The columns of `key` that the pass at hand reads, unless all; cosine and sine of their positions."""
+        if "view" not in self._memo:
+            frame, token, held, columns = self._reading()
+            if columns is not None:
                 columns = self._repeat(columns, key.shape[0]).to(key.device)
-            mask = None
             if held.all() and (frame == frame[:1]).all() and (token == token[:1]).all():
                 frame, token = frame[:1], token[:1]  # rows alike share one table
             else:
                 frame, token = self._repeat(frame, key.shape[0]), self._repeat(token, key.shape[0])
-            if not held.all():
-                current = held.new_ones(self.num_videos, len(self._pass_frames) * self.tokens_per_frame)
-                mask = self._repeat(torch.cat([held, current], dim=1), key.shape[0])[:, None, None, :].to(key.device)
-            self._memo["view"] = (columns, *self._rotary_angles(frame, token, key.device), mask)
+            self._memo["view"] = (columns, *self._rotary_angles(frame, token, key.device))
         return self._memo["view"]
 
     def _rotary_angles(
@@ -294,7 +320,7 @@ class RollingKVCache:
             past = torch.tensor(self.frames, dtype=torch.long)
             attended = torch.cat([past[self._is_read(past)], torch.tensor(self._pass_frames)])
             frame = torch.searchsorted(attended, frame)
-        axes = (frame, token // self.grid[1], token % self.grid[1])
+        axes = (frame, *self._place(token))
         cos, sin = [], []
         for position, dim in zip(axes, self.rope_dims):
             frequencies = ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)

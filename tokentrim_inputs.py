@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AnyFlowFARTransformer3DModel, WanTransformer3DModel
 from diffusers.utils.torch_utils import is_compiled_module
 
 from .tokentrim_anchor import REANCHORINGS
@@ -103,18 +103,23 @@ def check_context(
     relative_positions: bool,
     chunk_partition: Sequence[int],
     num_window_chunks: int,
+    full_chunk_limit: int,
     use_kv_cache: bool,
 ) -> None:
-    """The arguments that say what a chunk may attend to; up to `num_window_chunks` are denoised together."""
+    """The arguments that say what a chunk may attend to; up to `num_window_chunks` are denoised together, and
+    `full_chunk_limit` are in full resolution."""
     check_int("num_sink_frames", num_sink_frames, 0)
     check_bool("relative_positions", relative_positions)
     check(use_kv_cache is True, "use_kv_cache", use_kv_cache, "True: TokenTrim acts on the cache")
     if window_size is not None:
         check_int("window_size", window_size, 1)
-        starts = range(max(len(chunk_partition) - num_window_chunks, 0) + 1)
-        together = max(sum(chunk_partition[start : start + num_window_chunks]) for start in starts)
+        num_together = max(num_window_chunks, full_chunk_limit)
+        starts = range(max(len(chunk_partition) - num_together, 0) + 1)
+        together = max(sum(chunk_partition[start : start + num_together]) for start in starts)
         shortest = num_sink_frames + together
-        what = "a chunk" if num_window_chunks == 1 else "chunks denoised together (one for each step)"
+        what = "a chunk" if num_together == 1 else "chunks denoised together (one for each step)"
+        if full_chunk_limit > 1:
+            what = f"{full_chunk_limit} chunks in full resolution"
         valid = f"None or >= {shortest}: {num_sink_frames} sink frames and {what} of {together} latent frames"
         check(window_size >= shortest, "window_size", window_size, valid)
 
@@ -136,9 +141,10 @@ def check_flowmo(
         check(chunks == "first" or drift_signal == "final", "flowmo_chunks", chunks, valid)
 
 
-def check_rollout(rollout: str, scheduler: Any, drift_signal: str) -> None:
+def check_rollout(rollout: str, scheduler: Any, drift_signal: str, full_chunk_limit: int) -> None:
     """Chunks that are denoised together meet a new context at each step, and become final one by one."""
     if rollout == "rolling_forcing":
+        check(full_chunk_limit == 1, "rollout", rollout, "'self_forcing' for AnyFlowFARTransformer3DModel")
         valid = "one without a history of steps (Euler or LCM) for rollout='rolling_forcing'"
         check(scheduler.single_step, "scheduler", type(scheduler).__name__, valid)
         check(drift_signal == "final", "drift_signal", drift_signal, "'final' for rollout='rolling_forcing'")
@@ -185,17 +191,42 @@ def check_components(pipe: Any, encodes_text: bool, encodes_video: bool, output_
     ):
         check(not needed or getattr(pipe, name, None) is not None, name, None, valid)
     transformer = pipe.transformer._orig_mod if is_compiled_module(pipe.transformer) else pipe.transformer
+    if isinstance(transformer, AnyFlowFARTransformer3DModel):
+        check_far(transformer.config)
+        return
     text_to_video = isinstance(transformer, WanTransformer3DModel) and transformer.config.added_kv_proj_dim is None
-    valid = "a text-to-video WanTransformer3DModel with patches of one latent frame"
+    valid = (
+        "a text-to-video WanTransformer3DModel with patches of one latent frame, or an AnyFlowFARTransformer3DModel"
+    )
     check(text_to_video and transformer.config.patch_size[0] == 1, "transformer", type(transformer).__name__, valid)
 
 
+def check_far(config: Any) -> None:
+    """What an AnyFlow-FAR transformer's config says is what its forward can do."""
+    patch, large, limit = tuple(config.patch_size), tuple(config.compressed_patch_size), config.full_chunk_limit
+    check(patch[0] == 1 and patch[1] == patch[2], "transformer.config.patch_size", patch, "(1, n, n)")
+    whole = large[0] == 1 and not any(size % patch[1] for size in large[1:])
+    valid = f"(1, h, w) with multiples of {patch[1]}"
+    check(whole, "transformer.config.compressed_patch_size", large, valid)
+    valid = "an int >= 2: the current chunk and at least one in full resolution"
+    check(limit >= 2, "transformer.config.full_chunk_limit", limit, valid)
+
+
 def partition_chunks(
-    num_frames: int, temporal_factor: int, num_frames_per_chunk: int, chunk_partition: Sequence[int] | None
+    num_frames: int,
+    temporal_factor: int,
+    num_frames_per_chunk: int | None,
+    chunk_partition: Sequence[int] | None,
+    of_checkpoint: Sequence[int] | None = None,
 ) -> list[int]:
-    """Latent frames of each chunk of a video of `num_frames` frames."""
+    """Latent frames of each chunk of a video of `num_frames` frames.
+
+    A checkpoint's own partition gives the size of the first chunk, which may be another, and of those that follow; the
+    last one is what is left.
+    """
     check_int("num_frames", num_frames, 1)
-    check_int("num_frames_per_chunk", num_frames_per_chunk, 1)
+    if num_frames_per_chunk is not None:
+        check_int("num_frames_per_chunk", num_frames_per_chunk, 1)
     num_latent_frames, rest = divmod(num_frames - 1, temporal_factor)
     num_latent_frames += 1
     if chunk_partition is not None:
@@ -204,11 +235,29 @@ def partition_chunks(
         valid = f"positive ints that sum to the {num_latent_frames} latent frames of num_frames={num_frames}"
         check(fits, "chunk_partition", chunk_partition, valid)
         return list(chunk_partition)
+    if of_checkpoint is not None:
+        below = num_frames - rest
+        valid = f"{temporal_factor}n + 1, such as {below} or {below + temporal_factor}"
+        check(not rest, "num_frames", num_frames, valid)
+        if num_frames_per_chunk is None and sum(of_checkpoint) == num_latent_frames:
+            return list(of_checkpoint)
+        first, size, *_ = [*of_checkpoint, *of_checkpoint]
+        first, size = min(first, num_latent_frames), num_frames_per_chunk or size
+        num_chunks, last = divmod(num_latent_frames - first, size)
+        return [first] + [size] * num_chunks + [last] * (last > 0)
     num_chunks = max(num_latent_frames // num_frames_per_chunk, 1)
     below, above = ((n * num_frames_per_chunk - 1) * temporal_factor + 1 for n in (num_chunks, num_chunks + 1))
     valid = f"whole chunks of {num_frames_per_chunk} latent frames, such as {below} or {above}"
     check(not rest and num_latent_frames % num_frames_per_chunk == 0, "num_frames", num_frames, valid)
     return [num_frames_per_chunk] * num_chunks
+
+
+def check_compression(height: int, width: int, spatial_factor: int, config: Any, num_chunks: int) -> None:
+    """A video of AnyFlow-FAR whose chunks get compressed is at least a compressed patch high and wide."""
+    for name, value, patch in zip(("height", "width"), (height, width), config.compressed_patch_size[1:]):
+        smallest = spatial_factor * patch
+        valid = f">= {smallest}, a compressed patch, for more than {config.full_chunk_limit} chunks"
+        check(num_chunks <= config.full_chunk_limit or value >= smallest, name, value, valid)
 
 
 def check_sizes(

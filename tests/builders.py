@@ -1,7 +1,12 @@
 """Small real components, and what the tests do with them."""
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import (
+    AnyFlowFARTransformer3DModel,
+    AutoencoderKLWan,
+    FlowMapEulerDiscreteScheduler,
+    WanTransformer3DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -124,3 +129,52 @@ def triggers(decisions: list[dict]) -> list[int]:
 def processors(transformer: WanTransformer3DModel) -> list[int]:
     """Identities of all attention processors."""
     return [id(attn.processor) for block in transformer.blocks for attn in (block.attn1, block.attn2)]
+
+
+# AnyFlow-FAR
+
+
+def tiny_far(seed: int = 0, **config) -> AnyFlowFARTransformer3DModel:
+    """Random, with attention strong enough that what is attended to shows."""
+    torch.manual_seed(seed)
+    tiny = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "text_dim": TEXT_DIM,
+        "freq_dim": 32,
+        "ffn_dim": 48,
+        "num_layers": 2,
+        "chunk_partition": (1, 2, 2),
+    }
+    transformer = AnyFlowFARTransformer3DModel(**{**tiny, **config})
+    with torch.no_grad():
+        for block in transformer.blocks:
+            for attn in (block.attn1, block.attn2):
+                attn.norm_q.weight.mul_(1.5)
+                attn.to_v.weight.mul_(2)
+                attn.to_out[0].weight.mul_(3)
+    return transformer.eval().requires_grad_(False)
+
+
+def far_components(transformer: AnyFlowFARTransformer3DModel | None = None) -> dict:
+    """What AnyFlowFARPipeline and ours are made of."""
+    return {
+        "tokenizer": tiny_tokenizer(),
+        "text_encoder": tiny_text_encoder(),
+        "transformer": tiny_far() if transformer is None else transformer,
+        "vae": tiny_vae(),
+        "scheduler": FlowMapEulerDiscreteScheduler(shift=5.0),
+    }
+
+
+def far_pipeline(transformer: AnyFlowFARTransformer3DModel | None = None, **settings) -> TokenTrimPipeline:
+    """A pipeline without tokenizer, text encoder and VAE: embeddings in, latents out."""
+    transformer = tiny_far() if transformer is None else transformer
+    scheduler = FlowMapEulerDiscreteScheduler(shift=5.0)
+    return quiet(TokenTrimPipeline(None, None, transformer, None, scheduler, **settings))
+
+
+def far_noise(num_frames: int, batch: int = 1, seed: int = 0, height: int = 8, width: int = 12) -> torch.Tensor:
+    return randn(batch, CHANNELS, num_frames, height, width, seed=seed)

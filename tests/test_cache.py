@@ -80,6 +80,17 @@ def test_window_counts_the_chunk_at_hand():
     assert frames_held(cache) == [1, 2, 3, 4, 5]
 
 
+def test_protected_frames_are_safe_from_eviction_not_from_the_window():
+    cache = new_cache(num_sink_frames=1, window_size=7, num_protected_frames=3)
+    write(cache)
+    write(cache)
+    cache.evict({0: range(NUM_TOKENS)})
+    assert frames_held(cache) == [0, 1, 2]
+    write(cache)
+    assert frames_held(cache) == [0, 6, 7, 8]
+    assert new_cache(num_sink_frames=4, num_protected_frames=3).num_protected_frames == 4
+
+
 def test_eviction_removes_grid_tokens_from_all_frames_but_the_sink():
     cache = new_cache(num_videos=2, num_sink_frames=2)
     write(cache)

@@ -89,6 +89,7 @@ def compare(num_chunks, lcm, num_steps=STEPS, sizes=None, num_given=0, **setting
         num_inference_steps=num_steps,
         chunk_partition=sizes,
         video_latents=given.transpose(1, 2) if num_given else None,
+        protect_conditioning=False,
         renoise=renoise,
         negative_prompt_embeds=negative,
         **settings,

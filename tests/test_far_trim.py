@@ -1,0 +1,245 @@
+"""Trimming AnyFlow-FAR: what is evicted from both parts of its context stays away, and nothing else changes."""
+
+import pytest
+import torch
+from builders import embeds, far_noise, far_pipeline, randn, tiny_far, triggers
+from oracle_far import oracle_far
+
+from tokentrim.tokentrim_far import FARBackbone, FARKVCache
+
+
+PARTITION = [1, 2, 2, 2, 2, 2, 2, 1]
+SIZE = {"num_inference_steps": 2, "output_type": "latent"}
+EAGER = {"prune_fraction": 0.3, "drift_sensitivity": 0.0, "warmup_chunks": 1}
+
+
+def shifted(sigmas, shift=5.0):
+    return [shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas]
+
+
+def roll_far(pipe, partition, latents, text=None, **settings):
+    """The output, and after each generated chunk what the cache of video 0 holds: full and compressed tokens."""
+    held = []
+
+    def on_chunk(index, chunk, decisions):
+        cache = pipe.transformer.blocks[0].attn1.processor.cache
+        held.append([cache.held_tokens(), cache.held_compressed_tokens()])
+
+    text = embeds(len(latents)) if text is None else text
+    output = pipe(
+        latents=latents, prompt_embeds=text, chunk_partition=partition, on_chunk=on_chunk, **{**SIZE, **settings}
+    )
+    return output, held
+
+
+def compare(transformer, partition=PARTITION, num_given=0, protect=True, guided=None, **settings):
+    latents, given = far_noise(sum(partition), seed=3), far_noise(sum(partition[:num_given]), seed=4)
+    if num_given:
+        settings |= {"video_latents": given.transpose(1, 2), "protect_conditioning": protect}
+    output, held = roll_far(far_pipeline(transformer), partition, latents, **settings)
+    oracle_only = {k: v for k, v in settings.items() if k not in ("video_latents", "protect_conditioning")}
+    protected = max(sum(partition[:num_given]) * protect, settings.get("num_sink_frames", 0))
+    expected, attempts, left = oracle_far(
+        transformer,
+        latents.split(partition, dim=2),
+        embeds(),
+        shifted([1.0, 0.5]),
+        given=given.split(partition[:num_given], dim=2) if num_given else (),
+        num_protected_frames=protected,
+        **oracle_only,
+    )
+    torch.testing.assert_close(output.frames, expected, atol=1e-5, rtol=0)
+    evicted = [sorted({t for _, tokens in tries[:-1] for t in tokens}) for tries in attempts]
+    assert [decision["tokens"] for decision in output.decisions[0]] == evicted
+    assert held[:-1] == left[num_given:-1]
+    return output, held
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"token_trim": False},
+        {},
+        {"max_regenerations": 2},
+        {"pad_keys": False},
+        {"num_sink_frames": 3},
+        {"window_size": 8},
+        {"window_size": 9, "num_sink_frames": 2},
+        {"num_given": 2},
+        {"num_given": 2, "protect": False},
+    ],
+    ids=str,
+)
+def test_rollout_equals_the_whole_history_written_out(settings):
+    output, held = compare(tiny_far(), **{**EAGER, **settings})
+    assert bool(triggers(output.decisions[0])) == settings.get("token_trim", True)
+
+
+@pytest.mark.parametrize(
+    "config", [{"full_chunk_limit": 2}, {"full_chunk_limit": 5}, {"deltatime_type": "t-r"}], ids=str
+)
+def test_rollout_of_other_models_equals_the_whole_history_written_out(config):
+    output, _ = compare(tiny_far(**config), **EAGER)
+    assert triggers(output.decisions[0])
+
+
+FULL, COMPRESSED = set(range(24)), set(range(6))  # a frame of 8 x 12 latents: grids of 4 x 6 and 2 x 3 tokens
+CORRUPT = {8, 9, 11}  # of the full grid; two of compressed token 1 (2, 3, 8, 9), and one of token 2 (4, 5, 10, 11)
+
+
+def steady(num_chunks, batch=1):
+    """Nearly the same noise for every chunk of 2 latent frames."""
+    return far_noise(2, batch).repeat(1, 1, num_chunks, 1, 1) + 0.05 * far_noise(2 * num_chunks, batch, seed=1)
+
+
+def corrupting(pipe, chunks, first=0):
+    """A callback that spoils the full tokens CORRUPT of some chunks when they are finished, at every attempt."""
+
+    def callback(pipe, step, timestep, tensors):
+        latents = tensors["latents"].clone()
+        if step == 1 and pipe.transformer.blocks[0].attn1.processor.cache.next_frame // 2 in chunks:
+            for token in CORRUPT:
+                top, left = 2 * (token // 6), 2 * (token % 6)
+                latents[first:, :, :, top : top + 2, left : left + 2] += 8
+        return {"latents": latents}
+
+    return callback
+
+
+def by_frame(tokens):
+    return {frame: {token for of, token in tokens if of == frame} for frame, _ in tokens}
+
+
+def test_a_corrupt_region_is_evicted_from_both_parts_of_the_cache():
+    """Chunk by chunk: chunk 3 is spoilt, so what earlier chunks hold at its place goes, and stays away for good."""
+    pipe = far_pipeline()
+    output, held = roll_far(pipe, [2] * 8, steady(8), prune_fraction=0.125, callback_on_step_end=corrupting(pipe, [3]))
+    assert triggers(output.decisions[0]) == [3] and output.decisions[0][3]["tokens"] == sorted(CORRUPT)
+
+    def expected(full, compressed):
+        frames = [
+            {2 * chunk + i: tokens for chunk, tokens in part.items() for i in (0, 1)} for part in (full, compressed)
+        ]
+        return frames
+
+    whole, pruned = FULL, FULL - CORRUPT
+    found = [[by_frame(part) for part in parts] for parts in held]
+    assert found[0] == expected({0: whole}, {})
+    assert found[1] == expected({0: whole, 1: whole}, {})
+    assert found[2] == expected({1: whole, 2: whole}, {0: COMPRESSED})
+    # Chunk 3 evicts: chunk 2 loses the full tokens; chunk 0, compressed before, and chunk 1, compressed now, lose the
+    # compressed token of which half are gone, and keep the one of which a quarter is.
+    assert found[3] == expected({2: pruned, 3: whole}, {0: COMPRESSED - {1}, 1: COMPRESSED - {1}})
+    # Chunk 2 is encoded again and becomes compressed; chunk 3 itself is whole.
+    assert found[4] == expected({3: whole, 4: whole}, {chunk: COMPRESSED - {1} for chunk in (0, 1, 2)})
+    left = {chunk: COMPRESSED - {1} for chunk in (0, 1, 2)} | {3: COMPRESSED}
+    assert found[5] == expected({4: whole, 5: whole}, left)
+    assert found[6] == expected({5: whole, 6: whole}, left | {4: COMPRESSED})
+
+
+def test_evictions_of_a_compressed_token_add_up():
+    """One full token of four is evicted, later another: then half are gone."""
+    cache = FARKVCache((4, 6), (4, 4, 4), 1, scale=(2, 2), full_chunk_limit=2)
+    for _ in range(2):
+        cache.begin_chunk(1)
+        with cache.writing():
+            num_tokens = sum(cache.pass_sizes)
+            cache.update(0, randn(1, num_tokens, 1, 12), randn(1, num_tokens, 1, 12))
+    cache.evict({0: [2]})
+    assert cache.held_compressed_tokens() == [(0, token) for token in range(6)]
+    assert cache.held_tokens() == [(1, token) for token in range(24) if token != 2]
+    cache.evict({0: [9]})
+    assert cache.held_compressed_tokens() == [(0, token) for token in range(6) if token != 1]
+    cache.begin_chunk(1)
+    with cache.writing():
+        num_tokens = sum(cache.pass_sizes)
+        cache.update(0, randn(1, num_tokens, 1, 12), randn(1, num_tokens, 1, 12))
+    gone = [(frame, 1) for frame in (0, 1)]
+    everything = [(frame, token) for frame in (0, 1) for token in range(6)]
+    assert cache.held_compressed_tokens() == [token for token in everything if token not in gone]
+    assert cache.held_tokens() == [(2, token) for token in range(24)]
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("protect", [True, False])
+def test_conditioning_frames_are_protected(kind, protect):
+    num_given = 1 if kind == "image" else 2
+    pipe, latents = far_pipeline(), steady(8)
+    given = latents[:, :, : 2 * num_given].transpose(1, 2)
+    _, held = roll_far(
+        pipe,
+        [2] * 8,
+        latents,
+        video_latents=given,
+        protect_conditioning=protect,
+        prune_fraction=0.125,
+        drift_sensitivity=0.0,
+        warmup_chunks=1,
+        callback_on_step_end=corrupting(pipe, [5, 6]),
+    )
+    full, compressed = (by_frame(part) for part in held[-2])
+    assert all(compressed[frame] == (COMPRESSED if protect else compressed[frame]) for frame in range(2 * num_given))
+    assert any(compressed[frame] < COMPRESSED for frame in compressed if frame >= 2 * num_given)
+    if not protect:
+        assert all(compressed[frame] < COMPRESSED for frame in range(2 * num_given))
+
+
+@pytest.mark.parametrize("settings", [{}, {"drift_signal": "first_step"}, {"window_size": 8}], ids=str)
+def test_a_batch_equals_single_runs(settings):
+    """Only the second video is spoilt: it alone is generated again, and its rows alone are pruned."""
+    transformer, latents, text = tiny_far(), steady(8, batch=2), embeds(2)
+    settings = {"guidance_scale": 2.0, **EAGER, **settings}
+    negative = embeds(2, seed=5)
+    batch, _ = roll_far(far_pipeline(transformer), [2] * 8, latents, text, negative_prompt_embeds=negative, **settings)
+    for video in range(2):
+        one = slice(video, video + 1)
+        single, _ = roll_far(
+            far_pipeline(transformer),
+            [2] * 8,
+            latents[one],
+            text[one],
+            negative_prompt_embeds=negative[one],
+            **settings,
+        )
+        torch.testing.assert_close(batch.frames[one], single.frames, atol=2e-5, rtol=0)
+        assert triggers(batch.decisions[video]) == triggers(single.decisions[0])
+    assert triggers(batch.decisions[0]) != triggers(batch.decisions[1])
+
+
+def test_a_gate_that_never_triggers_changes_no_bit():
+    shut, open_ = (
+        roll_far(far_pipeline(), PARTITION, far_noise(14), **settings)[0]
+        for settings in ({"token_trim": False}, {"drift_sensitivity": 1e6})
+    )
+    assert torch.equal(shut.frames, open_.frames)
+
+
+def test_a_regeneration_with_nothing_to_evict_repeats_the_chunk():
+    """All frames are sink: the same noise meets the same context."""
+    trimmed, plain = (
+        roll_far(far_pipeline(), PARTITION, far_noise(14, seed=3), num_sink_frames=14, token_trim=trim, **EAGER)[0]
+        for trim in (True, False)
+    )
+    assert triggers(trimmed.decisions[0])
+    assert torch.equal(trimmed.frames, plain.frames)
+
+
+def test_a_context_without_any_token_is_as_if_there_was_none():
+    """Attention over nothing but masked keys, in the context pass of a chunk that lost all, makes no NaN."""
+    transformer, text = tiny_far(), embeds(2)
+    *chunks, noisy = far_noise(10, batch=2).split(2, dim=2)
+    times = torch.tensor([[800.0], [400.0]])
+
+    def flow(past, evicting):
+        backbone = FARBackbone(transformer, True, True, grid=(4, 6), num_videos=2)
+        with torch.no_grad(), backbone.attached():
+            for chunk in past:
+                backbone.cache.begin_chunk(2)
+                assert torch.isfinite(backbone.commit(chunk, text, None)).all()
+                backbone.cache.evict({video: range(24) for video in evicting})
+            backbone.cache.begin_chunk(2)
+            return backbone.predict_flow(noisy, [2], *times, text, None)
+
+    alone, whole = flow([], []), flow(chunks, [])
+    torch.testing.assert_close(flow(chunks, [0, 1]), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(flow(chunks, [1]), torch.stack([whole[0], alone[1]]), atol=1e-5, rtol=0)
