@@ -567,7 +567,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         chunk_frames = [num * temporal for num in chunk_partition]
         chunk_frames[0] -= temporal - 1  # the first latent frame is one frame
         return TokenTrimPipelineOutput(
-            frames, decisions, cache.grid, None if output_type == "latent" else chunk_frames
+            frames, decisions, backbone.cache.grid, None if output_type == "latent" else chunk_frames
         )
 
     def roll_out(
