@@ -26,12 +26,11 @@ def half_frame(chunk: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def doubled_object(chunk: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One half of the frame repeated in the other."""
+    """The busier half of the frame repeated in the other."""
     half = chunk.shape[-1] // 2
-    energy = (chunk - chunk.median()).square()
-    left = energy[..., :half].mean() > energy[..., half:].mean()
-    chunk[..., half:] = chunk[..., :half].clone() if left else chunk[..., half:]
-    chunk[..., :half] = chunk[..., :half] if left else chunk[..., half:].clone()
+    left, right = chunk[..., :half], chunk[..., -half:]
+    busy, quiet = (left, right) if left.std() > right.std() else (right, left)
+    quiet.copy_(busy)
     return chunk
 
 
