@@ -3,6 +3,7 @@
 
 import inspect
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -117,3 +118,8 @@ def sample_prompts(seeds: list[int], scenes: list[str] = ("static",)) -> list[st
             scene = Scene.sample(generator)
         prompts.append(scene.prompt)
     return prompts
+
+
+def part(out: Path, method: str, seeds: list[int]) -> Path:
+    """Where the rows of a job go; the middle frames of its chunks are beside them, as .npz."""
+    return out / "parts" / f"{re.sub(r'[^a-z0-9.]+', '-', method.lower())}-{seeds[0]}-{seeds[-1]}.csv"

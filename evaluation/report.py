@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 
-from .experiment import Experiment
+from .experiment import Experiment, part
 from .signals import SIGNALS
 
 
@@ -129,13 +129,43 @@ def curves(table: pd.DataFrame, measures: dict[str, str]) -> Figure:
     return figure
 
 
+def cases(videos: pd.DataFrame, experiment: Experiment, out: Path, method: str, reference: str) -> Figure:
+    """Film strips of the five videos whose excess drift falls most and the five where it falls least."""
+    wide = videos.pivot(index="seed", columns="method", values="excess_drift")
+    effects = (wide[method] - wide[reference]).sort_values()
+    chosen = [*effects.index[:5], *effects.index[max(5, len(effects) - 5) :]]
+    frames = {}
+    for name, seeds in experiment.jobs():
+        if name in (method, reference) and set(seeds) & set(chosen):
+            middles = np.load(part(out, name, seeds).with_suffix(".npz"))["frames"]
+            frames |= {(name, seed): video for seed, video in zip(seeds, middles)}
+    shown = np.unique(np.linspace(0, experiment.num_chunks - 1, 12).round().astype(int))
+    figure = Figure(figsize=(0.72 * len(shown) + 3.2, 1.62 * len(chosen)), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.01, w_pad=0.01, hspace=0, wspace=0)
+    axes = figure.subplots(2 * len(chosen), len(shown), squeeze=False)
+    for number, seed in enumerate(chosen):
+        for row, name in zip(axes[2 * number :], (reference, method)):
+            for axis, chunk in zip(row, shown):
+                axis.imshow(frames[name, seed][chunk])
+                axis.set(xticks=[], yticks=[])
+            label = f"{name}\nseed {seed}, {effects[seed]:+.3f}" if name == method else name
+            row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    for axis, chunk in zip(axes[0], shown):
+        axis.set_title(f"chunk {chunk}" if chunk == 0 else f"{chunk}", fontsize=8)
+    return figure
+
+
 def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
-    """`report.md`, `videos.csv` and `curves.png` in `out`; returns the report."""
+    """`report.md`, `videos.csv`, `curves.png` and film strips in `out`; returns the report."""
     methods, reference = list(experiment.methods), next(iter(experiment.methods))
     videos = of_videos(table, experiment)
     videos.to_csv(out / "videos.csv", index=False, float_format="%.5g")
     shown = {"identity_error": "identity error", "background_error": "background\nCIEDE2000", "motion": "motion"}
     curves(table, shown).savefig(out / "curves.png", dpi=110)
+    strips = []
+    for method in methods[1:]:
+        strips.append(f"cases-{part(out, method, [0]).stem.removesuffix('-0-0')}.png")
+        cases(videos, experiment, out, method, reference).savefig(out / strips[-1], dpi=80)
     measures = ["excess_drift", "identity_error", "background_error", "object_error", "motion", "flow"]
     measures += ["present", "shape_right", "area_change"] + [f"contrast_{name}" for name in CONTRASTS]
     if experiment.defects:
@@ -151,6 +181,8 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
         cost(table, videos, methods, reference),
         detectors(table, reference),
         "![curves](curves.png)",
+        "The five videos whose excess drift falls most and the five where it falls least, each below its reference:",
+        *(f"![{name}]({name})" for name in strips),
     ]
     report = "\n\n".join(sections) + "\n"
     (out / "report.md").write_text(report)

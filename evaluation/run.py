@@ -16,10 +16,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .experiment import Experiment
+from .experiment import Experiment, part
 from .report import write_report
 from .rollouts import ROOT
-from .worker import part
 
 
 def check_folder(out: Path, experiment: Experiment) -> None:
@@ -54,7 +53,8 @@ def run_workers(config: Path, out: Path, experiment: Experiment, num_processes: 
         try:
             while workers.poll() is None:
                 time.sleep(1)
-                progress.update(sum(path.exists() for path in jobs) - progress.n)
+                if new := sum(path.exists() for path in jobs) - progress.n:
+                    progress.update(new)
         finally:
             workers.terminate()
         progress.update(sum(path.exists() for path in jobs) - progress.n)

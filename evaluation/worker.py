@@ -3,7 +3,6 @@
 
 import argparse
 import os
-import re
 import time
 from pathlib import Path
 
@@ -16,15 +15,10 @@ from tokentrim import TokenTrimPipeline
 
 from .controls import controlled
 from .defects import painted
-from .experiment import Experiment
+from .experiment import Experiment, part
 from .measures import measure_chunks
 from .rollouts import ROOT
 from .signals import SIGNALS
-
-
-def part(out: Path, method: str, seeds: list[int]) -> Path:
-    """Where the rows of a job go."""
-    return out / "parts" / f"{re.sub(r'[^a-z0-9.]+', '-', method.lower())}-{seeds[0]}-{seeds[-1]}.csv"
 
 
 def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds: list[int]) -> tuple:
