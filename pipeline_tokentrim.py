@@ -55,6 +55,7 @@ from .tokentrim_inputs import (
     check_number,
     check_prompt_embeds,
     check_prompts,
+    check_quarantine,
     check_reanchor,
     check_rollout,
     check_schedule,
@@ -65,6 +66,7 @@ from .tokentrim_inputs import (
 )
 from .tokentrim_output import TokenTrimPipelineOutput
 from .tokentrim_policy import TokenTrimPolicy
+from .tokentrim_quarantine import Quarantine, without
 from .tokentrim_saving import copy_code, name_our_classes, name_stock_classes
 from .tokentrim_scheduler import lift_scheduler
 from .tokentrim_stability import token_grid
@@ -126,6 +128,7 @@ class _RolloutState:
     noise_chunks: list[torch.Tensor]
     num_window_chunks: int
     flowmo: _FlowMo
+    quarantine: Quarantine
     anchor: Anchor
     backbone: WanBackbone | FARBackbone
     cache: RollingKVCache
@@ -273,6 +276,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         flowmo_chunks: str = "first",
         reanchor: str | None = None,
         reanchor_tolerance: float | None = None,
+        quarantine_sensitivity: float | None = None,
         rollout: str | None = None,
         num_frames_per_chunk: int | None = None,
         window_size: int | None = None,
@@ -348,12 +352,17 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 `"first"`, the first generated chunk, TokenTrim's motion-stabilised initialisation; or `"all"`.
             reanchor (`str`, *optional*):
                 Ours, not the paper's: which statistics of each latent channel of an accepted chunk are moved to the
-                first chunk's before it becomes context: `"mean"`, `"moments"` (mean and standard deviation) or
-                `"histogram"` (all values, by rank). What is shown stays as generated. `None` is off.
+                first chunk's before it becomes context: `"mean"`, `"moments"` (mean and standard deviation),
+                `"histogram"` (all values, by rank) or `"distribution"` (all values, of all channels jointly). What is
+                shown stays as generated. A given video is held to its last chunk, and not changed. `None` is off.
             reanchor_tolerance (`float`, *optional*):
                 How far a chunk may be from the first one, in standard deviations of the latent channels' means,
                 before its change is taken for meant: it then stays as it is, and later chunks are held to it.
                 `None`: nothing is meant to change.
+            quarantine_sensitivity (`float`, *optional*):
+                Ours, not the paper's: a chunk whose latent values, wherever they are, jump by more than mean + this *
+                standard deviation of the video's jumps is shown, but no later chunk reads it; never two in a row, so
+                that what stays is let in. `None` is off.
             rollout (`str`, *optional*, defaults to `"self_forcing"`):
                 `"self_forcing"`: chunk after chunk, each through all its steps. `"rolling_forcing"`: a window of as
                 many chunks as there are steps, denoised together, each a step behind the chunk before it; with a
@@ -480,6 +489,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             full_chunk_limit,
             use_kv_cache,
         )
+        check_quarantine(quarantine_sensitivity, window_size, num_sink_frames, chunk_partition, num_window_chunks)
         renoise = _Renoise(renoise, generator, shape, chunk_partition, num_window_chunks, device)
         if renoise.given is not None and num_steps > 1:
             renoise(num_given_chunks, 0)
@@ -544,6 +554,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             list(noise_chunks),
             num_window_chunks,
             flowmo,
+            Quarantine(num_videos, quarantine_sensitivity),
             Anchor(reanchor, reanchor_tolerance),
             backbone,
             backbone.cache,
@@ -575,27 +586,27 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
     ) -> tuple[torch.Tensor, list[list[dict]]]:
         """Algorithm 1, chunk by chunk: latents (B, C, T, H, W) and `decisions[video][chunk]`. A rollout without
         trimming is the same loop with the gate shut."""
-        chunks, decisions, previous = [], [[] for _ in policy.gates], None
+        chunks, decisions, previous, draft = [], [[] for _ in policy.gates], None, None
         for index, noise in enumerate(state.noise_chunks):
             if self.interrupt:
                 break
             state.cache.begin_chunk(noise.shape[2])
             if index < len(given_chunks):
                 chunk = given_chunks[index]
-                previous = chunk if state.drift_signal == "final" else None
+                draft = chunk if state.drift_signal == "final" else None
             else:
                 self.scheduler.begin_chunk(state.solver_generators)
                 draft = self.draft_chunk(state, index)
                 while condemned := policy.review(previous, draft):  # eq. 4 to 8, at most R times
                     state.cache.evict(condemned)  # eq. 9, 10
                     draft = self.redraft_chunk(state, index, draft, list(condemned))
-                chunk, previous = self.finish_chunk(state, index), draft
+                chunk = self.finish_chunk(state, index)
             chunks.append(chunk)
             if self.interrupt:
                 break
-            if index + 1 < len(state.noise_chunks):
-                self.commit_chunk(state, index, state.anchor.hold(chunk))
-            judged = [vars(decision) for decision in policy.accept()]
+            broken = self.commit_chunk(state, index, chunk, given=index < len(given_chunks))
+            previous = without(broken, draft, previous)
+            judged = [vars(decision) for decision in policy.accept(broken)]
             for of_video, decision in zip(decisions, judged):
                 of_video.append(decision)
             if state.on_chunk is not None and index >= len(given_chunks):
@@ -709,10 +720,23 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         )
         chunk.step += 1
 
-    def commit_chunk(self, state: _RolloutState, index: int, chunk: torch.Tensor) -> None:
-        """Context pass: the clean chunk's keys and values enter the cache; nothing else stays."""
-        outcome = state.backbone.commit(*self._branches(state, chunk), self.attention_kwargs)
+    def commit_chunk(self, state: _RolloutState, index: int, chunk: torch.Tensor, given: bool) -> set[int]:
+        """Context pass: the clean chunk's keys and values enter the cache; nothing else stays.
+
+        Returns the videos whose chunk is quarantined: their keys and values are gone again.
+        """
+        if index + 1 == len(state.noise_chunks):
+            return set()
+        if given:
+            state.quarantine.trust(chunk)
+            state.anchor.start(chunk)
+        broken = set() if given else state.quarantine.judge(chunk)
+        context = chunk if given else state.anchor.hold(chunk, broken)
+        outcome = state.backbone.commit(*self._branches(state, context), self.attention_kwargs)
         self._check_finite(outcome, index, "the context pass")
+        every_token = range(state.cache.tokens_per_frame)
+        state.cache.evict(dict.fromkeys(broken, every_token), since_frame=state.cache.next_frame - chunk.shape[2])
+        return broken
 
     def predict_flow(
         self, state: _RolloutState, index: int, window: list[_InFlight], videos: list[int] | None = None

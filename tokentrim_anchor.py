@@ -6,6 +6,8 @@ taken for the truth. Moving the statistics of what is read back to those of the 
 chunk that is shown stays as it was generated.
 """
 
+from collections.abc import Collection
+
 import torch
 
 
@@ -31,7 +33,23 @@ def match_histogram(latents: torch.Tensor, reference: torch.Tensor) -> torch.Ten
     return torch.empty_like(values).scatter_(1, order, values).view_as(latents)
 
 
-REANCHORINGS = {"mean": match_mean, "moments": match_moments, "histogram": match_histogram}
+def match_distribution(latents: torch.Tensor, reference: torch.Tensor, num_rotations: int = 12) -> torch.Tensor:
+    """Latents with the reference's joint distribution over channels: histograms matched along the axes of one random
+    basis after the other (iterative distribution transfer, Pitie et al., ICCV 2005)."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(num_rotations):
+        basis = torch.linalg.qr(torch.randn(len(latents), len(latents), generator=generator)).Q.to(latents)
+        turned = (torch.einsum("ij,jthw->ithw", basis, each) for each in (latents, reference))
+        latents = torch.einsum("ji,jthw->ithw", basis, match_histogram(*turned))
+    return latents
+
+
+REANCHORINGS = {
+    "mean": match_mean,
+    "moments": match_moments,
+    "histogram": match_histogram,
+    "distribution": match_distribution,
+}
 
 
 def offset(latents: torch.Tensor, reference: torch.Tensor) -> float:
@@ -55,16 +73,26 @@ class Anchor:
         self.tolerance = tolerance
         self.references: list[torch.Tensor] | None = None  # each (C, T, H, W)
 
-    def hold(self, chunk: torch.Tensor) -> torch.Tensor:
-        """What becomes context in the place of an accepted chunk, (B, C, T, H, W)."""
+    def start(self, chunk: torch.Tensor) -> None:
+        """Hold later chunks to this one, (B, C, T, H, W): the first one, or the last that was given."""
+        self.references = list(chunk)
+
+    def hold(self, chunk: torch.Tensor, broken: Collection[int] = ()) -> torch.Tensor:
+        """What becomes context in the place of an accepted chunk, (B, C, T, H, W).
+
+        Args:
+            chunk (`torch.Tensor`): accepted latents.
+            broken (`Collection[int]`): videos whose chunk is a defect, which is never meant.
+        """
         if self.match is None:
             return chunk
         if self.references is None:
-            self.references = list(chunk)
+            self.start(chunk)
             return chunk
         held = []
         for video, latents in enumerate(chunk):
-            if self.tolerance is not None and offset(latents, self.references[video]) > self.tolerance:
+            far = self.tolerance is not None and offset(latents, self.references[video]) > self.tolerance
+            if far and video not in broken:
                 self.references[video] = latents
             held.append(self.match(latents, self.references[video]))
         return torch.stack(held)

@@ -129,12 +129,13 @@ class RollingKVCache:
             self._pass_frames, self._pass_sink = frames, sink
             self._forget_views()
 
-    def evict(self, tokens: Mapping[int, Iterable[int]]) -> None:
-        """Hard pruning (eq. 9, 10): `tokens[video]` are grid indices to remove from all its unprotected frames."""
-        keep = torch.ones_like(self._held)
+    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> None:
+        """Hard pruning (eq. 9, 10): `tokens[video]` are grid indices to remove from all its unprotected frames, or from
+        those since a certain one."""
+        keep, first = torch.ones_like(self._held), max(since_frame, self.num_protected_frames)
         for video, indices in tokens.items():
             condemned = torch.isin(self._token[video], torch.tensor(sorted(indices), dtype=torch.long))
-            keep[video] = ~condemned | (self._frame[video] < self.num_protected_frames)
+            keep[video] = ~condemned | (self._frame[video] < first)
         self._keep(keep)
 
     @contextmanager

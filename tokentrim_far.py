@@ -84,12 +84,14 @@ class FARKVCache(RollingKVCache):
         self.pass_sizes, self._num_demoted_frames = [num_frames * self.tokens_per_frame], 0
         super().begin_pass(num_frames)
 
-    def evict(self, tokens: Mapping[int, Iterable[int]]) -> None:
-        """Hard pruning (eq. 9, 10): `tokens[video]` are full grid indices to remove from all its unprotected frames.
+    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> None:
+        """Hard pruning (eq. 9, 10): `tokens[video]` are full grid indices to remove from all its unprotected frames, or
+        from those since a certain one.
 
         A compressed token goes with the half of the full tokens that it stands for, now or when it is written.
         """
-        unprotected = [index for index, frame in enumerate(self.frames) if frame >= self.num_protected_frames]
+        first = max(since_frame, self.num_protected_frames)
+        unprotected = [index for index, frame in enumerate(self.frames) if frame >= first]
         for video, indices in tokens.items():
             condemned = torch.zeros(self.tokens_per_frame, dtype=torch.bool)
             condemned[list(indices)] = True

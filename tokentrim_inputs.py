@@ -61,6 +61,26 @@ def check_reanchor(reanchor: Any, reanchor_tolerance: Any) -> None:
         check(reanchor is not None, "reanchor_tolerance", reanchor_tolerance, "None where `reanchor` is None")
 
 
+def check_quarantine(
+    quarantine_sensitivity: Any,
+    window_size: int | None,
+    num_sink_frames: int,
+    chunk_partition: Sequence[int],
+    num_window_chunks: int,
+) -> None:
+    """How abnormal a chunk has to be to be kept from the context, which must not be left empty."""
+    if quarantine_sensitivity is None:
+        return
+    valid = "a finite number >= 0, or None"
+    check_number("quarantine_sensitivity", quarantine_sensitivity, lambda value: value >= 0, valid)
+    shortest = (num_window_chunks + 2) * max(chunk_partition)
+    some_context = num_sink_frames > 0 or window_size is None or window_size >= shortest
+    valid = (
+        f"None with `window_size` {window_size} and no sink: it needs a sink, or a window of {shortest} latent frames"
+    )
+    check(some_context, "quarantine_sensitivity", quarantine_sensitivity, valid)
+
+
 def check_callables(**arguments: Any) -> None:
     for name, value in arguments.items():
         check(value is None or callable(value), name, value, "callable or None", TypeError)

@@ -1,6 +1,7 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """When to trim: the adaptive gate of TokenTrim (arXiv 2602.00268), equations 7 and 8, one for each video of a batch."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,7 @@ class Decision:
         tokens (`list[int]`): grid indices of the evicted tokens, ascending.
         drift (`list[float]`, *optional*): d_i of the first attempt, one for each token of the grid (eq. 5).
         regenerated_severity (`float`, *optional*): D_t of the last attempt, where that is not the first.
+        quarantined (`bool`): whether no later chunk reads this one.
     """
 
     chunk: int
@@ -29,6 +31,7 @@ class Decision:
     tokens: list[int] = field(default_factory=list)
     drift: list[float] | None = None
     regenerated_severity: float | None = None
+    quarantined: bool = False
 
 
 class SeverityGate:
@@ -37,11 +40,13 @@ class SeverityGate:
     Args:
         drift_sensitivity (`float`): lambda: how many standard deviations above the mean are abnormal.
         warmup_chunks (`float`): T_warm: the gate opens once this many severities are recorded; `math.inf` never.
+        spread_floor (`float`): the least that sigma_t is taken for, as a share of mu_t; the paper has none.
     """
 
-    def __init__(self, drift_sensitivity: float, warmup_chunks: float):
+    def __init__(self, drift_sensitivity: float, warmup_chunks: float, spread_floor: float = 0.0):
         self.drift_sensitivity = drift_sensitivity
         self.warmup_chunks = warmup_chunks
+        self.spread_floor = spread_floor
         self.severities: list[float] = []
 
     @property
@@ -50,7 +55,8 @@ class SeverityGate:
         if len(self.severities) < max(self.warmup_chunks, 1):
             return None
         severities = torch.tensor(self.severities, dtype=torch.float64)
-        return float(severities.mean() + self.drift_sensitivity * severities.std(correction=0))
+        mean, spread = severities.mean(), severities.std(correction=0)
+        return float(mean + self.drift_sensitivity * torch.maximum(spread, self.spread_floor * mean))
 
     def record(self, severity: float) -> None:
         """Take the severity of an accepted chunk into the statistics."""
@@ -117,10 +123,15 @@ class TokenTrimPolicy:
         self._attempts += 1
         return condemned
 
-    def accept(self) -> list[Decision]:
-        """Close the current chunk: its severities enter the statistics (algorithm 1); one decision for each video."""
+    def accept(self, quarantined: Collection[int] = ()) -> list[Decision]:
+        """Close the current chunk: its severities enter the statistics (algorithm 1); one decision for each video.
+
+        Args:
+            quarantined (`Collection[int]`): videos whose chunk no later one reads.
+        """
         decisions = self._decisions
-        for gate, decision in zip(self.gates, decisions):
+        for video, (gate, decision) in enumerate(zip(self.gates, decisions)):
+            decision.quarantined = video in quarantined
             accepted = decision.severity if decision.regenerated_severity is None else decision.regenerated_severity
             if accepted is not None:
                 gate.record(accepted)

@@ -18,6 +18,7 @@ from .defects import DEFECTS
 from .rollouts import CHECKPOINT, ROOT
 
 
+DTYPES = ("float32", "bfloat16")
 SCENES = ("static", *CHANGES)
 ARGUMENTS = inspect.signature(TokenTrimPipeline.__call__).parameters
 
@@ -32,6 +33,7 @@ class Experiment:
             `configs/<config>.json` first, `control` names a control of `evaluation.controls`. The first one is what
             the others are compared with.
         checkpoint (`str`): folder, relative to the repository.
+        dtype (`str`): of transformer and VAE, a floating point type of torch.
         first_seed, num_seeds (`int`): a seed fixes prompt and noise.
         num_chunks (`int`): length of the videos.
         batch_size (`int`): videos generated together.
@@ -43,6 +45,7 @@ class Experiment:
     name: str
     methods: dict[str, dict]
     checkpoint: str = str(CHECKPOINT.relative_to(ROOT))
+    dtype: str = "float32"
     first_seed: int = 1000
     num_seeds: int = 64
     num_chunks: int = 40
@@ -65,6 +68,8 @@ class Experiment:
             value = getattr(experiment, name)
             if not isinstance(value, int) or value < (0 if name == "first_seed" else 1):
                 raise ValueError(f"{path}: `{name}` has to be a whole number, but is {value!r}.")
+        if experiment.dtype not in DTYPES:
+            raise ValueError(f"{path}: `dtype` has to be one of {', '.join(DTYPES)}, but is {experiment.dtype!r}.")
         for name, valid in (("scenes", SCENES), ("defects", DEFECTS)):
             if unknown := set(getattr(experiment, name)) - set(valid):
                 raise ValueError(f"{path}: unknown {name} {sorted(unknown)}; there are {', '.join(valid)}.")

@@ -4,7 +4,15 @@ import pytest
 import torch
 from builders import CHANNELS, CHUNK, HEIGHT, WIDTH, embeds, latent_pipeline, noise, randn, roll
 
-from tokentrim.tokentrim_anchor import REANCHORINGS, Anchor, match_histogram, match_mean, match_moments, offset
+from tokentrim.tokentrim_anchor import (
+    REANCHORINGS,
+    Anchor,
+    match_distribution,
+    match_histogram,
+    match_mean,
+    match_moments,
+    offset,
+)
 
 
 KINDS = sorted(REANCHORINGS)
@@ -24,7 +32,7 @@ def test_channels_take_the_mean_of_the_reference(kind, num_frames):
     matched = REANCHORINGS[kind](video(0), reference)
     assert matched.shape == (CHANNELS, CHUNK, HEIGHT, WIDTH)
     # A histogram of another size is interpolated: its mean is close, not the same.
-    tolerance = 0.15 if kind == "histogram" and num_frames != CHUNK else 1e-5
+    tolerance = 0.15 if kind in ("histogram", "distribution") and num_frames != CHUNK else 1e-5
     torch.testing.assert_close(matched.mean((1, 2, 3)), reference.mean((1, 2, 3)), atol=tolerance, rtol=0)
 
 
@@ -48,6 +56,20 @@ def test_histogram_takes_all_values_and_keeps_their_order():
     matched = match_histogram(latents, reference)
     assert torch.equal(matched.flatten(1).sort().values, reference.flatten(1).sort().values)
     assert torch.equal(matched.flatten(1).argsort(), latents.flatten(1).argsort())
+
+
+def test_distribution_takes_what_the_channels_have_in_common_too():
+    """Channels that go together in the reference alone: histograms leave that, the joint distribution does not."""
+    latents, reference = video(0), video(1)
+    reference[1] = reference[0] + 0.1 * reference[1]
+    spread = torch.cov(reference.flatten(1))
+    apart, joint = (
+        (torch.cov(match(latents, reference).flatten(1)) - spread).abs().max()
+        for match in (match_histogram, match_distribution)
+    )
+    assert joint < 0.2 < 0.8 < apart
+    again = match_distribution(match_distribution(latents, reference), reference)
+    torch.testing.assert_close(torch.cov(again.flatten(1)), spread, atol=0.2, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,6 +119,19 @@ def test_later_chunks_read_the_held_chunk_and_the_video_shows_the_generated_one(
     continued = roll(latent_pipeline(), latents, video_latents=context.transpose(1, 2)).frames
     torch.testing.assert_close(third, continued[:, :, 2 * CHUNK :], atol=1e-5, rtol=0)
     assert not torch.allclose(third, plain[:, :, 2 * CHUNK :], atol=1e-3)
+
+
+def test_a_given_video_is_read_as_it_is_and_its_last_chunk_is_the_anchor():
+    latents, given = noise(4), noise(2, seed=5)
+    plain, held = (
+        roll(latent_pipeline(), latents, video_latents=given.transpose(1, 2), **settings).frames
+        for settings in ({}, {"reanchor": "moments"})
+    )
+    assert torch.equal(held[:, :, : 3 * CHUNK], plain[:, :, : 3 * CHUNK])
+    third, last = held[:, :, 2 * CHUNK : 3 * CHUNK], given[:, :, CHUNK:]
+    context = torch.cat([given, match_moments(third[0], last[0])[None]], dim=2)
+    continued = roll(latent_pipeline(), latents, video_latents=context.transpose(1, 2)).frames
+    torch.testing.assert_close(held[:, :, 3 * CHUNK :], continued[:, :, 3 * CHUNK :], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("rollout", ["self_forcing", "rolling_forcing"])

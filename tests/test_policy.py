@@ -13,7 +13,7 @@ from tokentrim.tokentrim_stability import severity, summarize, token_drift, unst
 
 
 PATCH = (1, 2, 2)
-KEYS = {"chunk", "severity", "threshold", "trim", "tokens", "drift", "regenerated_severity"}
+KEYS = {"chunk", "severity", "threshold", "trim", "tokens", "drift", "regenerated_severity", "quarantined"}
 
 
 def play(policy, severities):
