@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Controls: TokenTrim's gate with something else in the place of its remedy, one method overridden in each."""
+"""Controls: something else in the place of a method's remedy, one method overridden in each."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from tokentrim import TokenTrimPipeline, pipeline_tokentrim
+from tokentrim.tokentrim_anchor import match_distribution
 from tokentrim.tokentrim_policy import TokenTrimPolicy
 
 
@@ -54,6 +55,13 @@ def redraft_with_fresh_noise(self, state, index, draft, videos, redraft=TokenTri
     return redraft(self, state, index, draft, videos)
 
 
+def decode_corrected(self, latents, output_type, decode=TokenTrimPipeline.decode_latents):
+    """Every chunk held to the first one when the rollout is over, as re-anchoring does before others read it."""
+    first, *_ = chunks = latents.split(self.config.num_frames_per_chunk, dim=2)
+    corrected = [torch.stack([match_distribution(*pair) for pair in zip(chunk, first)]) for chunk in chunks]
+    return decode(self, torch.cat(corrected, dim=2), output_type)
+
+
 _POLICY = (pipeline_tokentrim, "TokenTrimPolicy")
 _FRESH = (TokenTrimPipeline, "redraft_chunk", redraft_with_fresh_noise)
 CONTROLS = {
@@ -61,6 +69,7 @@ CONTROLS = {
     "lowest_drift": [(*_POLICY, LowestDrift)],
     "fresh_noise": [_FRESH],
     "fresh_noise_no_pruning": [(*_POLICY, NoTokens), _FRESH],
+    "corrected_afterwards": [(TokenTrimPipeline, "decode_latents", decode_corrected)],
 }
 
 

@@ -43,14 +43,17 @@ def of_videos(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
             "present": video["present"].iloc[half:].mean(),
             "shape_right": video["shape_right"].iloc[half:].mean(),
             "motion": video["motion"].mean(),
+            "motion_change": video["motion"].iloc[half:].mean() - video["motion"].iloc[BASE_CHUNKS].mean(),
             "flow": video["flow"].mean(),
             "triggers": video["trim"].mean(),
+            "quarantined": video["quarantined"].mean(),
             "calls": video["calls"].sum(),
             "seconds": video["seconds"].sum(),
         }
         if experiment.defects:
             at = experiment.defect_chunk
             row["recovery"] = error[at + 1 : at + 1 + RECOVERY].sum()
+            row["excess_recovery"] = row["recovery"] - RECOVERY * error[BASE_CHUNKS].mean()
         for name in CONTRASTS:
             values = video[name].to_numpy()
             row[f"contrast_{name}"] = abs(values[:share].mean() - values[-share:].mean())
@@ -166,10 +169,10 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
     for method in methods[1:]:
         strips.append(f"cases-{part(out, method, [0]).stem.removesuffix('-0-0')}.png")
         cases(videos, experiment, out, method, reference).savefig(out / strips[-1], dpi=80)
-    measures = ["excess_drift", "identity_error", "background_error", "object_error", "motion", "flow"]
-    measures += ["present", "shape_right", "area_change"] + [f"contrast_{name}" for name in CONTRASTS]
+    measures = ["excess_drift", "identity_error", "background_error", "object_error", "motion", "motion_change"]
+    measures += ["flow", "present", "shape_right", "area_change"] + [f"contrast_{name}" for name in CONTRASTS]
     if experiment.defects:
-        measures.insert(0, "recovery")
+        measures = ["recovery", "excess_recovery", *measures]
     others = [method for method in methods[1:] if method == "sink"]
     sections = [
         f"# {experiment.name}",
@@ -178,6 +181,7 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
         f"checkpoint `{experiment.checkpoint}`.",
         *(comparison(videos, measure, methods, reference) for measure in measures),
         *(comparison(videos, "excess_drift", methods, other) for other in others),
+        *([areas_by_defect(table, experiment), alarms(table, experiment)] if experiment.defects else []),
         cost(table, videos, methods, reference),
         detectors(table, reference),
         "![curves](curves.png)",
@@ -189,17 +193,42 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
     return report
 
 
+def alarms(table: pd.DataFrame, experiment: Experiment) -> str:
+    """How often each method trims or quarantines: before the defect, at it, one chunk later, and after that."""
+    lines = ["| chunks with an alarm | before the defect | at the defect | one later | after |", "| --- " * 5 + "|"]
+    since = table["chunk"] - experiment.defect_chunk
+    alarm, before = table["trim"] | table["quarantined"], (since < 0) & (table["chunk"] > 0)
+    for method in experiment.methods:
+        ours = table["method"] == method
+        shares = [alarm[ours & when].mean() for when in (before, since == 0, since == 1, since > 1)]
+        lines.append(f"| {method} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
+    return "\n".join(lines)
+
+
+def areas_by_defect(table: pd.DataFrame, experiment: Experiment) -> str:
+    """Area under the identity error over the chunks after each kind of defect."""
+    lines = [f"| area, {RECOVERY} chunks | " + " | ".join(experiment.defects) + " |"]
+    lines.append("| --- " * (len(experiment.defects) + 1) + "|")
+    since = table["chunk"] - experiment.defect_chunk
+    after = table[(since > 0) & (since <= RECOVERY)]
+    areas = after.groupby(["method", "defect"])["identity_error"].mean() * RECOVERY
+    for method in experiment.methods:
+        lines.append(f"| {method} | " + " | ".join(f"{areas[method, kind]:.3f}" for kind in experiment.defects) + " |")
+    return "\n".join(lines)
+
+
 def cost(table: pd.DataFrame, videos: pd.DataFrame, methods: list[str], reference: str) -> str:
     """Triggers, and what a rollout costs against the reference's."""
     lines = [
-        "| cost | chunks trimmed | videos trimmed | transformer calls | seconds |",
-        "| --- | --- | --- | --- | --- |",
+        "| cost | chunks trimmed | videos trimmed | chunks quarantined | transformer calls | seconds |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     base = videos[videos["method"] == reference]
     for method in methods:
         rows = videos[videos["method"] == method]
         lines.append(
             f"| {method} | {rows['triggers'].mean():.1%} | {(rows['triggers'] > 0).mean():.0%} "
+            f"| {rows['quarantined'].mean():.1%} "
             f"| {rows['calls'].sum() / base['calls'].sum():.3f}x | {rows['seconds'].sum() / base['seconds'].sum():.2f}x |"
         )
     return "\n".join(lines)

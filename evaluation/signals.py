@@ -1,13 +1,23 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Drift signals: what a gate could look at, for each chunk of latents, to be compared with the true error."""
 
+from collections.abc import Callable
+
 import torch
 
+from tokentrim.tokentrim_anchor import offset
+from tokentrim.tokentrim_quarantine import jump
 from tokentrim.tokentrim_stability import severity, summarize, token_drift, unstable_tokens
 
 
 def _summaries(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> list[torch.Tensor]:
     return [summarize(chunk, patch_size) for chunk in latents]
+
+
+def _over_pairs(measure: Callable, latents: list[torch.Tensor], references: list[torch.Tensor]) -> torch.Tensor:
+    """A measure of two chunks of one video, for each video and pair, (B, chunks)."""
+    pairs = [list(zip(chunk, reference)) for chunk, reference in zip(latents, references)]
+    return torch.tensor([[measure(*pair) for pair in of_chunk] for of_chunk in pairs]).T
 
 
 def paper_severity(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
@@ -37,13 +47,6 @@ def previous_median(latents: list[torch.Tensor], patch_size: tuple[int, int, int
     return torch.stack([token_drift(now, before).median(dim=-1).values for now, before in pairs], dim=1)
 
 
-def anchor_moments(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
-    """Distance of the channels' means to the first chunk's, in its standard deviations, root mean square."""
-    means = torch.stack([chunk.mean(dim=(2, 3, 4)) for chunk in latents], dim=1)  # (B, chunks, C)
-    spread = latents[0].std(dim=(2, 3, 4))[:, None]
-    return ((means - means[:, :1]) / spread).square().mean(dim=-1).sqrt()
-
-
 def nearest_anchor(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
     """Mean distance of the tenth of tokens that are farthest from their nearest token of the first chunk, wherever
     that is, the chunk's offset in mean taken away."""
@@ -57,7 +60,31 @@ def nearest_anchor(latents: list[torch.Tensor], patch_size: tuple[int, int, int]
     return torch.stack(values, dim=1)
 
 
+def previous_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
+    """Quarantine's signal: how far the distributions of values are from the chunk before."""
+    return _over_pairs(jump, latents, [latents[0], *latents])
+
+
+def anchor_offset(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
+    """Re-anchoring's signal: distance of the channels' means to the first chunk's, in its standard deviations."""
+    return _over_pairs(offset, latents, [latents[0]] * len(latents))
+
+
+def anchor_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
+    """How far the distributions of values are from the first chunk."""
+    return _over_pairs(jump, latents, [latents[0]] * len(latents))
+
+
 SIGNALS = {
     each.__name__: each
-    for each in (paper_severity, previous_median, anchor_severity, anchor_median, anchor_moments, nearest_anchor)
+    for each in (
+        paper_severity,
+        previous_median,
+        previous_jump,
+        anchor_severity,
+        anchor_median,
+        anchor_offset,
+        anchor_jump,
+        nearest_anchor,
+    )
 }

@@ -65,6 +65,7 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
                     "trim": decision["trim"],
                     "evicted": len(decision["tokens"]),
                     "regenerated_severity": decision["regenerated_severity"],
+                    "quarantined": decision["quarantined"],
                     **{name: values[video, chunk].item() for name, values in signals.items()},
                     "calls": calls[0] / experiment.num_chunks,  # of the batch
                     "seconds": seconds / experiment.num_chunks / len(seeds),
