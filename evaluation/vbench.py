@@ -22,29 +22,20 @@ from examples.generate import Job, generate_missing
 
 from .experiment import ARGUMENTS, Experiment
 from .rollouts import CHECKPOINT, ROOT
-from .vbench_scores import DIMENSIONS, table
+from .vbench_scores import DIMENSIONS, QUALITY, table
 
 
 MODES = ("vbench_standard", "custom_input", "long_vbench_standard", "long_custom_input")  # as VBench calls them
-# What does not ask for VBench's own prompts. VBench documents all of them but temporal_flickering, which it does too.
-CUSTOM = (
-    "subject_consistency",
-    "background_consistency",
-    "temporal_flickering",
-    "motion_smoothness",
-    "dynamic_degree",
-    "aesthetic_quality",
-    "imaging_quality",
-)
+CUSTOM = tuple(QUALITY)  # do not ask for VBench's prompts; all but temporal_flickering are documented as such
 # What the other python is asked. `vbench evaluate` does the same as SCORE, on GPUs alone.
 LOCATE = "from importlib.util import find_spec; print(find_spec('vbench').submodule_search_locations[0])"
 FILTER = "from vbench.cli.vbench import main; main()"
 SCORE = (
-    "import sys, vbench; device, info, out, videos, dimension, mode = sys.argv[1:]; "
-    "vbench.VBench(device, info, out).evaluate(videos, dimension, dimension_list=[dimension], mode=mode)"
+    "import sys, torch, vbench; device, info, out, videos, dimension, mode = sys.argv[1:]; "
+    "vbench.VBench(torch.device(device), info, out).evaluate(videos, dimension, dimension_list=[dimension], mode=mode)"
 )
-
-# VBench-Long takes the ending of its videos from what os.listdir says first, which may be the folder of its clips.
+# VBench-Long takes the ending of its videos from what os.listdir names first, and finds none if that is the folder of
+# its clips: here videos come first.
 LONG = (
     "import os, runpy, sys; listdir = os.listdir; sys.argv = sys.argv[1:]; "
     "os.listdir = lambda path='.': sorted(listdir(path), key=lambda name: not str(name).endswith('.mp4')); "
@@ -54,13 +45,13 @@ LONG = (
 
 def read_prompts(python: Path) -> list[dict]:
     """VBench's prompts and the dimensions of each, from the package that `python` has."""
-    located = (
-        subprocess.run([python, "-I", "-c", LOCATE], capture_output=True, text=True) if python.is_file() else None
-    )
+    located = None
+    if python.is_file():
+        located = subprocess.run([python, "-I", "-c", LOCATE], capture_output=True, text=True)
     if located is None or located.returncode:
         raise FileNotFoundError(
-            "--python has to be the python of an environment with the package vbench (the README says how to make one), "
-            f"but '{python}' {'has no vbench' if located else 'is not there'}."
+            f"--python has to be the python of an environment with the package vbench, but '{python}' "
+            f"{'has no vbench' if located else 'is not there'}. The README says how to make one."
         )
     return json.loads((Path(located.stdout.strip()) / "VBench_full_info.json").read_text())
 
@@ -155,7 +146,7 @@ def commands(work: Path, dimension: str, filtered: bool, options: argparse.Names
 
 
 def score_dimension(folder: Path, dimension: str, prompts: list[dict], options: argparse.Namespace) -> None:
-    """The score, the videos that it is of and VBench's results for each become `vbench/<dimension>.json` in the folder."""
+    """The score, the videos that it is of and VBench's result for each, as `vbench/<dimension>.json` in the folder."""
     custom, long = "custom" in options.mode, options.mode.startswith("long")
     filtered = dimension == "temporal_flickering" and options.static_filter and not custom
     prompts = [] if custom else [prompt for prompt in prompts if dimension in prompt["dimension"]]
@@ -191,12 +182,12 @@ def score_dimension(folder: Path, dimension: str, prompts: list[dict], options: 
     if not found or not math.isfinite(found[0][0]):
         last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "")
         raise RuntimeError(
-            f"{dimension}: no score of {folder}. vbench ended with {ended.returncode}, and {log} with {last!r}. The weights "
-            f"of this dimension: {DIMENSIONS[dimension].needs}. vbench downloads what is not there when it first needs "
-            "it, to ~/.cache/vbench ($VBENCH_CACHE_DIR) if no other place is named; without a network, put it there."
+            f"{dimension}: no score of {folder}. vbench ended with {ended.returncode}, and {log} with {last!r}. The "
+            f"weights of this dimension: {DIMENSIONS[dimension].needs}. vbench downloads what is not there, to "
+            "~/.cache/vbench ($VBENCH_CACHE_DIR) if no other place is named; without a network, put it there."
         )
-    score, results = found[0][:2]
-    write_whole(path, {"dimension": dimension, "score": score, **request, "names": there, "results": results})
+    value, results = found[0][:2]
+    write_whole(path, {"dimension": dimension, "score": value, **request, "names": there, "results": results})
 
 
 def score(options: argparse.Namespace) -> int:

@@ -18,8 +18,8 @@ AESTHETIC = "CLIP ViT-L/14 (~/.cache/clip/ViT-L-14.pt), aesthetic_model/emb_read
 RAFT = "raft_model/models/raft-things.pth"
 GRIT = "grit_model/grit_b_densecap_objectdet.pth, bert-base-uncased from the Hub, and the package detectron2"
 VICLIP = "ViCLIP/ViClip-InternVid-10M-FLT.pth"
-# The numbers are those of scripts/constant.py in https://github.com/Vchitect/VBench; the weights, of vbench/utils.py and
-# the dimensions' modules.
+# The numbers are scripts/constant.py's in https://github.com/Vchitect/VBench; what it needs, vbench/utils.py and the
+# modules of the dimensions say.
 QUALITY = {
     "subject_consistency": Dimension(0.1462, 1, 1, "DINO ViT-B/16 (torch.hub, facebookresearch/dino)"),
     "background_consistency": Dimension(0.2615, 1, 1, CLIP),
