@@ -33,22 +33,27 @@ class Job(NamedTuple):
     prompt: str
     seed: int
     path: Path
+    settings: dict  # arguments of the call
 
 
 def list_jobs(options: argparse.Namespace) -> list[Job]:
+    settings = {name: value for file in options.config for name, value in json.loads(file.read_text()).items()}
+    if options.num_frames is not None:
+        settings["num_frames"] = options.num_frames
     if options.prompts is None:
-        return [Job(options.prompt, options.seed, options.out)]
+        return [Job(options.prompt, options.seed, options.out, settings)]
     jobs = []
     for number, line in enumerate(options.prompts.read_text().splitlines()):
         words = re.sub(r"\W+", "-", line.lower()).strip("-")[:60]
         if words:
-            jobs.append(Job(line.strip(), options.seed + number, options.out / f"{number:05}-{words}.mp4"))
+            path = options.out / f"{number:05}-{words}.mp4"
+            jobs.append(Job(line.strip(), options.seed + number, path, settings))
     return jobs
 
 
-def generate(pipe: DiffusionPipeline, job: Job, settings: dict, fps: float) -> None:
+def generate(pipe: DiffusionPipeline, job: Job, fps: float) -> None:
     """The video appears when it is complete."""
-    output = pipe(job.prompt, generator=torch.Generator().manual_seed(job.seed), **settings)
+    output = pipe(job.prompt, generator=torch.Generator().manual_seed(job.seed), **job.settings)
     job.path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=job.path.parent) as partial:
         video = output.save_video(Path(partial) / job.path.name, fps)
@@ -79,25 +84,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    options = parse()
-    settings = {name: value for file in options.config for name, value in json.loads(file.read_text()).items()}
-    if options.num_frames is not None:
-        settings["num_frames"] = options.num_frames
+def generate_missing(jobs: list[Job], checkpoint: str, dtype: str, fps: float) -> int:
+    """Split what is not there over the processes of accelerate; returns how many failed, in all of them."""
     # The first process to finish waits for the last one.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
-    jobs = list_jobs(options)
     todo = [job for job in jobs if not job.path.is_file()]
     state.print(f"{len(todo)} to generate, {len(jobs) - len(todo)} there already")
     if not todo:
-        return
+        return 0
     state.wait_for_everyone()  # all have looked before one writes, so that all split the same list
     with state.main_process_first():  # Diffusers copies the code to a folder that all processes share
         pipe = DiffusionPipeline.from_pretrained(
-            options.checkpoint,
+            checkpoint,
             custom_pipeline=str(ROOT / "pipeline_tokentrim.py"),
             trust_remote_code=True,
-            dtype=getattr(torch, options.dtype),
+            dtype=getattr(torch, dtype),
         ).to(state.device)
     # The last bits of a matrix product on CPUs depend on where in memory its weights begin: alike in every process.
     for model in (pipe.text_encoder, pipe.transformer, pipe.vae):
@@ -109,13 +110,18 @@ def main() -> None:
     with state.split_between_processes(todo) as mine:
         for job in tqdm(mine, desc=f"process {state.process_index}", position=state.process_index):
             try:
-                generate(pipe, job, settings, options.fps)
+                generate(pipe, job, fps)
             except Exception as error:  # whatever it is, the other prompts are worth their videos
                 failed.append(f"{job.path}: {type(error).__name__}: {error}")
     failed = gather_object(failed)
     state.print("\n".join([f"{len(todo) - len(failed)} done, {len(failed)} failed", *failed]))
     state.destroy_process_group()
-    sys.exit(len(failed) > 0)
+    return len(failed)
+
+
+def main() -> None:
+    options = parse()
+    sys.exit(generate_missing(list_jobs(options), options.checkpoint, options.dtype, options.fps) > 0)
 
 
 if __name__ == "__main__":
