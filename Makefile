@@ -2,7 +2,7 @@
 PYTHON = .venv/bin/python
 INSTALLED = .venv/installed
 
-.PHONY: demo test lint study clean
+.PHONY: demo test lint clean
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.demo
@@ -12,9 +12,6 @@ test: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
-
-study: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.study
 
 # torch first and by itself, so that no other package chooses its build.
 $(INSTALLED): constraints.txt setup.cfg

@@ -275,6 +275,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         flowmo_steps: list[int] | None = None,
         flowmo_chunks: str = "first",
         reanchor: str | None = None,
+        reanchor_warmup_chunks: int = 0,
         reanchor_tolerance: float | None = None,
         quarantine_sensitivity: float | None = None,
         rollout: str | None = None,
@@ -355,10 +356,13 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 first chunk's before it becomes context: `"mean"`, `"moments"` (mean and standard deviation),
                 `"histogram"` (all values, by rank) or `"distribution"` (all values, of all channels jointly). What is
                 shown stays as generated. A given video is held to its last chunk, and not changed. `None` is off.
+            reanchor_warmup_chunks (`int`, defaults to `0`):
+                Chunks after the first one that stay as they are and are watched for a change that is meant; and again
+                after a callback changed the prompt.
             reanchor_tolerance (`float`, *optional*):
-                How far a chunk may be from the first one, in standard deviations of the latent channels' means,
-                before its change is taken for meant: it then stays as it is, and later chunks are held to it.
-                `None`: nothing is meant to change.
+                How far a watched chunk may be from the first one, in standard deviations of the latent channels'
+                means, before its change is taken for meant: it then stands in the place of the first one, and the
+                warm-up begins again. `None`: nothing is meant to change.
             quarantine_sensitivity (`float`, *optional*):
                 Ours, not the paper's: a chunk whose latent values, wherever they are, jump by more than mean + this *
                 standard deviation of the video's jumps is shown, but no later chunk reads it; never two in a row, so
@@ -467,7 +471,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             min(chunk_partition[chunk] for chunk in guided_chunks),
             drift_signal,
         )
-        check_reanchor(reanchor, reanchor_tolerance)
+        check_reanchor(reanchor, reanchor_warmup_chunks, reanchor_tolerance)
         check_callables(callback_on_step_end=callback_on_step_end, on_chunk=on_chunk)
         device = self._execution_device
         self.scheduler.set_rollout_timesteps(num_inference_steps, device, sigmas, timesteps)
@@ -555,7 +559,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             num_window_chunks,
             flowmo,
             Quarantine(num_videos, quarantine_sensitivity),
-            Anchor(reanchor, reanchor_tolerance),
+            Anchor(reanchor, reanchor_warmup_chunks, reanchor_tolerance),
             backbone,
             backbone.cache,
             renoise,
@@ -812,4 +816,5 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         state.prompt_embeds, state.negative_prompt_embeds = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
         if prompt[0] is not state.prompt_embeds or prompt[1] is not state.negative_prompt_embeds:
             state.cache.forget_prompt()
+            state.anchor.watch()
         return tensors["latents"]

@@ -6,6 +6,7 @@ taken for the truth. Moving the statistics of what is read back to those of the 
 chunk that is shown stays as it was generated.
 """
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -60,22 +61,31 @@ def offset(latents: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 class Anchor:
-    """What each video of a batch is held to: its first chunk, until it is far enough away to be meant.
+    """What each video of a batch is held to: its first chunk, unless it soon goes far enough away to be meant.
+
+    Drift is slow, a change that the prompt asks for is not: so the chunks after an anchor are watched first. If one
+    leaves the tolerance, it is the next anchor; if none does, the chunks after them are held, for good.
 
     Args:
         reanchor (`str`, *optional*): which statistics, one of `REANCHORINGS`; `None` leaves every chunk as it is.
-        tolerance (`float`, *optional*): the `offset` from which on a change is taken for meant: such a chunk stays as
-            it is and is the anchor from then on. `None`: never.
+        warmup_chunks (`int`): chunks after an anchor that are watched and not held.
+        tolerance (`float`, *optional*): the `offset` of a watched chunk that is taken for meant; `None`: nothing is.
     """
 
-    def __init__(self, reanchor: str | None = None, tolerance: float | None = None):
+    def __init__(self, reanchor: str | None = None, warmup_chunks: int = 0, tolerance: float | None = None):
         self.match = REANCHORINGS.get(reanchor)
-        self.tolerance = tolerance
+        self.tolerance = math.inf if tolerance is None else tolerance
+        self.warmup_chunks = warmup_chunks
         self.references: list[torch.Tensor] | None = None  # each (C, T, H, W)
+        self.ages: list[int] = []  # chunks since then, of each video
 
     def start(self, chunk: torch.Tensor) -> None:
         """Hold later chunks to this one, (B, C, T, H, W): the first one, or the last that was given."""
-        self.references = list(chunk)
+        self.references, self.ages = list(chunk), [0] * len(chunk)
+
+    def watch(self) -> None:
+        """Watch again before holding: what is asked for may have changed."""
+        self.ages = [0] * len(self.ages)
 
     def hold(self, chunk: torch.Tensor, broken: Collection[int] = ()) -> torch.Tensor:
         """What becomes context in the place of an accepted chunk, (B, C, T, H, W).
@@ -89,10 +99,11 @@ class Anchor:
         if self.references is None:
             self.start(chunk)
             return chunk
-        held = []
+        held = list(chunk)
         for video, latents in enumerate(chunk):
-            far = self.tolerance is not None and offset(latents, self.references[video]) > self.tolerance
-            if far and video not in broken:
-                self.references[video] = latents
-            held.append(self.match(latents, self.references[video]))
+            self.ages[video] += 1
+            if self.ages[video] > self.warmup_chunks:
+                held[video] = self.match(latents, self.references[video])
+            elif video not in broken and offset(latents, self.references[video]) > self.tolerance:
+                self.references[video], self.ages[video] = latents, 0
         return torch.stack(held)

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""`make demo`: one prompt and one noise, rolled out plain, with TokenTrim as in the paper, and with a sink as well."""
+"""`make demo`: one prompt and one noise, rolled out plain, with TokenTrim as in the paper, and with `tokentrim_plus`."""
 
 import argparse
 import json
@@ -8,10 +8,7 @@ from pathlib import Path
 
 from .measures import as_rgb, color_drift, summarize_drift, track_colors
 from .pictures import drift_plot, enlarge, film_strip, save_video, side_by_side
-from .rollouts import WORLD, load_pipeline, run_method
-
-
-SHOWN = ("plain", "tokentrim", "sink + tokentrim")
+from .rollouts import METHODS, WORLD, load_pipeline, run_method
 
 
 def _or_gone(drift: float) -> str:
@@ -32,15 +29,15 @@ def main() -> None:
     pipe.set_progress_bar_config(desc="warming up")
     run_method(pipe, "plain", [args.prompt], [args.seed], num_chunks=2)
     runs = {}
-    for method in SHOWN:
+    for method in METHODS:
         pipe.set_progress_bar_config(desc=method)
         runs[method] = run_method(pipe, method, [args.prompt], [args.seed], args.chunks)
 
     frames = {method: run.frames[0] for method, run in runs.items()}
     decisions = {method: run.decisions[0] for method, run in runs.items()}
     large = {method: enlarge(video) for method, video in frames.items()}
-    save_video(args.out / "plain.mp4", large["plain"])
-    save_video(args.out / "tokentrim.mp4", large["tokentrim"])
+    for method, video in large.items():
+        save_video(args.out / f"{method}.mp4", video)
     save_video(args.out / "side_by_side.mp4", side_by_side(large))
     (args.out / "decisions.json").write_text(json.dumps(decisions, indent=1))
 
@@ -61,6 +58,7 @@ def main() -> None:
         "chunks",
         "triggers",
         "evicted",
+        "quarantined",
         "seconds",
         "overhead",
         "calls",
@@ -70,19 +68,20 @@ def main() -> None:
     )
     print(
         f"\n{args.prompt!r}, seed {args.seed}",
-        "{:18}{:>8}{:>10}{:>9}{:>9}{:>10}{:>8}{:>15}{:>11}{:>8}".format(*header),
+        "{:18}{:>8}{:>10}{:>9}{:>13}{:>9}{:>10}{:>8}{:>15}{:>11}{:>8}".format(*header),
         sep="\n",
     )
     for method, run in runs.items():
         drift = summarize_drift(run.frames[0], args.prompt, WORLD["num_frames_per_chunk"])
         print(
             f"{method:18}{args.chunks:8}{sum(each['trim'] for each in run.decisions[0]):10}"
-            f"{sum(len(each['tokens']) for each in run.decisions[0]):9}{run.seconds:9.1f}"
+            f"{sum(len(each['tokens']) for each in run.decisions[0]):9}"
+            f"{sum(each['quarantined'] for each in run.decisions[0]):13}{run.seconds:9.1f}"
             f"{run.seconds / plain.seconds:9.2f}x{run.denoiser_calls / plain.denoiser_calls:7.2f}x"
             f"{drift['background_drift']:15.2f}{_or_gone(drift['object_drift'])}{drift['motion']:8.2f}"
         )
     print(
-        "evicted: grid positions; overhead, calls: seconds and transformer calls against plain;"
+        "triggers, quarantined: chunks; evicted: grid positions; overhead, calls: seconds and transformer calls against plain;"
         "\ndE: CIEDE2000 of the colour to the first chunk's, mean over the last half; motion: pixels per frame"
         f"\nwritten to {args.out}/: {', '.join(sorted(path.name for path in args.out.iterdir()))}"
     )

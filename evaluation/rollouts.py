@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The ways to roll out that the demo and the study compare, and one paired run of them."""
+"""The ways to roll out that the demo compares, and one paired run of them."""
 
 import json
 import time
@@ -14,17 +14,13 @@ from tokentrim import TokenTrimPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "tiny-world"
-PAPER = json.loads((ROOT / "configs" / "paper.json").read_text())
-WORLD = json.loads((ROOT / "configs" / "tiny_world.json").read_text())
-SINK = {"num_sink_frames": WORLD["num_frames_per_chunk"]}
+CONFIGS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "configs").glob("*.json")}
+WORLD = CONFIGS["tiny_world"]
 # Without FlowMo, trimming is paired with the plain rollout: equal up to the first trigger.
-TRIM = {name: value for name, value in PAPER.items() if not name.startswith("flowmo")}
 METHODS = {
     "plain": {"token_trim": False},
-    "tokentrim": TRIM,
-    "flowmo + tokentrim": PAPER,
-    "sink": {"token_trim": False, **SINK},
-    "sink + tokentrim": {**TRIM, **SINK},
+    "tokentrim": {**CONFIGS["paper"], "flowmo_iterations": 0},
+    "tokentrim_plus": CONFIGS["tokentrim_plus"],
 }
 
 

@@ -1,5 +1,7 @@
 """Re-anchoring: what becomes context is held to the first chunk, unless the change is meant."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from builders import CHANNELS, CHUNK, HEIGHT, WIDTH, embeds, latent_pipeline, noise, randn, roll
@@ -87,19 +89,84 @@ def test_offset_is_in_standard_deviations_of_the_reference():
 
 
 def test_a_change_beyond_the_tolerance_moves_the_anchor_of_its_video_alone():
-    anchor = Anchor("moments", tolerance=1.0)
-    first = torch.stack([video(0), video(1)])
+    anchor = Anchor("moments", warmup_chunks=1, tolerance=1.0)
+    first, changed = torch.stack([video(0), video(1)]), torch.stack([video(2), video(3, shift=2.0)])
+    third, fourth = torch.stack([video(4), video(5, shift=1.8)]), torch.stack([video(6), video(7, shift=1.8)])
     assert torch.equal(anchor.hold(first), first)
-    changed = torch.stack([video(2), video(3, shift=2.0)])
-    held = anchor.hold(changed)
+    assert torch.equal(anchor.hold(changed), changed)  # watched
+    held = anchor.hold(third)
     torch.testing.assert_close(held[0].mean((1, 2, 3)), first[0].mean((1, 2, 3)))
-    torch.testing.assert_close(held[1], changed[1], atol=1e-5, rtol=0)
-    later = anchor.hold(torch.stack([video(4), video(5, shift=1.8)]))
-    torch.testing.assert_close(later[0].mean((1, 2, 3)), first[0].mean((1, 2, 3)))
-    torch.testing.assert_close(later[1].mean((1, 2, 3)), changed[1].mean((1, 2, 3)))
+    assert torch.equal(held[1], third[1])  # watched again
+    held = anchor.hold(fourth)
+    torch.testing.assert_close(held[0].mean((1, 2, 3)), first[0].mean((1, 2, 3)))
+    torch.testing.assert_close(held[1].mean((1, 2, 3)), changed[1].mean((1, 2, 3)))
+
+
+def drifting(step: float, num_chunks: int) -> list[torch.Tensor]:
+    return [video(0)[None] + step * index for index in range(num_chunks)]
+
+
+def test_what_moves_slowly_while_watched_is_drift_and_what_moves_fast_is_meant():
+    """Six chunks are watched: 0.3 standard deviations by then are pulled back, 1.2 are followed wherever they go."""
+    chunks = drifting(0.05, 40)
+    anchor = Anchor("mean", warmup_chunks=6, tolerance=0.5)
+    held = [anchor.hold(chunk) for chunk in chunks]
+    assert all(torch.equal(*pair) for pair in zip(held[:7], chunks))
+    assert all(torch.allclose(each, chunks[0], atol=1e-5) for each in held[7:])
+    chunks = drifting(0.2, 40)
+    anchor = Anchor("mean", warmup_chunks=6, tolerance=0.5)
+    assert all(torch.equal(anchor.hold(chunk), chunk) for chunk in chunks)
+    settled = [anchor.hold(chunks[-1] + 0.01 * index) for index in range(1, 12)]
+    assert not torch.equal(settled[-1], chunks[-1] + 0.11)  # and held again where the change ends
+
+
+def test_a_broken_chunk_is_never_meant():
+    anchor = Anchor("mean", warmup_chunks=1, tolerance=0.5)
+    first, defect, third = video(0)[None], video(0)[None] + 3, video(2)[None]
+    anchor.start(first)
+    anchor.hold(defect, broken={0})
+    torch.testing.assert_close(anchor.hold(third).mean((2, 3, 4)), first.mean((2, 3, 4)))
 
 
 # In the rollout
+
+
+def test_nothing_is_held_during_the_warm_up():
+    latents = noise(6)
+    plain, at_once, watched = (
+        roll(latent_pipeline(), latents, **settings).frames.split(CHUNK, dim=2)
+        for settings in ({}, {"reanchor": "moments"}, {"reanchor": "moments", "reanchor_warmup_chunks": 2})
+    )
+    assert all(torch.equal(*pair) for pair in zip(watched[:4], plain))  # chunk 3 is the first that is held
+    assert not torch.equal(at_once[2], plain[2]) and not torch.equal(watched[4], plain[4])
+
+
+def test_a_new_prompt_is_watched_again():
+    """A callback changes the prompt in chunk 3: the two chunks after it are not held, without that they are."""
+    latents, calls = noise(7), []
+
+    def change(pipe, step, timestep, tensors):
+        calls.append(step)
+        return {"prompt_embeds": tensors["prompt_embeds"] + 1} if len(calls) == 2 * 3 + 1 else {}
+
+    def same(pipe, step, timestep, tensors):
+        calls.append(step)
+        return {"prompt_embeds": tensors["prompt_embeds"]}
+
+    held = []
+    for callback in (change, same):
+        calls.clear()
+        with patch.object(Anchor, "hold", autospec=True, side_effect=Anchor.hold) as hold:
+            roll(
+                latent_pipeline(),
+                latents,
+                reanchor="mean",
+                reanchor_warmup_chunks=2,
+                callback_on_step_end=callback,
+                callback_on_step_end_tensor_inputs=["prompt_embeds"],
+            )
+        held.append([call.args[0].ages for call in hold.call_args_list][-1])
+    assert held == [[3], [5]]
 
 
 def test_off_by_default():
@@ -137,7 +204,13 @@ def test_a_given_video_is_read_as_it_is_and_its_last_chunk_is_the_anchor():
 @pytest.mark.parametrize("rollout", ["self_forcing", "rolling_forcing"])
 def test_a_batch_equals_single_runs(rollout):
     latents, text = noise(5, 2), embeds(2)
-    settings = {"rollout": rollout, "window_size": 12, "reanchor": "histogram", "reanchor_tolerance": 0.6}
+    settings = {
+        "rollout": rollout,
+        "window_size": 12,
+        "reanchor": "histogram",
+        "reanchor_warmup_chunks": 1,
+        "reanchor_tolerance": 0.6,
+    }
     batch = roll(latent_pipeline(), latents, prompt_embeds=text, **settings).frames
     for index in range(2):
         single = roll(latent_pipeline(), latents[[index]], prompt_embeds=text[[index]], **settings).frames
@@ -149,7 +222,11 @@ def test_a_tolerance_lets_a_change_through():
     latents[:, :, 2 * CHUNK :] += 3
     plain, held, tolerant = (
         roll(latent_pipeline(), latents, **settings).frames[:, :, 3 * CHUNK :]
-        for settings in ({}, {"reanchor": "moments"}, {"reanchor": "moments", "reanchor_tolerance": 0.3})
+        for settings in (
+            {},
+            {"reanchor": "moments"},
+            {"reanchor": "moments", "reanchor_warmup_chunks": 2, "reanchor_tolerance": 0.3},
+        )
     )
     assert (tolerant - plain).abs().mean() < 0.5 * (held - plain).abs().mean()
 
@@ -161,7 +238,10 @@ def test_a_tolerance_lets_a_change_through():
         ({"reanchor": True}, TypeError, "`reanchor` .*'mean'.*True"),
         ({"reanchor": "mean", "reanchor_tolerance": 0}, ValueError, "`reanchor_tolerance` .*> 0.*0"),
         ({"reanchor": "mean", "reanchor_tolerance": "1"}, TypeError, "`reanchor_tolerance` .*> 0.*'1'"),
-        ({"reanchor_tolerance": 1.0}, ValueError, "`reanchor_tolerance` .*None where `reanchor` is None.*1.0"),
+        ({"reanchor_warmup_chunks": -1}, ValueError, "`reanchor_warmup_chunks` .*>= 0.*-1"),
+        ({"reanchor_warmup_chunks": 1.5}, TypeError, "`reanchor_warmup_chunks` .*>= 0.*1.5"),
+        ({"reanchor_tolerance": 1.0}, ValueError, "`reanchor_tolerance` .*None without `reanchor`.*1.0"),
+        ({"reanchor": "mean", "reanchor_tolerance": 1.0}, ValueError, "`reanchor_tolerance` .*warm-up.*1.0"),
     ],
 )
 def test_bad_input(arguments, error, message):

@@ -109,22 +109,23 @@ def test_a_prompt_is_enough_and_the_checkpoint_sets_the_rollout(pipe):
 def test_paired_methods_differ_only_by_what_they_do(pipe):
     seeds = [5, 6]
     runs = {method: run_method(pipe, method, sample_prompts(seeds), seeds, num_chunks=8) for method in METHODS}
-    for plain, trimmed in (("plain", "tokentrim"), ("sink", "sink + tokentrim")):
-        for video in range(2):
-            triggers = [each["chunk"] for each in runs[trimmed].decisions[video] if each["trim"]]
-            same = 3 * min(triggers, default=8)
-            assert np.allclose(runs[plain].frames[video][:same], runs[trimmed].frames[video][:same], atol=1e-4)
+    for video in range(2):
+        triggers = [each["chunk"] for each in runs["tokentrim"].decisions[video] if each["trim"]]
+        for method, first in (("tokentrim", min(triggers, default=8)), ("tokentrim_plus", 2)):
+            same, plain = 3 * first, runs["plain"].frames[video]
+            assert np.allclose(plain[:same], runs[method].frames[video][:same], atol=1e-4)
+    assert not np.allclose(runs["plain"].frames[:, 6:], runs["tokentrim_plus"].frames[:, 6:], atol=1e-2)
 
 
 def test_demo_writes_what_it_promises(tmp_path):
     command = [sys.executable, "-m", "evaluation.demo", "--chunks", "6", "--out", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    promised = "decisions.json drift.png filmstrip.png plain.mp4 side_by_side.mp4 tokentrim.mp4"
+    promised = "decisions.json drift.png filmstrip.png plain.mp4 side_by_side.mp4 tokentrim.mp4 tokentrim_plus.mp4"
     assert sorted(path.name for path in tmp_path.iterdir()) == promised.split()
     assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
     decisions = json.loads((tmp_path / "decisions.json").read_text())
     assert [len(of_method) for of_method in decisions.values()] == [6, 6, 6]
-    assert "sink + tokentrim" in result.stdout
+    assert "tokentrim_plus" in result.stdout
 
 
 def test_rolling_forcing_trims_on_the_world_and_leaves_the_anchor(pipe):
