@@ -13,35 +13,43 @@ import torch
 
 
 def match_mean(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Latents with the reference's mean in each channel, (C, T, H, W), (C, any) -> (C, T, H, W)."""
-    values, of_reference = latents.flatten(1), reference.flatten(1)
-    return (values - values.mean(1, keepdim=True) + of_reference.mean(1, keepdim=True)).view_as(latents)
+    """Latents with the reference's mean in each channel, both (..., C, T, H, W)."""
+    values, of_reference = latents.flatten(-3), reference.flatten(-3)
+    return (values - values.mean(-1, keepdim=True) + of_reference.mean(-1, keepdim=True)).view_as(latents)
 
 
 def match_moments(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Latents with the reference's mean and standard deviation in each channel, as AdaIN (arXiv 1703.06868)."""
-    values, of_reference = latents.flatten(1), reference.flatten(1)
-    spread = of_reference.std(1, keepdim=True) / values.std(1, keepdim=True).clamp_min(1e-6)
-    return ((values - values.mean(1, keepdim=True)) * spread + of_reference.mean(1, keepdim=True)).view_as(latents)
+    values, of_reference = latents.flatten(-3), reference.flatten(-3)
+    spread = of_reference.std(-1, keepdim=True) / values.std(-1, keepdim=True).clamp_min(1e-6)
+    centred = (values - values.mean(-1, keepdim=True)) * spread
+    return (centred + of_reference.mean(-1, keepdim=True)).view_as(latents)
+
+
+def quantiles(latents: torch.Tensor, count: int) -> torch.Tensor:
+    """The values of each channel in ascending order, `count` of them: (..., C, T, H, W) -> (..., C, count)."""
+    values = latents.flatten(-3).sort(dim=-1).values
+    if values.shape[-1] == count:
+        return values
+    flat = values.flatten(0, -2)[None]
+    return torch.nn.functional.interpolate(flat, count, mode="linear", align_corners=True).view(*values.shape[:-1], -1)
 
 
 def match_histogram(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Latents with the reference's distribution of values in each channel: the n-th smallest becomes the n-th smallest."""
-    order = latents.flatten(1).argsort(dim=1)
-    values = reference.flatten(1).sort(dim=1).values
-    if values.shape != order.shape:
-        values = torch.nn.functional.interpolate(values[None], order.shape[1], mode="linear", align_corners=True)[0]
-    return torch.empty_like(values).scatter_(1, order, values).view_as(latents)
+    order = latents.flatten(-3).argsort(dim=-1)
+    values = quantiles(reference, order.shape[-1])
+    return torch.empty_like(values).scatter_(-1, order, values).view_as(latents)
 
 
 def match_distribution(latents: torch.Tensor, reference: torch.Tensor, num_rotations: int = 12) -> torch.Tensor:
     """Latents with the reference's joint distribution over channels: histograms matched along the axes of one random
     basis after the other (iterative distribution transfer, Pitie et al., ICCV 2005)."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(num_rotations):
-        basis = torch.linalg.qr(torch.randn(len(latents), len(latents), generator=generator)).Q.to(latents)
-        turned = (torch.einsum("ij,jthw->ithw", basis, each) for each in (latents, reference))
-        latents = torch.einsum("ji,jthw->ithw", basis, match_histogram(*turned))
+    generator, num_channels = torch.Generator().manual_seed(0), latents.shape[-4]
+    bases = torch.linalg.qr(torch.randn(num_rotations, num_channels, num_channels, generator=generator)).Q.to(latents)
+    for basis in bases:
+        turned = (torch.einsum("ij,...jthw->...ithw", basis, each) for each in (latents, reference))
+        latents = torch.einsum("ji,...jthw->...ithw", basis, match_histogram(*turned))
     return latents
 
 
@@ -99,11 +107,14 @@ class Anchor:
         if self.references is None:
             self.start(chunk)
             return chunk
-        held = list(chunk)
+        held = []
         for video, latents in enumerate(chunk):
             self.ages[video] += 1
             if self.ages[video] > self.warmup_chunks:
-                held[video] = self.match(latents, self.references[video])
+                held.append(video)
             elif video not in broken and offset(latents, self.references[video]) > self.tolerance:
                 self.references[video], self.ages[video] = latents, 0
-        return torch.stack(held)
+        if held:
+            chunk = chunk.clone()
+            chunk[held] = self.match(chunk[held], torch.stack([self.references[video] for video in held]))
+        return chunk

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
+from .tokentrim_anchor import quantiles
 from .tokentrim_policy import SeverityGate
 
 
@@ -19,9 +20,7 @@ SPREAD_FLOOR = 0.1  # of the mean: what a few even jumps say about their spread 
 def jump(latents: torch.Tensor, reference: torch.Tensor) -> float:
     """Distance of the distributions of values in each channel, (C, T, H, W): Wasserstein-2, root mean square over
     channels. Blind to where in the chunk a value is."""
-    ours, theirs = (each.flatten(1).sort(dim=1).values for each in (latents, reference))
-    if ours.shape != theirs.shape:
-        theirs = torch.nn.functional.interpolate(theirs[None], ours.shape[1], mode="linear", align_corners=True)[0]
+    ours, theirs = (quantiles(each, latents[0].numel()) for each in (latents, reference))
     return (ours - theirs).square().mean().sqrt().item()
 
 
