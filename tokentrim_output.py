@@ -16,8 +16,8 @@ from diffusers.utils import BaseOutput
 from .tokentrim_inputs import check, check_int, check_number
 
 
-TRIM = "#d62728"
-RED = tuple(int(TRIM[place : place + 2], 16) / 255 for place in (1, 3, 5))
+TRIM, QUARANTINE = "#d62728", "#7b3294"
+RED, PURPLE = (tuple(int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)) for color in (TRIM, QUARANTINE))
 
 
 @dataclass
@@ -31,7 +31,8 @@ class TokenTrimPipelineOutput(BaseOutput):
         decisions (`list[list[dict]]`):
             `decisions[video][chunk]`, plain JSON types: `chunk`, `severity` (`None` for the first), `threshold`
             (`None` while the gate is closed), `trim`, `tokens` (evicted grid indices), `drift` (one per token of the
-            grid, `None` for the first chunk) and `regenerated_severity` (`None` where nothing was regenerated).
+            grid, `None` for the first chunk), `regenerated_severity` (`None` where nothing was regenerated) and
+            `quarantined`.
         grid (`tuple[int, int]`): tokens of a latent frame, (height, width).
         chunk_frames (`list[int]`, *optional*): frames of each chunk, `None` where the videos are latents.
     """
@@ -85,7 +86,8 @@ class TokenTrimPipelineOutput(BaseOutput):
 
     def filmstrip(self, columns: int = 14) -> np.ndarray:
         """
-        The middle frame of some chunks, triggered ones first: those in a red frame, evicted tokens outlined.
+        The middle frame of some chunks, triggered ones first: trimmed ones in a red frame with evicted tokens outlined,
+        quarantined ones in a purple frame.
 
         Args:
             columns (`int`, defaults to `14`): about how many chunks; the first and the last are always there.
@@ -106,8 +108,8 @@ class TokenTrimPipelineOutput(BaseOutput):
             for chunk in choose_chunks(self.decisions, columns):
                 frame = video[[middles[chunk]]]
                 frame = np.pad(frame, ((0, 0), (edge, edge), (edge, edge), (0, 0)), constant_values=1)
-                if of_video[chunk]["trim"]:
-                    outline(frame, RED, edge)
+                if event := event_of(of_video[chunk]):
+                    outline(frame, RED if event == "trimmed" else PURPLE, edge)
                 row.append(frame[0])
             rows.append(np.concatenate(row, axis=1))
         return np.concatenate(rows)
@@ -157,10 +159,15 @@ def as_uint8(frames: np.ndarray) -> np.ndarray:
     return (frames * 255).round().clip(0, 255).astype(np.uint8)
 
 
+def event_of(decision: dict) -> str | None:
+    """What happened to a chunk, if anything did."""
+    return "quarantined" if decision["quarantined"] else "trimmed" if decision["trim"] else None
+
+
 def choose_chunks(decisions: list[list[dict]], columns: int) -> list[int]:
     """Up to `columns` chunks worth showing: the first triggered ones, and others evenly spaced."""
     num_chunks = len(decisions[0])
-    triggered = sorted({each["chunk"] for of_video in decisions for each in of_video if each["trim"]})
+    triggered = sorted({each["chunk"] for of_video in decisions for each in of_video if event_of(each)})
     shown = set(triggered[: columns // 2])
     for chunk in np.linspace(0, num_chunks - 1, columns).round().astype(int):
         if len(shown) < columns:
@@ -185,10 +192,12 @@ def plot_severity(axis: Any, decisions: list[dict]) -> None:
         color=TRIM,
         label="regenerated",
     )
+    for number, chunk in enumerate(each["chunk"] for each in decisions if each["quarantined"]):
+        axis.axvline(chunk, color=QUARANTINE, linestyle=":", label=None if number else "quarantined")
     axis.set(ylabel="severity")
     axis.set_ylim(top=1.25 * axis.get_ylim()[1])  # room for the legend
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="upper right", ncols=4, frameon=False)
+    axis.legend(loc="upper right", ncols=5, frameon=False)
 
 
 def outline(patch: np.ndarray, color: Any, line: int) -> None:

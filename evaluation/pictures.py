@@ -9,7 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
-from tokentrim.tokentrim_output import TRIM, as_uint8, choose_chunks, plot_severity, save_video
+from tokentrim.tokentrim_output import (
+    QUARANTINE,
+    TRIM,
+    as_uint8,
+    choose_chunks,
+    event_of,
+    plot_severity,
+    save_video,
+)
 
 
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
@@ -61,14 +69,14 @@ def film_strip(
                 corner = (token % grid[1], token // grid[1])
                 axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="white", linewidth=1.2))
                 axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=TRIM, linewidth=0.6))
+            event = event_of(decision)
+            color = {"trimmed": TRIM, "quarantined": QUARANTINE}.get(event, "0.8")
             for spine in axis.spines.values():
-                spine.set(
-                    visible=True, color=TRIM if decision["trim"] else "0.8", linewidth=2 if decision["trim"] else 1
-                )
+                spine.set(visible=True, color=color, linewidth=2 if event else 1)
             if axis in axes[0]:
                 axis.set_title(f"chunk {chunk}" if chunk == 0 else f"{chunk}")
-            if decision["trim"]:
-                axis.set_xlabel("trimmed", color=TRIM, labelpad=1)
+            if event:
+                axis.set_xlabel(event, color=color, labelpad=1)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
     return figure
 

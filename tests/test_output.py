@@ -18,7 +18,7 @@ CHUNK_FRAMES = [2, 3, 3]
 GRID = (2, 4)  # tokens of 8x8 pixels
 
 
-def decision(chunk, tokens=()):
+def decision(chunk, tokens=(), quarantined=False):
     severity = None if chunk == 0 else 1.0 + len(tokens)
     return {
         "chunk": chunk,
@@ -28,6 +28,7 @@ def decision(chunk, tokens=()):
         "tokens": list(tokens),
         "drift": None if chunk == 0 else [0.5] * 8,
         "regenerated_severity": 0.5 if tokens else None,
+        "quarantined": quarantined,
     }
 
 
@@ -40,6 +41,17 @@ def make_output(frames=None):
 
 def is_red(pixels):
     return np.isclose(pixels, RED).all(axis=-1)
+
+
+def test_quarantined_chunks_are_framed_and_marked():
+    output = make_output()
+    output.decisions[0][1] = decision(1, quarantined=True)
+    corners = output.filmstrip().reshape(2, 20, 3, 36, 3)[:, 0, :, 0]
+    assert np.allclose(corners[0, 1], np.array([0x7B, 0x32, 0x94]) / 255)
+    assert np.allclose(corners[0, [0, 2]], 1) and is_red(corners[1, 2])
+    first, second = output.plot_drift().axes
+    labels = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in (first, second)]
+    assert "quarantined" in labels[0] and "quarantined" not in labels[1]
 
 
 def test_overlay_outlines_evicted_tokens_on_the_frames_of_their_chunk():

@@ -334,7 +334,7 @@ def test_embeddings_and_videos_per_prompt():
 def test_decisions_serialise_to_json(drift_signal):
     decisions = roll(latent_pipeline(), steady_noise(5, [3, 4]), drift_signal=drift_signal).decisions
     assert json.loads(json.dumps(decisions)) == decisions
-    keys = {"chunk", "severity", "threshold", "trim", "tokens", "drift", "regenerated_severity"}
+    keys = {"chunk", "severity", "threshold", "trim", "tokens", "drift", "regenerated_severity", "quarantined"}
     for of_video in decisions:
         assert [decision["chunk"] for decision in of_video] == list(range(5))
         assert all(set(decision) == keys for decision in of_video)
