@@ -40,6 +40,7 @@ class Experiment:
         scenes (`list[str]`): what is meant to change in them: `"static"` is nothing but the object's place.
         defects (`list[str]`): kinds of defects to paint, one video each in turn; none by default.
         defect_chunk (`int`): the accepted chunk that they are painted into.
+        cases (`list[str]`, *optional*): methods whose best and worst videos the report shows; all by default.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Experiment:
     scenes: list[str] = field(default_factory=lambda: ["static"])
     defects: list[str] = field(default_factory=list)
     defect_chunk: int = 8
+    cases: list[str] | None = None
 
     @classmethod
     def load(cls, path: Path) -> "Experiment":
@@ -70,8 +72,8 @@ class Experiment:
                 raise ValueError(f"{path}: `{name}` has to be a whole number, but is {value!r}.")
         if experiment.dtype not in DTYPES:
             raise ValueError(f"{path}: `dtype` has to be one of {', '.join(DTYPES)}, but is {experiment.dtype!r}.")
-        for name, valid in (("scenes", SCENES), ("defects", DEFECTS)):
-            if unknown := set(getattr(experiment, name)) - set(valid):
+        for name, valid in (("scenes", SCENES), ("defects", DEFECTS), ("cases", experiment.methods)):
+            if unknown := set(getattr(experiment, name) or ()) - set(valid):
                 raise ValueError(f"{path}: unknown {name} {sorted(unknown)}; there are {', '.join(valid)}.")
         if not (ROOT / experiment.checkpoint / "model_index.json").is_file():
             raise ValueError(f"{path}: `checkpoint` has to be a pipeline's folder, but is {experiment.checkpoint!r}.")
@@ -109,7 +111,8 @@ class Experiment:
 
     def fingerprint(self) -> dict:
         """What a folder of results has to agree on; methods and seeds may be added to it."""
-        shared = {name: value for name, value in asdict(self).items() if name not in ("methods", "num_seeds", "name")}
+        free = ("methods", "num_seeds", "name", "cases")
+        shared = {name: value for name, value in asdict(self).items() if name not in free}
         return {**shared, "arguments": {method: self.arguments(method) for method in self.methods}}
 
 

@@ -170,7 +170,7 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
     shown = {"identity_error": "identity error", "background_error": "background\nCIEDE2000", "motion": "motion"}
     curves(table, shown).savefig(out / "curves.png", dpi=110)
     strips = []
-    for method in methods[1:]:
+    for method in methods[1:] if experiment.cases is None else experiment.cases:
         strips.append(f"cases-{part(out, method, [0]).stem.removesuffix('-0-0')}.png")
         cases(videos, experiment, out, method, reference).savefig(out / strips[-1], dpi=80)
     measures = ["excess_drift", "identity_error", "background_error", "object_error", "motion", "motion_change"]

@@ -252,6 +252,7 @@ def test_a_crashed_worker_keeps_what_is_finished(tmp_path):
         ({"methods": {}}, "`methods`"),
         ({"methods": {"x": {"colour": 1}}}, "method 'x': the pipeline's call takes no colour"),
         ({"methods": {"x": {"config": "best"}}}, "unknown config 'best'; there are .*paper"),
+        ({"cases": ["y"]}, "unknown cases .*y"),
         ({"methods": {"x": {"control": "best"}}}, "unknown control 'best'; there are .*random_tokens"),
         ({"scenes": ["storm"]}, "unknown scenes .*storm.*static, turn"),
         ({"defects": ["scratch"]}, "unknown defects .*scratch.*half_frame"),
