@@ -171,7 +171,7 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
     curves(table, shown).savefig(out / "curves.png", dpi=110)
     strips = []
     for method in methods[1:] if experiment.cases is None else experiment.cases:
-        strips.append(f"cases-{part(out, method, [0]).stem.removesuffix('-0-0')}.png")
+        strips.append(f"cases-{part(out, method, [0]).stem.removesuffix('-0-0')}.jpg")
         cases(videos, experiment, out, method, reference).savefig(out / strips[-1], dpi=80)
     measures = ["excess_drift", "identity_error", "background_error", "object_error", "motion", "motion_change"]
     measures += ["flow", "present", "shape_right", "area_change"] + [f"contrast_{name}" for name in CONTRASTS]

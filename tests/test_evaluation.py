@@ -204,7 +204,7 @@ def test_an_experiment_resumes_grows_and_refuses_other_settings(tmp_path):
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(out / "table.csv.gz")
     assert len(table) == 2 * 2 * 4 and not table.duplicated(["method", "seed", "chunk"]).any()
-    assert (out / "curves.png").exists() and (out / "cases-trimmed.png").exists()
+    assert (out / "curves.png").exists() and (out / "cases-trimmed.jpg").exists()
     assert "excess drift" in (out / "report.md").read_text()
     plain, trimmed = (table[table["method"] == method] for method in ("plain", "trimmed"))
     assert trimmed["trim"].any() and not plain["trim"].any()
