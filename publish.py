@@ -111,8 +111,9 @@ def nested(text: str) -> str:
 
 
 def unlinked(text: str) -> str:
-    """Without links to files that do not come along, and without what stands in parentheses for such a link alone."""
-    link = r"!?\[([^\]]*)\]\((?!https?:)[^)]*\)"
+    """Without pictures and links that do not come along, and without what stands in parentheses for such a link alone."""
+    link = r"\[([^\]]*)\]\((?!https?:)[^)]*\)"
+    text = re.sub(rf"!{link}\s*", "", text)
     return re.sub(link, r"\1", re.sub(rf"\s*\({link}\)", "", text))
 
 
