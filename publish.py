@@ -113,7 +113,7 @@ def nested(text: str) -> str:
 def unlinked(text: str) -> str:
     """Without pictures and links that do not come along, and without what stands in parentheses for such a link alone."""
     link = r"\[([^\]]*)\]\((?!https?:)[^)]*\)"
-    text = re.sub(rf"!{link}\s*", "", text)
+    text = re.sub(rf"^!{link}\n+", "", text, flags=re.M)
     return re.sub(link, r"\1", re.sub(rf"\s*\({link}\)", "", text))
 
 
