@@ -10,6 +10,7 @@ from .tokentrim_flowmo import guide  # noqa: F401
 from .tokentrim_inputs import check  # noqa: F401
 from .tokentrim_output import TokenTrimPipelineOutput  # noqa: F401
 from .tokentrim_policy import TokenTrimPolicy  # noqa: F401
+from .tokentrim_quarantine import Quarantine  # noqa: F401
 from .tokentrim_saving import copy_code  # noqa: F401
 from .tokentrim_scheduler import lift_scheduler  # noqa: F401
 from .tokentrim_stability import token_grid  # noqa: F401
