@@ -731,15 +731,18 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         """
         if index + 1 == len(state.noise_chunks):
             return set()
+        broken, context = set(), chunk
         if given:
             state.quarantine.trust(chunk)
             state.anchor.start(chunk)
-        broken = set() if given else state.quarantine.judge(chunk)
-        context = chunk if given else state.anchor.hold(chunk, broken)
+        else:
+            broken = state.quarantine.judge(chunk)
+            context = state.anchor.hold(chunk, broken)
         outcome = state.backbone.commit(*self._branches(state, context), self.attention_kwargs)
         self._check_finite(outcome, index, "the context pass")
-        every_token = range(state.cache.tokens_per_frame)
-        state.cache.evict(dict.fromkeys(broken, every_token), since_frame=state.cache.next_frame - chunk.shape[2])
+        if broken:
+            every_token = range(state.cache.tokens_per_frame)
+            state.cache.evict(dict.fromkeys(broken, every_token), since_frame=state.cache.next_frame - chunk.shape[2])
         return broken
 
     def predict_flow(

@@ -58,8 +58,7 @@ def redraft_with_fresh_noise(self, state, index, draft, videos, redraft=TokenTri
 def decode_corrected(self, latents, output_type, decode=TokenTrimPipeline.decode_latents):
     """Every chunk held to the first one when the rollout is over, as re-anchoring does before others read it."""
     first, *_ = chunks = latents.split(self.config.num_frames_per_chunk, dim=2)
-    corrected = [torch.stack([match_distribution(*pair) for pair in zip(chunk, first)]) for chunk in chunks]
-    return decode(self, torch.cat(corrected, dim=2), output_type)
+    return decode(self, torch.cat([match_distribution(chunk, first) for chunk in chunks], dim=2), output_type)
 
 
 _POLICY = (pipeline_tokentrim, "TokenTrimPolicy")

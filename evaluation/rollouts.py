@@ -3,6 +3,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,22 +41,24 @@ def load_pipeline() -> TokenTrimPipeline:
     return TokenTrimPipeline.from_pretrained(CHECKPOINT)
 
 
+@contextmanager
+def counted_calls(pipe: TokenTrimPipeline) -> Iterator[list]:
+    """A list that grows by one for each call of the transformer inside."""
+    calls = []
+    hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
 def run_method(pipe: TokenTrimPipeline, method: str, prompts: list[str], seeds: list[int], num_chunks: int) -> Run:
     """Generate one video for each prompt and seed; the same seeds give every method the same noise."""
-    calls = 0
-
-    def count(*_):
-        nonlocal calls
-        calls += 1
-
-    hook = pipe.transformer.register_forward_hook(count)
     start = time.perf_counter()
-    try:
+    with counted_calls(pipe) as calls:
         output = pipe(
             prompts,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             **{**WORLD, "num_frames": num_chunks * WORLD["num_frames_per_chunk"], **METHODS[method]},
         )
-    finally:
-        hook.remove()
-    return Run(output.frames, output.decisions, time.perf_counter() - start, calls)
+    return Run(output.frames, output.decisions, time.perf_counter() - start, len(calls))

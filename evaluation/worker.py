@@ -17,34 +17,29 @@ from .controls import controlled
 from .defects import painted
 from .experiment import Experiment, part
 from .measures import measure_chunks
-from .rollouts import ROOT
+from .rollouts import ROOT, counted_calls
 from .signals import SIGNALS
 
 
 def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds: list[int]) -> tuple:
     """A row for each video and chunk, and the middle frame of each chunk, uint8 (videos, chunks, H, W, 3)."""
-    prompts, latents, calls = experiment.prompts(seeds), [], [0]
+    prompts, latents = experiment.prompts(seeds), []
     per_chunk = pipe.config.num_frames_per_chunk
     kinds = [experiment.defects[seed % len(experiment.defects)] if experiment.defects else None for seed in seeds]
-
-    def count(*_):
-        calls[0] += 1
 
     def collect(index, chunk, decisions):
         latents.append(chunk)
 
-    hook, start = pipe.transformer.register_forward_hook(count), time.perf_counter()
-    try:
-        with controlled(experiment.control(method)), painted(kinds, seeds, experiment.defect_chunk):
-            output = pipe(
-                prompts,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                num_frames=experiment.num_chunks * per_chunk,
-                on_chunk=collect,
-                **experiment.arguments(method),
-            )
-    finally:
-        hook.remove()
+    start = time.perf_counter()
+    painting = painted(kinds, seeds, experiment.defect_chunk)
+    with controlled(experiment.control(method)), painting, counted_calls(pipe) as calls:
+        output = pipe(
+            prompts,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_frames=experiment.num_chunks * per_chunk,
+            on_chunk=collect,
+            **experiment.arguments(method),
+        )
     seconds = time.perf_counter() - start
     patch_size = pipe.transformer.config.patch_size
     signals = {name: signal(latents, patch_size) for name, signal in SIGNALS.items()}  # each (B, chunks)
@@ -67,7 +62,7 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
                     "regenerated_severity": decision["regenerated_severity"],
                     "quarantined": decision["quarantined"],
                     **{name: values[video, chunk].item() for name, values in signals.items()},
-                    "calls": calls[0] / experiment.num_chunks,  # of the batch
+                    "calls": len(calls) / experiment.num_chunks,  # of the batch
                     "seconds": seconds / experiment.num_chunks / len(seeds),
                 }
             )

@@ -21,8 +21,18 @@ TEXT_DIM, TEXT_LENGTH = 32, 8
 WORDS = "a red blue green circle square moving left right over background".split()
 
 
+def strengthened(transformer):
+    """With attention strong enough that what is attended to shows."""
+    with torch.no_grad():
+        for block in transformer.blocks:
+            for attn in (block.attn1, block.attn2):
+                attn.norm_q.weight.mul_(1.5)
+                attn.to_v.weight.mul_(2)
+                attn.to_out[0].weight.mul_(3)
+    return transformer.eval().requires_grad_(False)
+
+
 def tiny_transformer(seed: int = 0, head_dim: int = 12) -> WanTransformer3DModel:
-    """Random, with attention strong enough that what is attended to shows."""
     torch.manual_seed(seed)
     transformer = WanTransformer3DModel(
         num_attention_heads=2,
@@ -34,13 +44,7 @@ def tiny_transformer(seed: int = 0, head_dim: int = 12) -> WanTransformer3DModel
         ffn_dim=48,
         num_layers=2,
     )
-    with torch.no_grad():
-        for block in transformer.blocks:
-            for attn in (block.attn1, block.attn2):
-                attn.norm_q.weight.mul_(1.5)
-                attn.to_v.weight.mul_(2)
-                attn.to_out[0].weight.mul_(3)
-    return transformer.eval().requires_grad_(False)
+    return strengthened(transformer)
 
 
 def tiny_vae(seed: int = 0, temporal_factor: int = 4) -> AutoencoderKLWan:
@@ -135,7 +139,6 @@ def processors(transformer: WanTransformer3DModel) -> list[int]:
 
 
 def tiny_far(seed: int = 0, **config) -> AnyFlowFARTransformer3DModel:
-    """Random, with attention strong enough that what is attended to shows."""
     torch.manual_seed(seed)
     tiny = {
         "num_attention_heads": 2,
@@ -149,13 +152,7 @@ def tiny_far(seed: int = 0, **config) -> AnyFlowFARTransformer3DModel:
         "chunk_partition": (1, 2, 2),
     }
     transformer = AnyFlowFARTransformer3DModel(**{**tiny, **config})
-    with torch.no_grad():
-        for block in transformer.blocks:
-            for attn in (block.attn1, block.attn2):
-                attn.norm_q.weight.mul_(1.5)
-                attn.to_v.weight.mul_(2)
-                attn.to_out[0].weight.mul_(3)
-    return transformer.eval().requires_grad_(False)
+    return strengthened(transformer)
 
 
 def far_components(transformer: AnyFlowFARTransformer3DModel | None = None) -> dict:
