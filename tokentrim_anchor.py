@@ -7,57 +7,77 @@ chunk that is shown stays as it was generated.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 
 
-def match_mean(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Latents with the reference's mean in each channel, both (..., C, T, H, W)."""
-    values, of_reference = latents.flatten(-3), reference.flatten(-3)
-    return (values - values.mean(-1, keepdim=True) + of_reference.mean(-1, keepdim=True)).view_as(latents)
+class MatchMean:
+    """Gives latents the reference's mean in each channel; both are (C, T, H, W), of any T."""
+
+    def __init__(self, reference: torch.Tensor):
+        self.mean = reference.mean((1, 2, 3), keepdim=True)
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents - latents.mean((1, 2, 3), keepdim=True) + self.mean
 
 
-def match_moments(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Latents with the reference's mean and standard deviation in each channel, as AdaIN (arXiv 1703.06868)."""
-    values, of_reference = latents.flatten(-3), reference.flatten(-3)
-    spread = of_reference.std(-1, keepdim=True) / values.std(-1, keepdim=True).clamp_min(1e-6)
-    centred = (values - values.mean(-1, keepdim=True)) * spread
-    return (centred + of_reference.mean(-1, keepdim=True)).view_as(latents)
+class MatchMoments:
+    """Gives latents the reference's mean and standard deviation in each channel, as AdaIN (arXiv 1703.06868)."""
+
+    def __init__(self, reference: torch.Tensor):
+        self.mean, self.std = reference.mean((1, 2, 3), keepdim=True), reference.std((1, 2, 3), keepdim=True)
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        spread = self.std / latents.std((1, 2, 3), keepdim=True).clamp_min(1e-6)
+        return (latents - latents.mean((1, 2, 3), keepdim=True)) * spread + self.mean
 
 
-def quantiles(latents: torch.Tensor, count: int) -> torch.Tensor:
-    """The values of each channel in ascending order, `count` of them: (..., C, T, H, W) -> (..., C, count)."""
-    values = latents.flatten(-3).sort(dim=-1).values
+def quantiles(latents: torch.Tensor) -> torch.Tensor:
+    """The values of each channel in ascending order, (C, ...) -> (C, T * H * W)."""
+    return latents.flatten(1).sort(dim=-1).values
+
+
+def resampled(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Quantiles, (C, any), of a chunk with `count` values in each channel."""
     if values.shape[-1] == count:
         return values
-    flat = values.flatten(0, -2)[None]
-    return torch.nn.functional.interpolate(flat, count, mode="linear", align_corners=True).view(*values.shape[:-1], -1)
+    return torch.nn.functional.interpolate(values[None], count, mode="linear", align_corners=True)[0]
 
 
-def match_histogram(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Latents with the reference's distribution of values in each channel: the n-th smallest becomes the n-th smallest."""
-    order = latents.flatten(-3).argsort(dim=-1)
-    values = quantiles(reference, order.shape[-1])
-    return torch.empty_like(values).scatter_(-1, order, values).view_as(latents)
+class MatchHistogram:
+    """Gives latents the reference's distribution of values in each channel: the n-th smallest becomes its n-th."""
+
+    def __init__(self, reference: torch.Tensor):
+        self.quantiles = quantiles(reference)
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        order = latents.flatten(1).argsort(dim=-1)
+        values = resampled(self.quantiles, order.shape[-1])
+        return torch.empty_like(values).scatter_(-1, order, values).view_as(latents)
 
 
-def match_distribution(latents: torch.Tensor, reference: torch.Tensor, num_rotations: int = 12) -> torch.Tensor:
-    """Latents with the reference's joint distribution over channels: histograms matched along the axes of one random
+class MatchDistribution:
+    """Gives latents the reference's joint distribution over channels: histograms matched along the axes of one random
     basis after the other (iterative distribution transfer, Pitie et al., ICCV 2005)."""
-    generator, num_channels = torch.Generator().manual_seed(0), latents.shape[-4]
-    bases = torch.linalg.qr(torch.randn(num_rotations, num_channels, num_channels, generator=generator)).Q.to(latents)
-    for basis in bases:
-        turned = (torch.einsum("ij,...jthw->...ithw", basis, each) for each in (latents, reference))
-        latents = torch.einsum("ji,...jthw->...ithw", basis, match_histogram(*turned))
-    return latents
+
+    def __init__(self, reference: torch.Tensor, num_bases: int = 12):
+        size, generator = (num_bases, len(reference), len(reference)), torch.Generator().manual_seed(0)
+        self.bases = torch.linalg.qr(torch.randn(size, generator=generator)).Q.to(reference)
+        self.histograms = [MatchHistogram(basis @ reference.flatten(1)) for basis in self.bases]
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        values = latents.flatten(1)
+        for basis, histogram in zip(self.bases, self.histograms):
+            values = basis.T @ histogram(basis @ values)
+        return values.view_as(latents)
 
 
 REANCHORINGS = {
-    "mean": match_mean,
-    "moments": match_moments,
-    "histogram": match_histogram,
-    "distribution": match_distribution,
+    "mean": MatchMean,
+    "moments": MatchMoments,
+    "histogram": MatchHistogram,
+    "distribution": MatchDistribution,
 }
 
 
@@ -81,19 +101,21 @@ class Anchor:
     """
 
     def __init__(self, reanchor: str | None = None, warmup_chunks: int = 0, tolerance: float | None = None):
-        self.match = REANCHORINGS.get(reanchor)
+        self.learn = REANCHORINGS.get(reanchor)
         self.tolerance = math.inf if tolerance is None else tolerance
         self.warmup_chunks = warmup_chunks
-        self.references: list[torch.Tensor] | None = None  # each (C, T, H, W)
-        self.ages: list[int] = []  # chunks since then, of each video
+        self.references: dict[int, torch.Tensor] = {}  # of each video, (C, T, H, W)
+        self.matches: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}  # to these
+        self.ages: dict[int, int] = {}  # chunks since then
 
     def start(self, chunk: torch.Tensor) -> None:
         """Hold later chunks to this one, (B, C, T, H, W): the first one, or the last that was given."""
-        self.references, self.ages = list(chunk), [0] * len(chunk)
+        for video, latents in enumerate(chunk):
+            self._move(video, latents)
 
     def watch(self) -> None:
         """Watch again before holding: what is asked for may have changed."""
-        self.ages = [0] * len(self.ages)
+        self.ages = dict.fromkeys(self.ages, 0)
 
     def hold(self, chunk: torch.Tensor, broken: Collection[int] = ()) -> torch.Tensor:
         """What becomes context in the place of an accepted chunk, (B, C, T, H, W).
@@ -102,19 +124,21 @@ class Anchor:
             chunk (`torch.Tensor`): accepted latents.
             broken (`Collection[int]`): videos whose chunk is a defect, which is never meant.
         """
-        if self.match is None:
+        if self.learn is None:
             return chunk
-        if self.references is None:
+        if not self.references:
             self.start(chunk)
             return chunk
-        held = []
+        context = []
         for video, latents in enumerate(chunk):
             self.ages[video] += 1
             if self.ages[video] > self.warmup_chunks:
-                held.append(video)
+                latents = self.matches[video](latents)
             elif video not in broken and offset(latents, self.references[video]) > self.tolerance:
-                self.references[video], self.ages[video] = latents, 0
-        if held:
-            chunk = chunk.clone()
-            chunk[held] = self.match(chunk[held], torch.stack([self.references[video] for video in held]))
-        return chunk
+                self._move(video, latents)
+            context.append(latents)
+        return torch.stack(context)
+
+    def _move(self, video: int, latents: torch.Tensor) -> None:
+        if self.learn is not None:
+            self.references[video], self.matches[video], self.ages[video] = latents, self.learn(latents), 0

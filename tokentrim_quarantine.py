@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .tokentrim_anchor import quantiles
+from .tokentrim_anchor import quantiles, resampled
 from .tokentrim_policy import SeverityGate
 
 
@@ -17,11 +17,10 @@ WARMUP_CHUNKS = 4  # jumps on record before the gate opens
 SPREAD_FLOOR = 0.1  # of the mean: what a few even jumps say about their spread is too little
 
 
-def jump(latents: torch.Tensor, reference: torch.Tensor) -> float:
-    """Distance of the distributions of values in each channel, (C, T, H, W): Wasserstein-2, root mean square over
-    channels. Blind to where in the chunk a value is."""
-    ours, theirs = (quantiles(each, latents[0].numel()) for each in (latents, reference))
-    return (ours - theirs).square().mean().sqrt().item()
+def jump(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Distance of two chunks' distributions of values in each channel, given as `quantiles`, (C, any): Wasserstein-2,
+    root mean square over channels. Blind to where in the chunk a value is."""
+    return (ours - resampled(theirs, ours.shape[-1])).square().mean().sqrt().item()
 
 
 class Quarantine:
@@ -38,26 +37,30 @@ class Quarantine:
     def __init__(self, num_videos: int, sensitivity: float | None = None):
         self.sensitivity = sensitivity
         self.gates = [SeverityGate(sensitivity, WARMUP_CHUNKS, SPREAD_FLOOR) for _ in range(num_videos)]
-        self.sound: list[torch.Tensor] | None = None  # the last sound chunk of each video, (C, T, H, W)
+        self.sound: list[torch.Tensor] | None = None  # quantiles of the last sound chunk of each video
         self.broken: set[int] = set()
 
     def trust(self, chunk: torch.Tensor) -> None:
         """Take a chunk, (B, C, T, H, W), for sound without a judgement: the first one, and what was given."""
-        self.sound = list(chunk)
+        if self.sensitivity is not None:
+            self.sound = [quantiles(latents) for latents in chunk]
 
     def judge(self, chunk: torch.Tensor) -> set[int]:
         """The videos whose chunk, (B, C, T, H, W), is broken."""
-        if self.sensitivity is None or self.sound is None:
+        if self.sensitivity is None:
+            return set()
+        if self.sound is None:
             self.trust(chunk)
             return set()
         broken = set()
         for video, (latents, gate) in enumerate(zip(chunk, self.gates)):
-            distance, threshold = jump(latents, self.sound[video]), gate.threshold
+            values = quantiles(latents)
+            distance, threshold = jump(values, self.sound[video]), gate.threshold
             if threshold is not None and distance > threshold and video not in self.broken:
                 broken.add(video)
             else:
                 gate.record(distance)
-                self.sound[video] = latents
+                self.sound[video] = values
         self.broken = broken
         return broken
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from tokentrim.tokentrim_anchor import offset
+from tokentrim.tokentrim_anchor import offset, quantiles
 from tokentrim.tokentrim_quarantine import jump
 from tokentrim.tokentrim_stability import severity, summarize, token_drift, unstable_tokens
 
@@ -18,6 +18,10 @@ def _over_pairs(measure: Callable, latents: list[torch.Tensor], references: list
     """A measure of two chunks of one video, for each video and pair, (B, chunks)."""
     pairs = [list(zip(chunk, reference)) for chunk, reference in zip(latents, references)]
     return torch.tensor([[measure(*pair) for pair in of_chunk] for of_chunk in pairs]).T
+
+
+def _quantiles(latents: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    return [[quantiles(video) for video in chunk] for chunk in latents]
 
 
 def paper_severity(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
@@ -62,7 +66,8 @@ def nearest_anchor(latents: list[torch.Tensor], patch_size: tuple[int, int, int]
 
 def previous_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
     """Quarantine's signal: how far the distributions of values are from the chunk before."""
-    return _over_pairs(jump, latents, [latents[0], *latents])
+    first, *_ = values = _quantiles(latents)
+    return _over_pairs(jump, values, [first, *values])
 
 
 def anchor_offset(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
@@ -72,7 +77,8 @@ def anchor_offset(latents: list[torch.Tensor], patch_size: tuple[int, int, int])
 
 def anchor_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
     """How far the distributions of values are from the first chunk."""
-    return _over_pairs(jump, latents, [latents[0]] * len(latents))
+    first, *_ = values = _quantiles(latents)
+    return _over_pairs(jump, values, [first] * len(values))
 
 
 SIGNALS = {

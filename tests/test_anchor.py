@@ -9,10 +9,10 @@ from builders import CHANNELS, CHUNK, HEIGHT, WIDTH, embeds, latent_pipeline, no
 from tokentrim.tokentrim_anchor import (
     REANCHORINGS,
     Anchor,
-    match_distribution,
-    match_histogram,
-    match_mean,
-    match_moments,
+    MatchDistribution,
+    MatchHistogram,
+    MatchMean,
+    MatchMoments,
     offset,
 )
 
@@ -31,7 +31,7 @@ def video(seed: int, scale: float = 1.0, shift: float = 0.0, num_frames: int = C
 @pytest.mark.parametrize("kind", KINDS)
 def test_channels_take_the_mean_of_the_reference(kind, num_frames):
     reference = video(1, 2.0, 0.7, num_frames)
-    matched = REANCHORINGS[kind](video(0), reference)
+    matched = REANCHORINGS[kind](reference)(video(0))
     assert matched.shape == (CHANNELS, CHUNK, HEIGHT, WIDTH)
     # A histogram of another size is interpolated: its mean is close, not the same.
     tolerance = 0.15 if kind in ("histogram", "distribution") and num_frames != CHUNK else 1e-5
@@ -40,22 +40,22 @@ def test_channels_take_the_mean_of_the_reference(kind, num_frames):
 
 def test_mean_keeps_the_rest():
     latents = video(0)
-    difference = match_mean(latents, video(1, 2.0, 0.7)) - latents
+    difference = MatchMean(video(1, 2.0, 0.7))(latents) - latents
     torch.testing.assert_close(difference, difference[:, :1, :1, :1].expand_as(difference))
 
 
 def test_moments_take_the_spread_and_keep_the_form():
     latents, reference = video(0), video(1, 2.0, 0.7)
-    matched = match_moments(latents, reference)
+    matched = MatchMoments(reference)(latents)
     torch.testing.assert_close(matched.std((1, 2, 3)), reference.std((1, 2, 3)))
     for ours, theirs in zip(matched, latents):
         assert torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1] > 1 - 1e-5
-    assert torch.isfinite(match_moments(torch.zeros(CHANNELS, CHUNK, HEIGHT, WIDTH), reference)).all()
+    assert torch.isfinite(MatchMoments(reference)(torch.zeros(CHANNELS, CHUNK, HEIGHT, WIDTH))).all()
 
 
 def test_histogram_takes_all_values_and_keeps_their_order():
     latents, reference = video(0), video(1, 2.0, 0.7)
-    matched = match_histogram(latents, reference)
+    matched = MatchHistogram(reference)(latents)
     assert torch.equal(matched.flatten(1).sort().values, reference.flatten(1).sort().values)
     assert torch.equal(matched.flatten(1).argsort(), latents.flatten(1).argsort())
 
@@ -66,17 +66,17 @@ def test_distribution_takes_what_the_channels_have_in_common_too():
     reference[1] = reference[0] + 0.1 * reference[1]
     spread = torch.cov(reference.flatten(1))
     apart, joint = (
-        (torch.cov(match(latents, reference).flatten(1)) - spread).abs().max()
-        for match in (match_histogram, match_distribution)
+        (torch.cov(match(reference)(latents).flatten(1)) - spread).abs().max()
+        for match in (MatchHistogram, MatchDistribution)
     )
     assert joint < 0.2 < 0.8 < apart
-    again = match_distribution(match_distribution(latents, reference), reference)
+    again = MatchDistribution(reference)(MatchDistribution(reference)(latents))
     torch.testing.assert_close(torch.cov(again.flatten(1)), spread, atol=0.2, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chunk_with_the_reference_s_statistics_stays(kind):
-    torch.testing.assert_close(REANCHORINGS[kind](video(0), video(0)), video(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(REANCHORINGS[kind](video(0))(video(0)), video(0), atol=1e-5, rtol=0)
 
 
 def test_offset_is_in_standard_deviations_of_the_reference():
@@ -118,6 +118,20 @@ def test_what_moves_slowly_while_watched_is_drift_and_what_moves_fast_is_meant()
     assert all(torch.equal(anchor.hold(chunk), chunk) for chunk in chunks)
     settled = [anchor.hold(chunks[-1] + 0.01 * index) for index in range(1, 12)]
     assert not torch.equal(settled[-1], chunks[-1] + 0.11)  # and held again where the change ends
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_anchors_of_a_batch_may_be_of_different_lengths(kind):
+    """FAR begins with a chunk of one frame: the video that goes away is held to a longer one."""
+    anchor = Anchor(kind, warmup_chunks=1, tolerance=1.0)
+    anchor.hold(torch.stack([video(0, num_frames=1), video(1, num_frames=1)]))
+    second = torch.stack([video(2), video(3, shift=2.0)])
+    anchor.hold(second)
+    for seed in (4, 5):
+        third = torch.stack([video(seed), video(seed, shift=2.0)])
+        held = anchor.hold(third)
+    torch.testing.assert_close(held[0], REANCHORINGS[kind](video(0, num_frames=1))(third[0]))
+    torch.testing.assert_close(held[1], REANCHORINGS[kind](second[1])(third[1]))
 
 
 def test_a_broken_chunk_is_never_meant():
@@ -166,7 +180,7 @@ def test_a_new_prompt_is_watched_again():
                 callback_on_step_end_tensor_inputs=["prompt_embeds"],
             )
         held.append([call.args[0].ages for call in hold.call_args_list][-1])
-    assert held == [[3], [5]]
+    assert held == [{0: 3}, {0: 5}]
 
 
 def test_off_by_default():
@@ -182,7 +196,7 @@ def test_later_chunks_read_the_held_chunk_and_the_video_shows_the_generated_one(
     plain, held = roll(latent_pipeline(), latents).frames, roll(latent_pipeline(), latents, reanchor=kind).frames
     assert torch.equal(held[:, :, : 2 * CHUNK], plain[:, :, : 2 * CHUNK])
     first, second, third = held.split(CHUNK, dim=2)
-    context = torch.cat([first, REANCHORINGS[kind](second[0], first[0])[None]], dim=2)
+    context = torch.cat([first, REANCHORINGS[kind](first[0])(second[0])[None]], dim=2)
     continued = roll(latent_pipeline(), latents, video_latents=context.transpose(1, 2)).frames
     torch.testing.assert_close(third, continued[:, :, 2 * CHUNK :], atol=1e-5, rtol=0)
     assert not torch.allclose(third, plain[:, :, 2 * CHUNK :], atol=1e-3)
@@ -196,7 +210,7 @@ def test_a_given_video_is_read_as_it_is_and_its_last_chunk_is_the_anchor():
     )
     assert torch.equal(held[:, :, : 3 * CHUNK], plain[:, :, : 3 * CHUNK])
     third, last = held[:, :, 2 * CHUNK : 3 * CHUNK], given[:, :, CHUNK:]
-    context = torch.cat([given, match_moments(third[0], last[0])[None]], dim=2)
+    context = torch.cat([given, MatchMoments(last[0])(third[0])[None]], dim=2)
     continued = roll(latent_pipeline(), latents, video_latents=context.transpose(1, 2)).frames
     torch.testing.assert_close(held[:, :, 3 * CHUNK :], continued[:, :, 3 * CHUNK :], atol=1e-5, rtol=0)
 

@@ -19,7 +19,7 @@ from evaluation.measures import look_of, measure_chunks, track_colors
 from evaluation.report import area_under_curve, of_videos, paired
 from evaluation.rollouts import load_pipeline
 from evaluation.signals import SIGNALS
-from tokentrim.tokentrim_anchor import match_distribution
+from tokentrim.tokentrim_anchor import MatchDistribution
 from training.world import Appearance as Drawn
 from training.world import parse, render
 
@@ -136,7 +136,7 @@ def test_a_correction_after_the_fact_changes_what_is_shown_and_nothing_that_is_r
         _, same = latents_of(pipe, **settings)
         shown = pipe.decode_latents(plain.frames, "pt")
     assert all(torch.equal(*pair) for pair in zip(chunks, same))
-    held = torch.cat([match_distribution(chunk[0], chunks[0][0])[None] for chunk in chunks], dim=2)
+    held = torch.cat([MatchDistribution(chunks[0][0])(chunk[0])[None] for chunk in chunks], dim=2)
     torch.testing.assert_close(shown, pipe.decode_latents(held, "pt"))
     assert (shown - pipe.decode_latents(plain.frames, "pt")).abs().amax(dim=(0, 2, 3, 4))[-1] > 0.01
 

@@ -16,6 +16,7 @@ from builders import (
     steady_noise,
 )
 
+from tokentrim.tokentrim_anchor import quantiles
 from tokentrim.tokentrim_quarantine import WARMUP_CHUNKS, Quarantine, jump
 
 
@@ -37,10 +38,10 @@ def chunks_of(latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def test_jump_is_blind_to_places_and_says_how_far_values_are():
     latents = randn(CHANNELS, CHUNK, HEIGHT, WIDTH)
-    elsewhere = latents.flip(1, 2, 3).roll((1, 2), (2, 3))
-    assert jump(elsewhere, latents) == 0
-    assert jump(latents + 0.3, latents) == pytest.approx(0.3, abs=1e-5)
-    assert jump(latents, latents.repeat(1, 2, 1, 1)) < 0.05  # of another length, by quantiles
+    values = quantiles(latents)
+    assert jump(quantiles(latents.flip(1, 2, 3).roll((1, 2), (2, 3))), values) == 0
+    assert jump(quantiles(latents + 0.3), values) == pytest.approx(0.3, abs=1e-5)
+    assert jump(values, quantiles(latents.repeat(1, 2, 1, 1))) < 0.05  # of another length
 
 
 def play(shifts: list[float], sensitivity: float | None = 6.0) -> list[int]:
