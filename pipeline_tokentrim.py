@@ -275,8 +275,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         flowmo_steps: list[int] | None = None,
         flowmo_chunks: str = "first",
         reanchor: str | None = None,
-        reanchor_warmup_chunks: int = 0,
         reanchor_tolerance: float | None = None,
+        reanchor_patience: int = 6,
         quarantine_sensitivity: float | None = None,
         rollout: str | None = None,
         num_frames_per_chunk: int | None = None,
@@ -356,13 +356,12 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 first chunk's before it becomes context: `"mean"`, `"moments"` (mean and standard deviation),
                 `"histogram"` (all values, by rank) or `"distribution"` (all values, of all channels jointly). What is
                 shown stays as generated. A given video is held to its last chunk, and not changed. `None` is off.
-            reanchor_warmup_chunks (`int`, defaults to `0`):
-                Chunks after the first one that stay as they are and are watched for a change that is meant; and again
-                after a callback changed the prompt.
             reanchor_tolerance (`float`, *optional*):
-                How far a watched chunk may be from the first one, in standard deviations of the latent channels'
-                means, before its change is taken for meant: it then stands in the place of the first one, and the
-                warm-up begins again. `None`: nothing is meant to change.
+                How far from the first chunk, in standard deviations of the latent channels' means, a held video may
+                keep going before that is taken for meant: the median of `reanchor_patience` chunks decides. It is then
+                let go, and held again where it settles. `None`: nothing but a prompt that a callback changes lets go.
+            reanchor_patience (`int`, defaults to `6`):
+                Chunks that a video is watched before it is let go, and before it is held again.
             quarantine_sensitivity (`float`, *optional*):
                 Ours, not the paper's: a chunk whose latent values, wherever they are, jump by more than mean + this *
                 standard deviation of the video's jumps is shown, but no later chunk reads it; never two in a row, so
@@ -471,7 +470,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             min(chunk_partition[chunk] for chunk in guided_chunks),
             drift_signal,
         )
-        check_reanchor(reanchor, reanchor_warmup_chunks, reanchor_tolerance)
+        check_reanchor(reanchor, reanchor_tolerance, reanchor_patience)
         check_callables(callback_on_step_end=callback_on_step_end, on_chunk=on_chunk)
         device = self._execution_device
         self.scheduler.set_rollout_timesteps(num_inference_steps, device, sigmas, timesteps)
@@ -559,7 +558,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             num_window_chunks,
             flowmo,
             Quarantine(num_videos, quarantine_sensitivity),
-            Anchor(reanchor, reanchor_warmup_chunks, reanchor_tolerance),
+            Anchor(reanchor, reanchor_tolerance, reanchor_patience),
             backbone,
             backbone.cache,
             renoise,
@@ -819,5 +818,5 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         state.prompt_embeds, state.negative_prompt_embeds = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
         if prompt[0] is not state.prompt_embeds or prompt[1] is not state.negative_prompt_embeds:
             state.cache.forget_prompt()
-            state.anchor.watch()
+            state.anchor.let_go()
         return tensors["latents"]

@@ -7,7 +7,9 @@ chunk that is shown stays as it was generated.
 """
 
 import math
+import statistics
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 import torch
 
@@ -88,34 +90,45 @@ def offset(latents: torch.Tensor, reference: torch.Tensor) -> float:
     return distance.square().mean().sqrt().item()
 
 
-class Anchor:
-    """What each video of a batch is held to: its first chunk, unless it soon goes far enough away to be meant.
+@dataclass
+class _Video:
+    """What one video is held to, and how it has taken that lately."""
 
-    Drift is slow, a change that the prompt asks for is not: so the chunks after an anchor are watched first. If one
-    leaves the tolerance, it is the next anchor; if none does, the chunks after them are held, for good.
+    reference: torch.Tensor  # (C, T, H, W)
+    match: Callable[[torch.Tensor], torch.Tensor]
+    free: bool = False
+    offsets: list[float] = field(default_factory=list)  # of the chunks since it was held or let go
+
+
+class Anchor:
+    """What each video of a batch is held to: its first chunk, unless it insists on going elsewhere.
+
+    Every held chunk starts from context at the anchor, so its offset from there is how hard the model pulls away. Drift
+    pulls a little, a change that the prompt asks for pulls harder, and in every chunk. So where the median offset of
+    `patience` chunks leaves the tolerance, the video is let go, until for `patience` chunks it stays within the
+    tolerance of the first of them: there it is held again.
 
     Args:
         reanchor (`str`, *optional*): which statistics, one of `REANCHORINGS`; `None` leaves every chunk as it is.
-        warmup_chunks (`int`): chunks after an anchor that are watched and not held.
-        tolerance (`float`, *optional*): the `offset` of a watched chunk that is taken for meant; `None`: nothing is.
+        tolerance (`float`, *optional*): the `offset` that is taken for meant; `None`: none is.
+        patience (`int`): chunks that a video is watched before it is let go or held again.
     """
 
-    def __init__(self, reanchor: str | None = None, warmup_chunks: int = 0, tolerance: float | None = None):
+    def __init__(self, reanchor: str | None = None, tolerance: float | None = None, patience: int = 6):
         self.learn = REANCHORINGS.get(reanchor)
         self.tolerance = math.inf if tolerance is None else tolerance
-        self.warmup_chunks = warmup_chunks
-        self.references: dict[int, torch.Tensor] = {}  # of each video, (C, T, H, W)
-        self.matches: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}  # to these
-        self.ages: dict[int, int] = {}  # chunks since then
+        self.patience = patience
+        self.videos: list[_Video] = []
 
     def start(self, chunk: torch.Tensor) -> None:
         """Hold later chunks to this one, (B, C, T, H, W): the first one, or the last that was given."""
-        for video, latents in enumerate(chunk):
-            self._move(video, latents)
+        if self.learn is not None:
+            self.videos = [_Video(latents, self.learn(latents)) for latents in chunk]
 
-    def watch(self) -> None:
-        """Watch again before holding: what is asked for may have changed."""
-        self.ages = dict.fromkeys(self.ages, 0)
+    def let_go(self) -> None:
+        """What is asked for has changed: hold every video where it is when it has settled."""
+        for video in self.videos:
+            video.free, video.offsets = True, []
 
     def hold(self, chunk: torch.Tensor, broken: Collection[int] = ()) -> torch.Tensor:
         """What becomes context in the place of an accepted chunk, (B, C, T, H, W).
@@ -126,19 +139,20 @@ class Anchor:
         """
         if self.learn is None:
             return chunk
-        if not self.references:
+        if not self.videos:
             self.start(chunk)
             return chunk
-        context = []
-        for video, latents in enumerate(chunk):
-            self.ages[video] += 1
-            if self.ages[video] > self.warmup_chunks:
-                latents = self.matches[video](latents)
-            elif video not in broken and offset(latents, self.references[video]) > self.tolerance:
-                self._move(video, latents)
-            context.append(latents)
+        for index, latents in enumerate(chunk):
+            if index not in broken:
+                self.videos[index] = self._watch(self.videos[index], latents)
+        context = [latents if video.free else video.match(latents) for video, latents in zip(self.videos, chunk)]
         return torch.stack(context)
 
-    def _move(self, video: int, latents: torch.Tensor) -> None:
-        if self.learn is not None:
-            self.references[video], self.matches[video], self.ages[video] = latents, self.learn(latents), 0
+    def _watch(self, video: _Video, latents: torch.Tensor) -> _Video:
+        """The video as it was, or with another anchor: let go where it insists, held where it has settled."""
+        video.offsets = [*video.offsets, offset(latents, video.reference)][-self.patience :]
+        long_enough = len(video.offsets) == self.patience
+        leaving = long_enough and statistics.median(video.offsets) > self.tolerance
+        moving = video.offsets[-1] > self.tolerance if video.free else leaving
+        settled = video.free and long_enough and not moving
+        return _Video(latents, self.learn(latents), free=moving) if moving or settled else video

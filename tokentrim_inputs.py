@@ -52,16 +52,14 @@ def check_list(name: str, value: Any, of_type: type | tuple[type, ...], valid: s
     check(of_types, name, value, valid, TypeError)
 
 
-def check_reanchor(reanchor: Any, reanchor_warmup_chunks: Any, reanchor_tolerance: Any) -> None:
-    """Which statistics the context is held to, from when on, and how far it may leave them before."""
+def check_reanchor(reanchor: Any, reanchor_tolerance: Any, reanchor_patience: Any) -> None:
+    """Refuse re-anchorings that do not exist, and a tolerance without one."""
     if reanchor is not None:
         check_choice("reanchor", reanchor, tuple(REANCHORINGS))
-    check_int("reanchor_warmup_chunks", reanchor_warmup_chunks, 0)
+    check_int("reanchor_patience", reanchor_patience, 1)
     if reanchor_tolerance is not None:
         check_number("reanchor_tolerance", reanchor_tolerance, lambda value: value > 0, "a finite number > 0, or None")
-        watched = reanchor is not None and reanchor_warmup_chunks > 0
-        valid = "None without `reanchor` and `reanchor_warmup_chunks`: it is for the chunks of the warm-up"
-        check(watched, "reanchor_tolerance", reanchor_tolerance, valid)
+        check(reanchor is not None, "reanchor_tolerance", reanchor_tolerance, "None without `reanchor`")
 
 
 def check_quarantine(

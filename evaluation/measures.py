@@ -76,6 +76,12 @@ def name_shape(mask: np.ndarray) -> str | None:
     return "square" if largest.extent > 0.84 else "circle" if largest.extent > 0.66 else "triangle"
 
 
+def scattered(mask: np.ndarray) -> float:
+    """Share of a mask's pixels, (H, W), that are not connected with its largest part: an object in pieces."""
+    sizes = [part.area for part in regionprops(label(mask))]
+    return float(1 - max(sizes) / sum(sizes)) if sizes else float("nan")
+
+
 def color_drift(colors: np.ndarray) -> np.ndarray:
     """CIEDE2000 of each chunk's colour to the first chunk's, (chunks, 3) -> (chunks,)."""
     return difference(colors, colors[0])
@@ -148,6 +154,7 @@ def measure_chunks(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -
                 "area": float(colors.area[start:stop].mean()),
                 "present": bool(colors.area[middle] >= 0.01 and apart >= 10),
                 "shape_right": name_shape(colors.mask[middle]) == scene.shape,
+                "scattered": scattered(colors.mask[middle]),
                 "motion": mean_of_present(steps[max(start - 1, 0) : stop - 1]),
                 **look_of(frames[start:stop]),
             }

@@ -42,6 +42,7 @@ def of_videos(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
             "area_change": abs(video["area"].iloc[half:].mean() / (video["area"].iloc[:3].mean() or np.nan) - 1),
             "present": video["present"].iloc[half:].mean(),
             "shape_right": video["shape_right"].iloc[half:].mean(),
+            "scattered": video["scattered"].iloc[half:].mean(),
             "motion": video["motion"].mean(),
             "motion_change": video["motion"].iloc[half:].mean() - video["motion"].iloc[BASE_CHUNKS].mean(),
             "flow": video["flow"].mean(),
@@ -174,7 +175,7 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
         strips.append(f"cases-{part(out, method, [0]).stem.removesuffix('-0-0')}.jpg")
         cases(videos, experiment, out, method, reference).savefig(out / strips[-1], dpi=80)
     measures = ["excess_drift", "identity_error", "background_error", "object_error", "motion", "motion_change"]
-    measures += ["flow", "present", "shape_right", "area_change"] + [f"contrast_{name}" for name in CONTRASTS]
+    measures += ["flow", "present", "shape_right", "scattered", "area_change"] + [f"contrast_{name}" for name in CONTRASTS]
     if experiment.defects:
         measures = ["recovery", "excess_recovery", *measures]
     others = [method for method in methods[1:] if method == "sink"]

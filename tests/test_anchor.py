@@ -88,75 +88,79 @@ def test_offset_is_in_standard_deviations_of_the_reference():
 # The anchor
 
 
-def test_a_change_beyond_the_tolerance_moves_the_anchor_of_its_video_alone():
-    anchor = Anchor("moments", warmup_chunks=1, tolerance=1.0)
-    first, changed = torch.stack([video(0), video(1)]), torch.stack([video(2), video(3, shift=2.0)])
-    third, fourth = torch.stack([video(4), video(5, shift=1.8)]), torch.stack([video(6), video(7, shift=1.8)])
-    assert torch.equal(anchor.hold(first), first)
-    assert torch.equal(anchor.hold(changed), changed)  # watched
-    held = anchor.hold(third)
-    torch.testing.assert_close(held[0].mean((1, 2, 3)), first[0].mean((1, 2, 3)))
-    assert torch.equal(held[1], third[1])  # watched again
-    held = anchor.hold(fourth)
-    torch.testing.assert_close(held[0].mean((1, 2, 3)), first[0].mean((1, 2, 3)))
-    torch.testing.assert_close(held[1].mean((1, 2, 3)), changed[1].mean((1, 2, 3)))
+def steady(*offsets: float) -> list[torch.Tensor]:
+    """Chunks of one video, so many standard deviations away from the first."""
+    first = video(0)
+    return [(first + each * first.std((1, 2, 3), keepdim=True))[None] for each in (0.0, *offsets)]
 
 
-def drifting(step: float, num_chunks: int) -> list[torch.Tensor]:
-    return [video(0)[None] + step * index for index in range(num_chunks)]
+def is_held(anchor: Anchor, chunks: list[torch.Tensor]) -> list[bool]:
+    return [not torch.allclose(anchor.hold(chunk), chunk, atol=1e-5) for chunk in chunks]
 
 
-def test_what_moves_slowly_while_watched_is_drift_and_what_moves_fast_is_meant():
-    """Six chunks are watched: 0.3 standard deviations by then are pulled back, 1.2 are followed wherever they go."""
-    chunks = drifting(0.05, 40)
-    anchor = Anchor("mean", warmup_chunks=6, tolerance=0.5)
-    held = [anchor.hold(chunk) for chunk in chunks]
-    assert all(torch.equal(*pair) for pair in zip(held[:7], chunks))
-    assert all(torch.allclose(each, chunks[0], atol=1e-5) for each in held[7:])
-    chunks = drifting(0.2, 40)
-    anchor = Anchor("mean", warmup_chunks=6, tolerance=0.5)
-    assert all(torch.equal(anchor.hold(chunk), chunk) for chunk in chunks)
-    settled = [anchor.hold(chunks[-1] + 0.01 * index) for index in range(1, 12)]
-    assert not torch.equal(settled[-1], chunks[-1] + 0.11)  # and held again where the change ends
+def test_drift_is_held_for_good_and_what_insists_is_let_go_and_held_where_it_settles():
+    drift, change = steady(*[0.15] * 40), steady(*[0.3] * 3, 0.3, 0.6, 0.9, 1.2, 1.21, 1.22, 1.23, 1.24, 1.25, 1.26)
+    assert is_held(Anchor("mean", 0.2, 3), drift) == [False, *[True] * 40]
+    # Held for two chunks; let go with the third; moving until 1.2; then three chunks within the tolerance of that.
+    anchor = Anchor("mean", 0.2, 3)
+    assert is_held(anchor, change) == [False, True, True, *[False] * 8, True, True, True]
+    torch.testing.assert_close(anchor.hold(change[-1]), change[10], atol=1e-5, rtol=0)
+    assert is_held(Anchor("mean", None, 3), change) == [False, *[True] * 13]
+
+
+def test_one_chunk_is_no_change():
+    chunks = steady(0.1, 0.9, 0.1, 0.1, 0.9, 0.1, 0.1)
+    assert is_held(Anchor("mean", 0.2, 3), chunks) == [False, *[True] * 7]
+
+
+def test_a_broken_chunk_is_never_meant():
+    chunks = steady(0.1, 3.0, 3.0, 3.0, 0.1)
+    anchors = [Anchor("mean", 0.2, 3), Anchor("mean", 0.2, 3)]
+    for chunk in chunks:
+        guarded, bare = (anchor.hold(chunk, broken) for anchor, broken in zip(anchors, ({0}, set())))
+    torch.testing.assert_close(guarded, chunks[0], atol=1e-5, rtol=0)
+    assert torch.equal(bare, chunks[-1])
+
+
+def test_videos_of_a_batch_are_let_go_one_by_one():
+    anchor = Anchor("moments", 0.2, 2)
+    for quiet, loud in zip(steady(*[0.1] * 3), steady(*[0.5] * 3)):
+        held = anchor.hold(torch.cat([quiet, loud]))
+    torch.testing.assert_close(held[0], video(0), atol=1e-5, rtol=0)
+    assert torch.equal(held[1], loud[0])
+
+
+def test_whoever_is_let_go_is_held_where_he_settles():
+    """With a tolerance or without: a change of the prompt is meant."""
+    for tolerance in (None, 0.2):
+        anchor, chunks = Anchor("mean", tolerance, 3), steady(*[0.1] * 4, 0.8, 0.81, 0.82, 0.83, 0.84)
+        assert is_held(anchor, chunks[:5]) == [False, *[True] * 4]
+        anchor.let_go()
+        moving = 0 if tolerance is None else 1
+        assert is_held(anchor, chunks[5:]) == [False] * (3 + moving) + [True] * (2 - moving)
+        settled = chunks[5 + 2 + moving]
+        torch.testing.assert_close(anchor.hold(chunks[-1]), settled, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_anchors_of_a_batch_may_be_of_different_lengths(kind):
     """FAR begins with a chunk of one frame: the video that goes away is held to a longer one."""
-    anchor = Anchor(kind, warmup_chunks=1, tolerance=1.0)
+    anchor = Anchor(kind, 1.0, 1)
     anchor.hold(torch.stack([video(0, num_frames=1), video(1, num_frames=1)]))
     second = torch.stack([video(2), video(3, shift=2.0)])
-    anchor.hold(second)
-    for seed in (4, 5):
-        third = torch.stack([video(seed), video(seed, shift=2.0)])
-        held = anchor.hold(third)
+    assert torch.equal(anchor.hold(second)[1], second[1])
+    anchor.hold(second)  # settled
+    third = torch.stack([video(5), video(5, shift=2.0)])
+    held = anchor.hold(third)
     torch.testing.assert_close(held[0], REANCHORINGS[kind](video(0, num_frames=1))(third[0]))
     torch.testing.assert_close(held[1], REANCHORINGS[kind](second[1])(third[1]))
-
-
-def test_a_broken_chunk_is_never_meant():
-    anchor = Anchor("mean", warmup_chunks=1, tolerance=0.5)
-    first, defect, third = video(0)[None], video(0)[None] + 3, video(2)[None]
-    anchor.start(first)
-    anchor.hold(defect, broken={0})
-    torch.testing.assert_close(anchor.hold(third).mean((2, 3, 4)), first.mean((2, 3, 4)))
 
 
 # In the rollout
 
 
-def test_nothing_is_held_during_the_warm_up():
-    latents = noise(6)
-    plain, at_once, watched = (
-        roll(latent_pipeline(), latents, **settings).frames.split(CHUNK, dim=2)
-        for settings in ({}, {"reanchor": "moments"}, {"reanchor": "moments", "reanchor_warmup_chunks": 2})
-    )
-    assert all(torch.equal(*pair) for pair in zip(watched[:4], plain))  # chunk 3 is the first that is held
-    assert not torch.equal(at_once[2], plain[2]) and not torch.equal(watched[4], plain[4])
-
-
-def test_a_new_prompt_is_watched_again():
-    """A callback changes the prompt in chunk 3: the two chunks after it are not held, without that they are."""
+def test_a_prompt_that_a_callback_changes_lets_go():
+    """In chunk 3: the two chunks from there on are not held, without that they are."""
     latents, calls = noise(7), []
 
     def change(pipe, step, timestep, tensors):
@@ -167,20 +171,24 @@ def test_a_new_prompt_is_watched_again():
         calls.append(step)
         return {"prompt_embeds": tensors["prompt_embeds"]}
 
-    held = []
-    for callback in (change, same):
+    def record(self, chunk, broken=(), hold=Anchor.hold):
+        context = hold(self, chunk, broken)
+        held.append(not torch.allclose(context, chunk, atol=1e-5))
+        return context
+
+    for callback, expected in ((change, [False, True, True, False, False, True]), (same, [False, *[True] * 5])):
+        held = []
         calls.clear()
-        with patch.object(Anchor, "hold", autospec=True, side_effect=Anchor.hold) as hold:
+        with patch.object(Anchor, "hold", record):
             roll(
                 latent_pipeline(),
                 latents,
                 reanchor="mean",
-                reanchor_warmup_chunks=2,
+                reanchor_patience=2,
                 callback_on_step_end=callback,
                 callback_on_step_end_tensor_inputs=["prompt_embeds"],
             )
-        held.append([call.args[0].ages for call in hold.call_args_list][-1])
-    assert held == [{0: 3}, {0: 5}]
+        assert held == expected
 
 
 def test_off_by_default():
@@ -222,7 +230,7 @@ def test_a_batch_equals_single_runs(rollout):
         "rollout": rollout,
         "window_size": 12,
         "reanchor": "histogram",
-        "reanchor_warmup_chunks": 1,
+        "reanchor_patience": 1,
         "reanchor_tolerance": 0.6,
     }
     batch = roll(latent_pipeline(), latents, prompt_embeds=text, **settings).frames
@@ -239,7 +247,7 @@ def test_a_tolerance_lets_a_change_through():
         for settings in (
             {},
             {"reanchor": "moments"},
-            {"reanchor": "moments", "reanchor_warmup_chunks": 2, "reanchor_tolerance": 0.3},
+            {"reanchor": "moments", "reanchor_patience": 1, "reanchor_tolerance": 0.3},
         )
     )
     assert (tolerant - plain).abs().mean() < 0.5 * (held - plain).abs().mean()
@@ -252,10 +260,9 @@ def test_a_tolerance_lets_a_change_through():
         ({"reanchor": True}, TypeError, "`reanchor` .*'mean'.*True"),
         ({"reanchor": "mean", "reanchor_tolerance": 0}, ValueError, "`reanchor_tolerance` .*> 0.*0"),
         ({"reanchor": "mean", "reanchor_tolerance": "1"}, TypeError, "`reanchor_tolerance` .*> 0.*'1'"),
-        ({"reanchor_warmup_chunks": -1}, ValueError, "`reanchor_warmup_chunks` .*>= 0.*-1"),
-        ({"reanchor_warmup_chunks": 1.5}, TypeError, "`reanchor_warmup_chunks` .*>= 0.*1.5"),
+        ({"reanchor_patience": 0}, ValueError, "`reanchor_patience` .*>= 1.*0"),
+        ({"reanchor_patience": 1.5}, TypeError, "`reanchor_patience` .*>= 1.*1.5"),
         ({"reanchor_tolerance": 1.0}, ValueError, "`reanchor_tolerance` .*None without `reanchor`.*1.0"),
-        ({"reanchor": "mean", "reanchor_tolerance": 1.0}, ValueError, "`reanchor_tolerance` .*warm-up.*1.0"),
     ],
 )
 def test_bad_input(arguments, error, message):

@@ -80,6 +80,14 @@ def test_identity_error_sees_what_drifts():
     assert not measure_chunks(gone, prompt, 3)[-1]["present"]
 
 
+def test_scattered_sees_an_object_in_pieces():
+    prompt, frames = rendered(2)
+    clean = measure_chunks(frames, prompt, 3)[-1]
+    tiled = np.tile(frames[:, ::2, ::2], (1, 2, 2, 1))  # four small ones
+    pieces = measure_chunks(np.concatenate([frames[:15], tiled[15:]]), prompt, 3)[-1]
+    assert clean["scattered"] < 0.05 and pieces["scattered"] == pytest.approx(0.75, abs=0.05)
+
+
 def test_looks_without_a_prompt():
     _, frames = rendered(0, 6)
     still = np.repeat(frames[:1], 3, axis=0)

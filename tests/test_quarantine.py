@@ -122,7 +122,7 @@ def test_a_batch_equals_single_runs(rollout):
 def test_a_broken_chunk_does_not_move_the_anchor():
     """However far away it is: a tolerance that lets it through without quarantine changes nothing with it."""
     latents = steady_noise(NUM_CHUNKS, [BROKEN])
-    settings = {"token_trim": False, "reanchor": "moments", "reanchor_warmup_chunks": BROKEN}
+    settings = {"token_trim": False, "reanchor": "moments", "reanchor_patience": 1}
     for sensitivity, same in ((6.0, True), (None, False)):
         strict, tolerant = (
             roll(
