@@ -175,7 +175,8 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
         strips.append(f"cases-{part(out, method, [0]).stem.removesuffix('-0-0')}.jpg")
         cases(videos, experiment, out, method, reference).savefig(out / strips[-1], dpi=80)
     measures = ["excess_drift", "identity_error", "background_error", "object_error", "motion", "motion_change"]
-    measures += ["flow", "present", "shape_right", "scattered", "area_change"] + [f"contrast_{name}" for name in CONTRASTS]
+    measures += ["flow", "present", "shape_right", "scattered", "area_change"]
+    measures += [f"contrast_{name}" for name in CONTRASTS]
     if experiment.defects:
         measures = ["recovery", "excess_recovery", *measures]
     others = [method for method in methods[1:] if method == "sink"]
