@@ -105,8 +105,8 @@ class Anchor:
 
     Every held chunk starts from context at the anchor, so its offset from there is how hard the model pulls away. Drift
     pulls a little, a change that the prompt asks for pulls harder, and in every chunk. So where the median offset of
-    `patience` chunks leaves the tolerance, the video is let go, until for `patience` chunks it stays within the
-    tolerance of the first of them: there it is held again.
+    `patience` chunks leaves the tolerance, the video is let go, until it stays within the tolerance for `patience`
+    chunks: then it is held again where it is.
 
     Args:
         reanchor (`str`, *optional*): which statistics, one of `REANCHORINGS`; `None` leaves every chunk as it is.
