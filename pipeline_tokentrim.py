@@ -357,11 +357,12 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 `"histogram"` (all values, by rank) or `"distribution"` (all values, of all channels jointly). What is
                 shown stays as generated. A given video is held to its last chunk, and not changed. `None` is off.
             reanchor_tolerance (`float`, *optional*):
-                How far from the first chunk, in standard deviations of the latent channels' means, a held video may
-                keep going before that is taken for meant: the median of `reanchor_patience` chunks decides. It is then
-                let go, and held again where it settles. `None`: nothing but a prompt that a callback changes lets go.
+                For videos that are meant to change: how far from the first chunk, in standard deviations of the latent
+                channels' means, is meant. A video is then watched before it is held; a chunk that goes farther stands
+                in the place of the first one; and a held video whose median chunk goes farther is let go again.
+                `None`: every chunk is held, unless a callback changes the prompt.
             reanchor_patience (`int`, defaults to `6`):
-                Chunks that a video is watched before it is let go, and before it is held again.
+                Chunks that a video is watched before it is held or let go.
             quarantine_sensitivity (`float`, *optional*):
                 Ours, not the paper's: a chunk whose latent values, wherever they are, jump by more than mean + this *
                 standard deviation of the video's jumps is shown, but no later chunk reads it; never two in a row, so

@@ -101,17 +101,17 @@ class _Video:
 
 
 class Anchor:
-    """What each video of a batch is held to: its first chunk, unless it insists on going elsewhere.
+    """What each video of a batch is held to: its first chunk, unless a change is meant.
 
-    Every held chunk starts from context at the anchor, so its offset from there is how hard the model pulls away. Drift
-    pulls a little, a change that the prompt asks for pulls harder, and in every chunk. So where the median offset of
-    `patience` chunks leaves the tolerance, the video is let go, until it stays within the tolerance for `patience`
-    chunks: then it is held again where it is.
+    Without a tolerance all chunks are held. With one, a change is expected, and a video is watched first: a chunk that
+    leaves the tolerance is the next anchor, and what stays within it for `patience` chunks is held from then on. A held
+    chunk starts from context at the anchor, so its offset from there is how hard the model pulls away: where the median
+    of `patience` chunks leaves the tolerance, the video is let go and watched again.
 
     Args:
         reanchor (`str`, *optional*): which statistics, one of `REANCHORINGS`; `None` leaves every chunk as it is.
         tolerance (`float`, *optional*): the `offset` that is taken for meant; `None`: none is.
-        patience (`int`): chunks that a video is watched before it is let go or held again.
+        patience (`int`): chunks that a video is watched before it is held or let go.
     """
 
     def __init__(self, reanchor: str | None = None, tolerance: float | None = None, patience: int = 6):
@@ -123,10 +123,10 @@ class Anchor:
     def start(self, chunk: torch.Tensor) -> None:
         """Hold later chunks to this one, (B, C, T, H, W): the first one, or the last that was given."""
         if self.learn is not None:
-            self.videos = [_Video(latents, self.learn(latents)) for latents in chunk]
+            self.videos = [self._anchored(latents, free=self.tolerance < math.inf) for latents in chunk]
 
     def let_go(self) -> None:
-        """What is asked for has changed: hold every video where it is when it has settled."""
+        """What is asked for has changed: watch every video before it is held again."""
         for video in self.videos:
             video.free, video.offsets = True, []
 
@@ -149,10 +149,16 @@ class Anchor:
         return torch.stack(context)
 
     def _watch(self, video: _Video, latents: torch.Tensor) -> _Video:
-        """The video as it was, or with another anchor: let go where it insists, held where it has settled."""
+        """The video as it was, or with another anchor, or let go, or held again."""
         video.offsets = [*video.offsets, offset(latents, video.reference)][-self.patience :]
         long_enough = len(video.offsets) == self.patience
-        leaving = long_enough and statistics.median(video.offsets) > self.tolerance
-        moving = video.offsets[-1] > self.tolerance if video.free else leaving
-        settled = video.free and long_enough and not moving
-        return _Video(latents, self.learn(latents), free=moving) if moving or settled else video
+        if video.free and video.offsets[-1] > self.tolerance:  # it moves
+            return self._anchored(latents, free=True)
+        if video.free and long_enough:  # it has settled; without a tolerance nobody knows since when
+            return self._anchored(video.reference if self.tolerance < math.inf else latents)
+        if long_enough and statistics.median(video.offsets) > self.tolerance:  # it insists
+            return self._anchored(latents, free=True)
+        return video
+
+    def _anchored(self, reference: torch.Tensor, free: bool = False) -> _Video:
+        return _Video(reference, self.learn(reference), free)

@@ -99,47 +99,51 @@ def is_held(anchor: Anchor, chunks: list[torch.Tensor]) -> list[bool]:
 
 
 def test_drift_is_held_for_good_and_what_insists_is_let_go_and_held_where_it_settles():
-    drift, change = steady(*[0.15] * 40), steady(*[0.3] * 3, 0.3, 0.6, 0.9, 1.2, 1.21, 1.22, 1.23, 1.24, 1.25, 1.26)
-    assert is_held(Anchor("mean", 0.2, 3), drift) == [False, *[True] * 40]
-    # Held for two chunks; let go with the third; moving until 1.2; then three chunks within the tolerance of that.
+    drift = steady(*[0.15] * 40)
+    assert is_held(Anchor("mean", 0.2, 3), drift) == [False] * 3 + [True] * 38  # watched first
+    assert is_held(Anchor("mean", None, 3), drift) == [False] + [True] * 40
+    # Settled with the third; insists with 0.31; moves until 1.2; settled three chunks later.
+    change = steady(0.1, 0.11, 0.12, 0.13, 0.3, 0.31, 0.32, 0.6, 0.9, 1.2, 1.21, 1.22, 1.23, 1.24)
     anchor = Anchor("mean", 0.2, 3)
-    assert is_held(anchor, change) == [False, True, True, *[False] * 8, True, True, True]
+    assert is_held(anchor, change) == [False] * 3 + [True] * 3 + [False] * 7 + [True] * 2
     torch.testing.assert_close(anchor.hold(change[-1]), change[10], atol=1e-5, rtol=0)
-    assert is_held(Anchor("mean", None, 3), change) == [False, *[True] * 13]
+
+
+def test_a_change_from_the_start_is_never_held_back():
+    change = steady(*[0.3 * index for index in range(1, 20)])
+    assert not any(is_held(Anchor("mean", 0.2, 3), change))
 
 
 def test_one_chunk_is_no_change():
-    chunks = steady(0.1, 0.9, 0.1, 0.1, 0.9, 0.1, 0.1)
-    assert is_held(Anchor("mean", 0.2, 3), chunks) == [False, *[True] * 7]
+    chunks = steady(0.1, 0.11, 0.12, 0.9, 0.1, 0.12, 0.9, 0.11)
+    assert is_held(Anchor("mean", 0.2, 3), chunks) == [False] * 3 + [True] * 6
 
 
 def test_a_broken_chunk_is_never_meant():
-    chunks = steady(0.1, 3.0, 3.0, 3.0, 0.1)
-    anchors = [Anchor("mean", 0.2, 3), Anchor("mean", 0.2, 3)]
-    for chunk in chunks:
-        guarded, bare = (anchor.hold(chunk, broken) for anchor, broken in zip(anchors, ({0}, set())))
-    torch.testing.assert_close(guarded, chunks[0], atol=1e-5, rtol=0)
-    assert torch.equal(bare, chunks[-1])
+    chunks, defects = steady(0.1, 3.0, 3.0, 3.0, 0.1, 0.12, 0.13), (2, 3, 4)
+    guarded, bare = Anchor("mean", 0.2, 3), Anchor("mean", 0.2, 3)
+    for index, chunk in enumerate(chunks):
+        held, followed = guarded.hold(chunk, {0} if index in defects else ()), bare.hold(chunk)
+    torch.testing.assert_close(held, chunks[0], atol=1e-5, rtol=0)
+    assert torch.equal(followed, chunks[-1])
 
 
-def test_videos_of_a_batch_are_let_go_one_by_one():
+def test_videos_of_a_batch_are_held_one_by_one():
     anchor = Anchor("moments", 0.2, 2)
-    for quiet, loud in zip(steady(*[0.1] * 3), steady(*[0.5] * 3)):
+    for quiet, loud in zip(steady(*[0.1] * 3), steady(0.5, 1.0, 1.5)):
         held = anchor.hold(torch.cat([quiet, loud]))
     torch.testing.assert_close(held[0], video(0), atol=1e-5, rtol=0)
     assert torch.equal(held[1], loud[0])
 
 
-def test_whoever_is_let_go_is_held_where_he_settles():
-    """With a tolerance or without: a change of the prompt is meant."""
-    for tolerance in (None, 0.2):
-        anchor, chunks = Anchor("mean", tolerance, 3), steady(*[0.1] * 4, 0.8, 0.81, 0.82, 0.83, 0.84)
-        assert is_held(anchor, chunks[:5]) == [False, *[True] * 4]
-        anchor.let_go()
-        moving = 0 if tolerance is None else 1
-        assert is_held(anchor, chunks[5:]) == [False] * (3 + moving) + [True] * (2 - moving)
-        settled = chunks[5 + 2 + moving]
-        torch.testing.assert_close(anchor.hold(chunks[-1]), settled, atol=1e-5, rtol=0)
+@pytest.mark.parametrize(("tolerance", "before", "settled"), [(None, 1, 7), (0.2, 3, 5)])
+def test_what_is_let_go_is_held_where_it_settles(tolerance, before, settled):
+    """Where it is after the patience, or with a tolerance where it has been since then."""
+    anchor, chunks = Anchor("mean", tolerance, 3), steady(0.1, 0.11, 0.12, 0.13, 0.8, 0.81, 0.82, 0.83, 0.84)
+    assert is_held(anchor, chunks[:5]) == [False] * before + [True] * (5 - before)
+    anchor.let_go()
+    assert is_held(anchor, chunks[5:]) == [False] * 3 + [True] * 2
+    torch.testing.assert_close(anchor.hold(chunks[-1]), chunks[settled], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
