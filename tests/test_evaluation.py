@@ -286,7 +286,8 @@ def test_committed_experiments_load(path, tmp_path):
 
 def test_summaries_by_video():
     chunks = np.arange(20)
-    rows = {name: np.zeros(20) for name in ("background_error", "object_error", "motion", "flow", "calls", "seconds")}
+    still = ("background_error", "object_error", "scattered", "motion", "flow", "calls", "seconds")
+    rows = {name: np.zeros(20) for name in still}
     looks = dict.fromkeys(look_of(np.full((3, 64, 64, 3), 0.5)), chunks / 10)
     table = pd.concat(
         pd.DataFrame(
