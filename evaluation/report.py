@@ -15,6 +15,8 @@ from .signals import SIGNALS
 BASE_CHUNKS = slice(1, 4)  # the chunk that the others are compared with comes before
 CONTRASTS = ("L_mean", "a_mean", "b_mean", "L_spread", "saturation", "contrast", "sharpness", "flicker")
 RECOVERY = 8  # chunks after a defect
+RIVALS = ("sink", "corrected afterwards")  # what the others are compared with too, where an experiment has them
+RIVALRY = ("excess_drift", "shape_right")
 
 
 def bootstrap(values: np.ndarray, num_samples: int = 10_000) -> tuple[float, float]:
@@ -179,14 +181,14 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
     measures += [f"contrast_{name}" for name in CONTRASTS]
     if experiment.defects:
         measures = ["recovery", "excess_recovery", *measures]
-    others = [method for method in methods[1:] if method == "sink"]
+    others = [method for method in methods[1:] if method in RIVALS]
     sections = [
         f"# {experiment.name}",
         f"`python -m evaluation.run --config evaluation/configs/{experiment.name}.yaml`: {experiment.num_seeds} seeds "
         f"from {experiment.first_seed}, {experiment.num_chunks} chunks, scenes {', '.join(experiment.scenes)}, "
         f"checkpoint `{experiment.checkpoint}`.",
         *(comparison(videos, measure, methods, reference) for measure in measures),
-        *(comparison(videos, "excess_drift", methods, other) for other in others),
+        *(comparison(videos, measure, methods, other) for other in others for measure in RIVALRY),
         *([areas_by_defect(table, experiment), alarms(table, experiment)] if experiment.defects else []),
         cost(table, videos, methods, reference),
         detectors(table, reference, experiment),
