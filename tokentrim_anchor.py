@@ -8,43 +8,48 @@ chunk that is shown stays as it was generated.
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
 
 
+SPACE = (-3, -2, -1)  # the dimensions T, H, W
+
+
 class MatchMean:
-    """Gives latents the reference's mean in each channel; both are (C, T, H, W), of any T."""
+    """Gives latents the reference's mean in each channel; both are (..., C, T, H, W), of any T."""
 
     def __init__(self, reference: torch.Tensor):
-        self.mean = reference.mean((1, 2, 3), keepdim=True)
+        self.mean = reference.mean(SPACE, keepdim=True)
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents - latents.mean((1, 2, 3), keepdim=True) + self.mean
+        return latents - latents.mean(SPACE, keepdim=True) + self.mean
 
 
 class MatchMoments:
     """Gives latents the reference's mean and standard deviation in each channel, as AdaIN (arXiv 1703.06868)."""
 
     def __init__(self, reference: torch.Tensor):
-        self.mean, self.std = reference.mean((1, 2, 3), keepdim=True), reference.std((1, 2, 3), keepdim=True)
+        self.mean, self.std = reference.mean(SPACE, keepdim=True), reference.std(SPACE, keepdim=True)
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        spread = self.std / latents.std((1, 2, 3), keepdim=True).clamp_min(1e-6)
-        return (latents - latents.mean((1, 2, 3), keepdim=True)) * spread + self.mean
+        spread = self.std / latents.std(SPACE, keepdim=True).clamp_min(1e-6)
+        return (latents - latents.mean(SPACE, keepdim=True)) * spread + self.mean
 
 
 def quantiles(latents: torch.Tensor) -> torch.Tensor:
-    """The values of each channel in ascending order, (C, ...) -> (C, T * H * W)."""
-    return latents.flatten(1).sort(dim=-1).values
+    """The values of each channel in ascending order, (..., C, T, H, W) -> (..., C, T * H * W)."""
+    return latents.flatten(-3).sort(dim=-1).values
 
 
 def resampled(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Quantiles, (C, any), of a chunk with `count` values in each channel."""
+    """Quantiles, (..., any), of a chunk with `count` values in each channel."""
     if values.shape[-1] == count:
         return values
-    return torch.nn.functional.interpolate(values[None], count, mode="linear", align_corners=True)[0]
+    flat = values.flatten(0, -2)[None]
+    return torch.nn.functional.interpolate(flat, count, mode="linear", align_corners=True).view(*values.shape[:-1], -1)
 
 
 class MatchHistogram:
@@ -54,9 +59,14 @@ class MatchHistogram:
         self.quantiles = quantiles(reference)
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        order = latents.flatten(1).argsort(dim=-1)
+        order = latents.flatten(-3).argsort(dim=-1)
         values = resampled(self.quantiles, order.shape[-1])
         return torch.empty_like(values).scatter_(-1, order, values).view_as(latents)
+
+
+def turned(latents: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """Latents, (..., C, T, H, W), with `basis`, (C, C), applied to their channels."""
+    return torch.einsum("ij,...jthw->...ithw", basis, latents)
 
 
 class MatchDistribution:
@@ -64,15 +74,15 @@ class MatchDistribution:
     basis after the other (iterative distribution transfer, Pitie et al., ICCV 2005)."""
 
     def __init__(self, reference: torch.Tensor, num_bases: int = 12):
-        size, generator = (num_bases, len(reference), len(reference)), torch.Generator().manual_seed(0)
-        self.bases = torch.linalg.qr(torch.randn(size, generator=generator)).Q.to(reference)
-        self.histograms = [MatchHistogram(basis @ reference.flatten(1)) for basis in self.bases]
+        num_channels, generator = reference.shape[-4], torch.Generator().manual_seed(0)
+        bases = torch.randn(num_bases, num_channels, num_channels, generator=generator)
+        self.bases = torch.linalg.qr(bases).Q.to(reference)
+        self.histograms = [MatchHistogram(turned(reference, basis)) for basis in self.bases]
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        values = latents.flatten(1)
         for basis, histogram in zip(self.bases, self.histograms):
-            values = basis.T @ histogram(basis @ values)
-        return values.view_as(latents)
+            latents = turned(histogram(turned(latents, basis)), basis.T)
+        return latents
 
 
 REANCHORINGS = {
@@ -95,7 +105,6 @@ class _Video:
     """What one video is held to, and how it has taken that lately."""
 
     reference: torch.Tensor  # (C, T, H, W)
-    match: Callable[[torch.Tensor], torch.Tensor]
     free: bool = False
     offsets: list[float] = field(default_factory=list)  # of the chunks since it was held or let go
 
@@ -119,16 +128,19 @@ class Anchor:
         self.tolerance = math.inf if tolerance is None else tolerance
         self.patience = patience
         self.videos: list[_Video] = []
+        self.matches: list[tuple[list[int], Callable]] | None = None  # which videos are held, and how
 
     def start(self, chunk: torch.Tensor) -> None:
         """Hold later chunks to this one, (B, C, T, H, W): the first one, or the last that was given."""
         if self.learn is not None:
-            self.videos = [self._anchored(latents, free=self.tolerance < math.inf) for latents in chunk]
+            self.videos = [_Video(latents, free=self.tolerance < math.inf) for latents in chunk]
+            self.matches = None
 
     def let_go(self) -> None:
         """What is asked for has changed: watch every video before it is held again."""
         for video in self.videos:
             video.free, video.offsets = True, []
+        self.matches = None
 
     def hold(self, chunk: torch.Tensor, broken: Collection[int] = ()) -> torch.Tensor:
         """What becomes context in the place of an accepted chunk, (B, C, T, H, W).
@@ -144,21 +156,34 @@ class Anchor:
             return chunk
         for index, latents in enumerate(chunk):
             if index not in broken:
-                self.videos[index] = self._watch(self.videos[index], latents)
-        context = [latents if video.free else video.match(latents) for video, latents in zip(self.videos, chunk)]
-        return torch.stack(context)
+                self._watch(index, latents)
+        if self.matches is None:
+            self.matches = self._learn_held()
+        context = chunk.clone()
+        for held, match in self.matches:
+            context[held] = match(chunk[held])
+        return context
 
-    def _watch(self, video: _Video, latents: torch.Tensor) -> _Video:
-        """The video as it was, or with another anchor, or let go, or held again."""
+    def _watch(self, index: int, latents: torch.Tensor) -> None:
+        """Move the anchor of a video, let it go, or hold it again."""
+        video = self.videos[index]
         video.offsets = [*video.offsets, offset(latents, video.reference)][-self.patience :]
         long_enough = len(video.offsets) == self.patience
         if video.free and video.offsets[-1] > self.tolerance:  # it moves
-            return self._anchored(latents, free=True)
-        if video.free and long_enough:  # it has settled; without a tolerance nobody knows since when
-            return self._anchored(video.reference if self.tolerance < math.inf else latents)
-        if long_enough and statistics.median(video.offsets) > self.tolerance:  # it insists
-            return self._anchored(latents, free=True)
-        return video
+            self.videos[index] = _Video(latents, free=True)
+        elif video.free and long_enough:  # it has settled; without a tolerance nobody knows since when
+            self.videos[index] = _Video(video.reference if self.tolerance < math.inf else latents)
+        elif long_enough and statistics.median(video.offsets) > self.tolerance:  # it insists
+            self.videos[index] = _Video(latents, free=True)
+        if self.videos[index] is not video:
+            self.matches = None
 
-    def _anchored(self, reference: torch.Tensor, free: bool = False) -> _Video:
-        return _Video(reference, self.learn(reference), free)
+    def _learn_held(self) -> list[tuple[list[int], Callable]]:
+        """The videos that are held, together where their anchors are of one length, with what they are matched to."""
+        by_length = defaultdict(list)
+        for index, video in enumerate(self.videos):
+            if not video.free:
+                by_length[video.reference.shape[1]].append(index)
+        return [
+            (held, self.learn(torch.stack([self.videos[i].reference for i in held]))) for held in by_length.values()
+        ]

@@ -43,7 +43,7 @@ class Quarantine:
     def trust(self, chunk: torch.Tensor) -> None:
         """Take a chunk, (B, C, T, H, W), for sound without a judgement: the first one, and what was given."""
         if self.sensitivity is not None:
-            self.sound = [quantiles(latents) for latents in chunk]
+            self.sound = list(quantiles(chunk))
 
     def judge(self, chunk: torch.Tensor) -> set[int]:
         """The videos whose chunk, (B, C, T, H, W), is broken."""
@@ -53,8 +53,7 @@ class Quarantine:
             self.trust(chunk)
             return set()
         broken = set()
-        for video, (latents, gate) in enumerate(zip(chunk, self.gates)):
-            values = quantiles(latents)
+        for video, (values, gate) in enumerate(zip(quantiles(chunk), self.gates)):
             distance, threshold = jump(values, self.sound[video]), gate.threshold
             if threshold is not None and distance > threshold and video not in self.broken:
                 broken.add(video)

@@ -57,11 +57,9 @@ def redraft_with_fresh_noise(self, state, index, draft, videos, redraft=TokenTri
 
 def decode_corrected(self, latents, output_type, decode=TokenTrimPipeline.decode_latents):
     """Every chunk held to the first one when the rollout is over, as re-anchoring does before others read it."""
-    corrected = []
-    for video in latents:
-        first, *_ = chunks = video.split(self.config.num_frames_per_chunk, dim=1)
-        corrected.append(torch.cat([MatchDistribution(first)(chunk) for chunk in chunks], dim=1))
-    return decode(self, torch.stack(corrected), output_type)
+    first, *_ = chunks = latents.split(self.config.num_frames_per_chunk, dim=2)
+    match = MatchDistribution(first)
+    return decode(self, torch.cat([match(chunk) for chunk in chunks], dim=2), output_type)
 
 
 _POLICY = (pipeline_tokentrim, "TokenTrimPolicy")
