@@ -66,7 +66,7 @@ class MatchHistogram:
 
 def turned(latents: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """Latents, (..., C, T, H, W), with `basis`, (C, C), applied to their channels."""
-    return torch.einsum("ij,...jthw->...ithw", basis, latents)
+    return (basis @ latents.flatten(-3)).view_as(latents)
 
 
 class MatchDistribution:
