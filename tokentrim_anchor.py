@@ -134,7 +134,6 @@ class Anchor:
         """Hold later chunks to this one, (B, C, T, H, W): the first one, or the last that was given."""
         if self.learn is not None:
             self.videos = [_Video(latents, free=self.tolerance < math.inf) for latents in chunk]
-            self.matches = None
 
     def let_go(self) -> None:
         """What is asked for has changed: watch every video before it is held again."""
@@ -167,15 +166,17 @@ class Anchor:
     def _watch(self, index: int, latents: torch.Tensor) -> None:
         """Move the anchor of a video, let it go, or hold it again."""
         video = self.videos[index]
+        if not video.free and self.tolerance == math.inf:
+            return
         video.offsets = [*video.offsets, offset(latents, video.reference)][-self.patience :]
         long_enough = len(video.offsets) == self.patience
         if video.free and video.offsets[-1] > self.tolerance:  # it moves
             self.videos[index] = _Video(latents, free=True)
         elif video.free and long_enough:  # it has settled; without a tolerance nobody knows since when
             self.videos[index] = _Video(video.reference if self.tolerance < math.inf else latents)
+            self.matches = None
         elif long_enough and statistics.median(video.offsets) > self.tolerance:  # it insists
             self.videos[index] = _Video(latents, free=True)
-        if self.videos[index] is not video:
             self.matches = None
 
     def _learn_held(self) -> list[tuple[list[int], Callable]]:

@@ -20,10 +20,6 @@ def _over_pairs(measure: Callable, latents: list[torch.Tensor], references: list
     return torch.tensor([[measure(*pair) for pair in of_chunk] for of_chunk in pairs]).T
 
 
-def _quantiles(latents: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    return [[quantiles(video) for video in chunk] for chunk in latents]
-
-
 def paper_severity(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
     """D_t of the paper with p = 0.1: mean drift of the tenth that moved most, against the chunk before (eq. 6)."""
     summaries = _summaries(latents, patch_size)
@@ -66,7 +62,7 @@ def nearest_anchor(latents: list[torch.Tensor], patch_size: tuple[int, int, int]
 
 def previous_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
     """Quarantine's signal: how far the distributions of values are from the chunk before."""
-    first, *_ = values = _quantiles(latents)
+    first, *_ = values = [quantiles(chunk) for chunk in latents]
     return _over_pairs(jump, values, [first, *values])
 
 
@@ -77,7 +73,7 @@ def anchor_offset(latents: list[torch.Tensor], patch_size: tuple[int, int, int])
 
 def anchor_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
     """How far the distributions of values are from the first chunk."""
-    first, *_ = values = _quantiles(latents)
+    first, *_ = values = [quantiles(chunk) for chunk in latents]
     return _over_pairs(jump, values, [first] * len(values))
 
 
