@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from examples.generate import Job, generate_missing
+from tokentrim.tools.generate import Job, generate_missing
 
 from .experiment import ARGUMENTS, Experiment
 from .rollouts import CHECKPOINT, ROOT

@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-import tokentrim.bundle
-from tokentrim.bundle import bundle, sort_modules
+from tokentrim.tools.bundle import bundle, sort_modules
+from tokentrim.tools.cli import main
 
 
 def test_every_module_comes_after_those_that_it_imports():
@@ -33,16 +33,15 @@ def test_names_that_two_modules_define_are_an_error(tmp_path, monkeypatch):
         '# c\n"""Doc."""\n\nfrom .tokentrim_a import b\n\n\ndef c():\n    pass\n'
     )
     (tmp_path / "tokentrim_a.py").write_text('# c\n"""Doc."""\n\nb = 1\n\n\nclass c:\n    pass\n')
-    monkeypatch.setattr(tokentrim.bundle, "ROOT", tmp_path)
+    monkeypatch.setattr("tokentrim.tools.bundle.ROOT", tmp_path)
     with pytest.raises(RuntimeError, match=r"defined in two modules: \['c'\]"):
         bundle()
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bundle", str(tmp_path / "tokentrim.py")])
-    tokentrim.bundle.main()
-    assert (tmp_path / "tokentrim.py").read_text() == bundle()
-    monkeypatch.setattr(sys, "argv", ["bundle", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        tokentrim.bundle.main()
-    assert "FILE has to end with .py" in capsys.readouterr().err
+def test_the_command(tmp_path, capsys):
+    file = tmp_path / "tokentrim.py"
+    assert main(["bundle", str(file)]) == 0
+    assert file.read_text() == bundle() and capsys.readouterr().out == f"{file}\n"
+    with pytest.raises(SystemExit) as end:
+        main(["bundle", str(tmp_path)])
+    assert end.value.code == 2 and "FILE has to end with .py" in capsys.readouterr().err

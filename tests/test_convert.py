@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from diffusers import FlowMatchLCMScheduler, WanTransformer3DModel
 from safetensors.torch import save_file
 
 from tokentrim import TokenTrimPipeline
-from tokentrim.convert import PRESETS, SCHEDULES, convert_checkpoint, load_original_transformer, main
+from tokentrim.tools.cli import main
+from tokentrim.tools.convert import convert_checkpoint, load_original_transformer
+from tokentrim.tools.presets import PRESETS, SCHEDULES
 
 
 HEAD_DIM = 12
@@ -131,7 +134,7 @@ def base(tmp_path_factory):
 
 
 def arguments(path, base, out, preset="self_forcing", *more):
-    return [str(path), "--base", str(base), "--out", str(out), "--preset", preset, *more]
+    return ["convert", str(path), "--base", str(base), "--out", str(out), "--preset", preset, *more]
 
 
 # What is in a file comes out
@@ -163,7 +166,7 @@ def test_without_ema(tmp_path):
 
 def test_dtype_leaves_in_fp32_what_diffusers_does(tmp_path, base):
     path = write(tmp_path, LAYOUTS["self_forcing"]())
-    main(arguments(path, base, tmp_path / "out", "self_forcing", "--dtype", "bfloat16"))
+    assert main(arguments(path, base, tmp_path / "out", "self_forcing", "--dtype", "bfloat16")) == 0
     tiny_transformer(EMA).save_pretrained(tmp_path / "direct")
     converted, direct = (
         WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
@@ -232,14 +235,14 @@ def test_the_command(tmp_path, base):
     path = write(tmp_path, LAYOUTS["rolling_forcing"]())
     (tmp_path / "tokentrim").symlink_to(ROOT)
     (tmp_path / "out").mkdir()
-    command = [sys.executable, "-m", "tokentrim.convert"]
+    command = [sys.executable, "-m", "tokentrim"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)}
     options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
     process = subprocess.run([*command, *arguments(path, base, "out", "rolling_forcing")], **options)
     assert process.returncode == 0, process.stderr
-    log = process.stdout
+    assert process.stdout == "out\n"
     for found in ("generator_ema", "critic, step", "_fsdp_wrapped_module., model.", "'num_layers': 2", "written"):
-        assert found in log
+        assert found in process.stderr
     assert_same_weights(WanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer"), tiny_transformer(EMA))
 
 
@@ -327,57 +330,68 @@ def test_head_dim_that_does_not_divide(tmp_path):
 
 
 @pytest.fixture
+def fail(capsys):
+    """Run the command, which has to fail with one sentence on stderr."""
+
+    def fail(arguments, message):
+        assert main(arguments) == 1
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert re.match(f"tokentrim convert: error: {message}", printed.err.splitlines()[-1]), printed.err
+
+    return fail
+
+
+@pytest.fixture
 def nothing_written(tmp_path):
     yield
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "vae"])
-def test_base_without_a_part(part, tmp_path, base, nothing_written):
+def test_base_without_a_part(part, tmp_path, base, fail, nothing_written):
     path = write(tmp_path, LAYOUTS["bare"]())
     poor = tmp_path / "base"
     poor.mkdir()
     for folder in base.iterdir():
         if folder.name != part:
             (poor / folder.name).symlink_to(folder)
-    with pytest.raises(SystemExit, match=f"error: `base` has to be a Wan2.1 folder.*has no {part}/"):
-        main(arguments(path, poor, tmp_path / "out"))
+    fail(arguments(path, poor, tmp_path / "out"), f"`base` has to be a Wan2.1 folder.*has no {part}/")
     (poor / part).mkdir()
-    with pytest.raises(SystemExit, match=f"error: `base` has to be a complete folder.*{part} does not load"):
-        main(arguments(path, poor, tmp_path / "out"))
+    fail(arguments(path, poor, tmp_path / "out"), f"`base` has to be a complete folder.*{part} does not load")
 
 
-def test_base_of_another_model(tmp_path, base, nothing_written):
+def test_base_of_another_model(tmp_path, base, fail, nothing_written):
     weights = {**original_weights(), "text_embedding.0.weight": torch.zeros(24, 40)}
-    with pytest.raises(SystemExit, match=r"error: `base` has to be a folder that fits.*\(40, 4, 4\).*\(32, 4, 4\)"):
-        main(arguments(write(tmp_path, weights), base, tmp_path / "out"))
+    fail(
+        arguments(write(tmp_path, weights), base, tmp_path / "out"),
+        r"`base` has to be a folder that fits.*\(40, 4, 4\).*\(32, 4, 4\)",
+    )
 
 
-def test_bad_file_for_the_command(tmp_path, base, nothing_written):
+def test_bad_file_for_the_command(tmp_path, base, fail, nothing_written):
     path = write(tmp_path, {**original_weights(), "extra": torch.zeros(3)})
-    with pytest.raises(SystemExit, match="error: `path` has to be.*1 unexpected: extra"):
-        main(arguments(path, base, tmp_path / "out"))
-    with pytest.raises(SystemExit, match="error: `ema` has to be None or False"):
-        main(arguments(write(tmp_path, original_weights()), base, tmp_path / "out", "longlive", "--ema"))
+    fail(arguments(path, base, tmp_path / "out"), "`path` has to be.*1 unexpected: extra")
+    fail(
+        arguments(write(tmp_path, original_weights()), base, tmp_path / "out", "longlive", "--ema"),
+        "`ema` has to be None or False",
+    )
 
 
-def test_failure_while_saving(tmp_path, base, nothing_written, monkeypatch):
-    def fail(self, folder):
+def test_failure_while_saving(tmp_path, base, fail, nothing_written, monkeypatch):
+    def run_out_of_space(self, folder):
         folder.mkdir()
         (folder / "model_index.json").write_text("{}")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(TokenTrimPipeline, "save_pretrained", fail)
-    with pytest.raises(SystemExit, match="error: No space left on device"):
-        main(arguments(write(tmp_path, LAYOUTS["bare"]()), base, tmp_path / "out"))
+    monkeypatch.setattr(TokenTrimPipeline, "save_pretrained", run_out_of_space)
+    fail(arguments(write(tmp_path, LAYOUTS["bare"]()), base, tmp_path / "out"), "No space left on device")
 
 
-def test_out_that_is_there(tmp_path, base):
+def test_out_that_is_there(tmp_path, base, fail):
     path = write(tmp_path, LAYOUTS["bare"]())
-    with pytest.raises(SystemExit, match="error: `out` has to be a new or an empty folder.*is there already"):
-        main(arguments(path, base, path))
-    with pytest.raises(SystemExit, match="error: `out` has to be a new or an empty folder.*is there already"):
-        main(arguments(path, base, tmp_path))
+    fail(arguments(path, base, path), "`out` has to be a new or an empty folder.*is there already")
+    fail(arguments(path, base, tmp_path), "`out` has to be a new or an empty folder.*is there already")
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 

@@ -1,4 +1,4 @@
-"""`examples/generate.py`, as its users start it."""
+"""`tokentrim generate` and `examples/generate.py`, as their users start them."""
 
 import json
 import os
@@ -10,6 +10,9 @@ from builders import full_pipeline
 from conftest import ROOT
 from diffusers import FlowMatchLCMScheduler
 from fresh import Nursery
+
+from tokentrim.tools.cli import main
+from tokentrim.tools.generate import read_jobs, read_settings
 
 
 SCRIPT = ROOT / "examples" / "generate.py"
@@ -32,7 +35,8 @@ OPTIONS = ["--checkpoint", "checkpoint", "--config", "rollout.json", "--config",
 def start(nursery, folder, *arguments):
     argv = [str(SCRIPT), *arguments, *OPTIONS]
     script = f"import runpy, sys\nsys.argv = {argv}\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    return nursery.run(f"{script}except SystemExit as end:\n    print('exit', int(end.code))", folder)[0]
+    printed, said = nursery.run(f"{script}except SystemExit as end:\n    print('exit', int(end.code))", folder)
+    return printed + "\n".join(said)
 
 
 def contents(folder):
@@ -52,8 +56,8 @@ def test_many_prompts(here):
         text=True,
     )
     assert process.returncode == 1
-    assert "3 to generate, 0 there already" in process.stdout and "2 done, 1 failed" in process.stdout
-    assert f"two/{NAMES[1]}.mp4: IsADirectoryError" in process.stdout
+    assert process.stdout == "2 done, 1 failed\n" and "3 to generate, 0 there already" in process.stderr
+    assert f"two/{NAMES[1]}.mp4: IsADirectoryError" in process.stderr
     assert "process 0: 100%" in process.stderr and "process 1: 100%" in process.stderr
     (here / "two" / f"{NAMES[1]}.mp4").rmdir()
     written = {
@@ -78,17 +82,41 @@ def test_many_prompts(here):
     assert record["decisions"][2]["trim"]  # the sensitivity of the second config file
 
 
+def test_seeds_do_not_depend_on_the_number_of_prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    jobs = read_jobs(tmp_path / "prompts.txt", tmp_path, 5, {})
+    assert [(job.seed, job.path.stem) for job in jobs] == list(zip((5, 7, 8), NAMES))
+
+
+def test_later_settings_count(here):
+    settings = read_settings([here / "rollout.json", here / "trim.json"])
+    assert settings == {"window_size": 9, "num_frames": 33, "drift_sensitivity": 0.0, "warmup_chunks": 1}
+    for content in ("[1]", "{"):
+        (here / "bad.json").write_text(content)
+        with pytest.raises(ValueError, match="bad.json has to hold one JSON object"):
+            read_settings([here / "bad.json"])
+
+
+SHARED = ["--checkpoint", "nowhere"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["a prompt", "--out", "videos"], "--out has to end with .mp4 for one prompt, but is 'videos'"),
-        (["a prompt", "--prompts", "prompts.txt", "--out", "videos"], "not allowed with"),
-        (["--out", "a.mp4"], "one of the arguments"),
+        (["a prompt", "--out", "videos", *SHARED], "--out has to end with .mp4 for one prompt, but is 'videos'"),
+        (["a prompt", "--prompts", "prompts.txt", "--out", "videos", *SHARED], "not allowed with"),
+        (["--out", "a.mp4", *SHARED], "one of the arguments"),
+        (["a prompt", "--out", "a.mp4"], "required: --checkpoint"),
     ],
 )
-def test_bad_arguments(arguments, message, monkeypatch, capsys):
-    from examples.generate import parse
+def test_wrong_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["generate", *arguments])
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
-    with pytest.raises(SystemExit):
-        parse(arguments)
-    assert message in capsys.readouterr().err
+
+def test_files_that_are_missing(tmp_path, capsys):
+    none = str(tmp_path / "none")
+    for arguments in (["--prompts", none, "--out", "videos"], ["a prompt", "--out", "a.mp4", "--config", none]):
+        assert main(["generate", *arguments, *SHARED]) == 1
+        assert f"No such file or directory: '{none}'" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -36,8 +37,8 @@ from hub import Hub
 
 import tokentrim
 from tokentrim import TokenTrimPipeline
-from tokentrim.bundle import bundle
-from tokentrim.publish import publish
+from tokentrim.tools.bundle import bundle
+from tokentrim.tools.publish import publish
 
 
 SIBLINGS = sorted(path.stem for path in ROOT.glob("tokentrim_*.py"))
@@ -388,12 +389,17 @@ def test_the_wheel(world, here, run):
 import sys; sys.path.insert(0, "site")
 from tokentrim import TokenTrimPipeline
 assert "site/tokentrim" in sys.modules["tokentrim"].__file__
-import tokentrim.publish, tokentrim.convert, tokentrim.bundle
-tokentrim.publish.publish("you/installed", "published", "checkpoint", license="apache-2.0")
+import tokentrim.tools.bundle, tokentrim.tools.convert, tokentrim.tools.generate
+from tokentrim.tools.publish import publish
+publish("you/installed", "published", "checkpoint", license="apache-2.0")
 pipe = TokenTrimPipeline.from_pretrained("checkpoint")
 """
     run(script)
     run(f'{PREAMBLE}\npipe = load("published")')
+    command = here / "site" / "bin" / "tokentrim"
+    environment = {**os.environ, "PYTHONPATH": str(here / "site")}
+    process = subprocess.run([command, "--version"], cwd=here, env=environment, capture_output=True, text=True)
+    assert process.stdout == f"tokentrim {tokentrim.__version__}\n", process.stderr
 
 
 def test_importing_the_package_loads_nothing():

@@ -9,7 +9,8 @@ from builders import full_pipeline
 from conftest import ROOT
 from huggingface_hub import ModelCard
 
-from tokentrim.publish import main, publish
+from tokentrim.tools.cli import main
+from tokentrim.tools.publish import publish
 
 
 CODE = {"pipeline.py", "pipeline_tokentrim.py", *(path.name for path in ROOT.glob("tokentrim_*.py"))}
@@ -94,8 +95,9 @@ def test_bad_input(checkpoint, tmp_path):
 
 
 def test_the_command(tmp_path, capsys):
-    main(["you/code", "--out", str(tmp_path / "out"), "--revision", "v7"])
+    arguments = ["publish", "you/code", "--out", str(tmp_path / "out"), "--revision", "v7"]
+    assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "hf upload you/code" in printed and "hf repos tag create you/code v7" in printed
-    with pytest.raises(SystemExit, match="error: `out` has to be a new or an empty folder"):
-        main(["you/code", "--out", str(tmp_path / "out")])
+    assert main(arguments) == 1
+    assert "tokentrim publish: error: `out` has to be a new or an empty folder" in capsys.readouterr().err

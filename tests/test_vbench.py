@@ -117,7 +117,8 @@ def start(nursery, folder, python, *arguments):
     ]
     script = f"import runpy, sys\nsys.path[:0] = ['{ROOT / 'tests'}']\nimport conftest\nsys.argv = {argv}\n"
     script += "try:\n    runpy.run_module('evaluation.vbench', run_name='__main__')\n"
-    return nursery.run(f"{script}except (SystemExit, ValueError) as end:\n    print('end:', end)", folder)[0]
+    printed, said = nursery.run(f"{script}except (SystemExit, ValueError) as end:\n    print('end:', end)", folder)
+    return printed + "\n".join(said)
 
 
 def test_generate_and_score(tmp_path, python):

@@ -1,21 +1,13 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""Original files of Self Forcing, Rolling Forcing, LongLive, CausVid and Causal Forcing, as Diffusers checkpoints.
+"""Original files of Self Forcing, Rolling Forcing, LongLive, CausVid and Causal Forcing, as Diffusers checkpoints."""
 
-    python -m tokentrim.convert self_forcing_dmd.pt --preset self_forcing \
-        --base Wan2.1-T2V-1.3B-Diffusers --out self-forcing-diffusers
-
-The folder that it writes says how its model is rolled out: `from_pretrained` and a prompt are enough.
-"""
-
-import argparse
 import logging
 import math
 import os
 import pickle
 import re
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,41 +18,14 @@ from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler, WanTransformer3DM
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from .pipeline_tokentrim import TokenTrimPipeline
-from .tokentrim_inputs import check_choice
+from ..pipeline_tokentrim import TokenTrimPipeline
+from ..tokentrim_inputs import check_choice
+from .presets import PRESETS, SCHEDULES
 
 
 logger = logging.getLogger("tokentrim.convert")
 
-# The rollout that each model was trained for. Their global attention spans 21 latent frames, the training length.
-SELF_FORCING = {
-    "rollout": "self_forcing",
-    "num_frames_per_chunk": 3,
-    "window_size": 21,
-    "num_sink_frames": 0,
-    "relative_positions": False,
-    "num_inference_steps": 4,
-}
-PRESETS = {
-    "self_forcing": SELF_FORCING,
-    "rolling_forcing": {
-        **SELF_FORCING,
-        "rollout": "rolling_forcing",
-        "num_sink_frames": 3,
-        "relative_positions": True,
-        "num_inference_steps": 5,
-    },
-    "longlive": {**SELF_FORCING, "window_size": 12, "num_sink_frames": 3},
-    "causvid": {**SELF_FORCING, "num_inference_steps": 3},
-    "causal_forcing": SELF_FORCING,
-    "causal_forcing_framewise": {**SELF_FORCING, "num_frames_per_chunk": 1},
-}
-# Arguments of FlowMatchLCMScheduler. CausVid's steps 1000, 757 and 522 are the sigmas 1, 28/37 and 12/23 (on the grid
-# of its shift 8). They are not evenly spaced before any shift; this shift, stretched to end at 12/23, gives exactly them.
-SCHEDULES = {name: {"shift": 5.0} for name in PRESETS} | {"causvid": {"shift": 400 / 421, "shift_terminal": 12 / 23}}
-
 BASE_PARTS = {"tokenizer": AutoTokenizer, "text_encoder": UMT5EncoderModel, "vae": AutoencoderKLWan}
-DTYPES = ("float32", "bfloat16", "float16")
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")  # anywhere in a key
 PREFIXES = ("module.", "model.", "diffusion_model.")  # at its start
@@ -298,27 +263,3 @@ def _load_part(base: Path, name: str) -> Any:
     except Exception as error:  # whatever the libraries raise for a broken folder
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"`base` has to be a complete folder, but {base / name} does not load: {reason}") from error
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tokentrim.convert", description=__doc__.splitlines()[0])
-    parser.add_argument("path", metavar="FILE", help=f".pt or .safetensors, laid out as {LAYOUTS}")
-    parser.add_argument("--base", required=True, help="Wan2.1 text-to-video folder in Diffusers format")
-    parser.add_argument("--out", required=True, help="the folder to write, new or empty")
-    parser.add_argument("--preset", required=True, choices=PRESETS, help="what the model was trained for")
-    parser.add_argument(
-        "--ema", action=argparse.BooleanOptionalAction, help="moving average of the weights (default: if it is there)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the transformer (default: as in the file)")
-    options = vars(parser.parse_args(arguments))
-    dtype = options.pop("dtype")
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logger.setLevel(logging.INFO)
-    try:
-        convert_checkpoint(**options, dtype=getattr(torch, dtype) if dtype else None)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-
-
-if __name__ == "__main__":
-    main()

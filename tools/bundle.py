@@ -1,10 +1,6 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The pipeline and its companions as one file, for `examples/community` of Diffusers.
+"""The pipeline and its companions as one file, for `examples/community` of Diffusers."""
 
-python -m tokentrim.bundle tokentrim.py
-"""
-
-import argparse
 import ast
 import sys
 from collections import Counter
@@ -13,11 +9,11 @@ from pathlib import Path
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent  # of the package
 HEADER = '''# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """TokenTrim (arXiv 2602.00268) for causal video diffusion models: long video that does not fall apart.
 
-One file, made of the modules of TokenTrim for Diffusers by `python -m tokentrim.bundle`: change those.
+One file, made of the modules of TokenTrim for Diffusers by `tokentrim bundle`: change those.
 
     pipe = DiffusionPipeline.from_pretrained(checkpoint, custom_pipeline="tokentrim", trust_remote_code=True)
     output = pipe("a red fox trots through snow", num_frames=249)
@@ -98,16 +94,3 @@ def bundle() -> str:
         raise RuntimeError(f"One file can define a name once only, but these are defined in two modules: {twice}.")
     imports = merge_imports([node for nodes, _, _ in modules for node in nodes])
     return "\n\n\n".join([f"{HEADER}\n{imports}", *(text for _, text, _ in modules)]) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tokentrim.bundle", description=__doc__.splitlines()[0])
-    parser.add_argument("out", metavar="FILE", type=Path, help="the file to write")
-    out = parser.parse_args().out
-    if out.suffix != ".py":
-        parser.error(f"FILE has to end with .py, but is {str(out)!r}")
-    out.write_text(bundle())
-
-
-if __name__ == "__main__":
-    main()

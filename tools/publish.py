@@ -1,29 +1,23 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Folders that are ready for the Hub: the code of the pipeline, or the code and a checkpoint, with a model card.
 
-    python -m tokentrim.publish you/tokentrim --out hub/tokentrim
-    python -m tokentrim.publish you/tiny-world --checkpoint checkpoints/tiny-world --out hub/tiny-world
-
 What the card says about licences, results and limits is what README.md says.
 """
 
-import argparse
 import os
 import re
 import shutil
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from . import __version__
-from .tokentrim_inputs import check
-from .tokentrim_saving import INDEX, copy_code, name_our_classes
+from .. import __version__
+from ..tokentrim_inputs import check
+from ..tokentrim_saving import INDEX, copy_code, name_our_classes
 
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent  # of the package
 TAGS = ["diffusers", "video-generation", "long-video", "wan", "causal", "kv-cache", "tokentrim", "arxiv:2602.00268"]
 
 
@@ -83,7 +77,7 @@ def publish(
 
     card = ModelCard.from_template(
         ModelCardData(library_name="diffusers", pipeline_tag="text-to-video", license=license, tags=TAGS),
-        template_str=(ROOT / "model_card.md").read_text(),
+        template_str=Path(__file__).with_name("model_card.md").read_text(),
         title=repo_id.split("/")[1],
         repo_id=repo_id,
         revision=revision,
@@ -115,29 +109,3 @@ def unlinked(text: str) -> str:
     link = r"\[([^\]]*)\]\((?!https?:)[^)]*\)"
     text = re.sub(rf"^!{link}\n+", "", text, flags=re.M)
     return re.sub(link, r"\1", re.sub(rf"\s*\({link}\)", "", text))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tokentrim.publish", description=__doc__.splitlines()[0])
-    parser.add_argument("repo_id", metavar="REPO", help="the repository on the Hub, you/name")
-    parser.add_argument("--out", required=True, help="the folder to write, new or empty")
-    parser.add_argument("--checkpoint", help="Diffusers folder to publish with the code (default: the code alone)")
-    parser.add_argument("--license", help="of the weights, as the Hub names it (default: the checkpoint's card)")
-    parser.add_argument("--revision", default=f"v{__version__}", help="tag that the snippet pins (%(default)s)")
-    parser.add_argument("--prompt", default="a red fox trots through snow", help="for the snippet (%(default)s)")
-    parser.add_argument("--validate", action="store_true", help="also ask the Hub whether the card is valid")
-    options = vars(parser.parse_args(arguments))
-    validate = options.pop("validate")
-    try:
-        card = publish(**options)
-        if validate:
-            card.validate()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    out, repo_id = options["out"], options["repo_id"]
-    print(f"written {out}. Read its README.md, then:\n\n  hf repos create {repo_id}\n  hf upload {repo_id} {out} .")
-    print(f"  hf repos tag create {repo_id} {options['revision']}")
-
-
-if __name__ == "__main__":
-    main()

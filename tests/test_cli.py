@@ -1,0 +1,75 @@
+"""The command `tokentrim`: help without PyTorch, exit codes, and errors of one sentence."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from tokentrim.tools import cli
+
+
+COMMANDS = ("generate", "convert", "publish", "bundle")
+
+
+def start(folder, *arguments):
+    """In a process of its own, with the checkout as the package `tokentrim`."""
+    (folder / "tokentrim").symlink_to(ROOT)
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_help_imports_no_heavy_package(tmp_path):
+    calls = [["--help"], ["--version"], [], *([command, "--help"] for command in COMMANDS)]
+    script = f"""
+import sys
+from tokentrim.tools.cli import main
+for arguments in {calls}:
+    try:
+        main(arguments)
+    except SystemExit as end:
+        print("exit", end.code)
+heavy = {{"torch", "diffusers", "numpy", "matplotlib"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    process = start(tmp_path, "-c", script)
+    assert process.returncode == 0, process.stderr
+    codes = [line for line in process.stdout.splitlines() if line.startswith("exit")]
+    assert codes == ["exit 0", "exit 0", "exit 2", *["exit 0"] * len(COMMANDS)]
+    assert all(f"\n    {command} " in process.stdout for command in COMMANDS)
+
+
+def test_python_m(tmp_path):
+    process = start(tmp_path, "-m", "tokentrim", "bundle", "one.py")
+    assert (process.returncode, process.stdout) == (0, "one.py\n"), process.stderr
+    assert "class TokenTrimPipeline(" in (tmp_path / "one.py").read_text()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert f"\n  tokentrim {command} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [ValueError("a sentence"), OSError("a sentence"), KeyboardInterrupt()])
+def test_failures_have_no_traceback(error, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("tokentrim.tools.bundle.bundle", fail)
+    code = cli.main(["bundle", "one.py"])
+    printed = capsys.readouterr()
+    if isinstance(error, KeyboardInterrupt):
+        assert (code, printed.err) == (130, "")
+    else:
+        assert (code, printed.err) == (1, "tokentrim bundle: error: a sentence\n")
+    assert printed.out == ""
+
+
+def test_defects_have_a_traceback(monkeypatch):
+    monkeypatch.setattr("tokentrim.tools.bundle.bundle", lambda: {}["no such key"])
+    with pytest.raises(KeyError):
+        cli.main(["bundle", "one.py"])

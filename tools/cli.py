@@ -1,0 +1,210 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The command `tokentrim`: what a user types, for every subcommand.
+
+Each tool is imported when it runs, so that help and usage errors need no PyTorch. Results go to stdout, progress to
+stderr. The exit code is 0, 1 for a failure, which is one sentence on stderr, or 2 for wrong usage.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .. import __version__
+from .presets import PRESETS
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f"tokentrim {options.command}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tokentrim",
+        description="Tools of TokenTrim for Diffusers: long video from causal models that does not fall apart.",
+        epilog="`tokentrim COMMAND --help` has the options of a command, and examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    add_generate(commands)
+    add_convert(commands)
+    add_publish(commands)
+    add_bundle(commands)
+    return parser
+
+
+def add_command(commands, run: Callable, name: str, summary: str, details: str) -> argparse.ArgumentParser:
+    """A subcommand whose options `run` takes; `details` ends with examples."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+# generate
+
+
+def add_generate(commands) -> None:
+    details = """\
+Line n of the prompts, from 0, makes FOLDER/n-its-words.mp4 with the seed --seed + n, and beside it a .json of the
+decisions. What is there already is skipped: start again after an interruption. A prompt that fails is reported at the
+end, and the rest goes on. `accelerate launch` and `torchrun` split the prompts over processes.
+
+examples:
+  tokentrim generate "a red fox trots through snow" --checkpoint self-forcing-diffusers --out fox.mp4
+  tokentrim generate --prompts prompts.txt --checkpoint self-forcing-diffusers --config paper.json --out videos
+  accelerate launch -m tokentrim generate --prompts prompts.txt --checkpoint self-forcing-diffusers --out videos"""
+    parser = add_command(commands, run_generate, "generate", "videos of one prompt, or of a file of prompts", details)
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("prompt", metavar="PROMPT", nargs="?", help="one prompt")
+    given.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt on each line")
+    parser.add_argument("--out", type=Path, required=True, help="an .mp4 file, or a folder with --prompts")
+    parser.add_argument("--checkpoint", required=True, help="folder or Hub id of a causal model in Diffusers format")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="JSON of arguments of the call; may be repeated, the later file counts",
+    )
+    parser.add_argument(
+        "--num-frames", type=int, metavar="N", help="frames of each video (default: the config's, or 81)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first prompt (default: %(default)s)")
+    parser.add_argument("--fps", type=float, default=16, metavar="N", help="frames per second (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights (default: %(default)s)")
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    if options.prompt is not None and options.out.suffix != ".mp4":
+        options.parser.error(f"--out has to end with .mp4 for one prompt, but is {str(options.out)!r}")
+    from .generate import Job, generate_missing, read_jobs, read_settings
+
+    settings = read_settings(options.config)
+    if options.num_frames is not None:
+        settings["num_frames"] = options.num_frames
+    if options.prompts is None:
+        jobs = [Job(options.prompt, options.seed, options.out, settings)]
+    else:
+        jobs = read_jobs(options.prompts, options.out, options.seed, settings)
+    return int(generate_missing(jobs, options.checkpoint, options.dtype, options.fps) > 0)
+
+
+# convert
+
+
+def add_convert(commands) -> None:
+    details = """\
+The folder that it writes says how its model is rolled out: `from_pretrained` and a prompt are enough. Conversion fails
+if a tensor is left over or missing, and a failure leaves nothing behind. Only tensors are unpickled.
+
+example:
+  tokentrim convert self_forcing_dmd.pt --preset self_forcing --base Wan2.1-T2V-1.3B-Diffusers \\
+      --out self-forcing-diffusers"""
+    summary = "original files of Self Forcing, Rolling Forcing and others to Diffusers folders"
+    parser = add_command(commands, run_convert, "convert", summary, details)
+    layouts = "{'generator': ..., 'generator_ema': ...}, {'model': ...} or a bare state dict"
+    parser.add_argument("path", metavar="FILE", help=f".pt or .safetensors, laid out as {layouts}")
+    parser.add_argument(
+        "--base",
+        required=True,
+        metavar="FOLDER",
+        help="Wan2.1 text-to-video folder in Diffusers format, for tokenizer, text encoder and VAE",
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, new or empty")
+    parser.add_argument("--preset", required=True, choices=PRESETS, help="what the model was trained for")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="moving average of the weights (default: if the file has it)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the transformer (default: as in the file)")
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    import torch
+
+    from .convert import convert_checkpoint, logger
+
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    convert_checkpoint(options.path, options.base, options.out, options.preset, options.ema, dtype)
+    print(options.out)
+    return 0
+
+
+# publish
+
+
+def add_publish(commands) -> None:
+    details = """\
+The model card's snippet pins the revision; its results and limits are those of this project's README. Nothing is
+uploaded: the commands that do so are printed.
+
+examples:
+  tokentrim publish you/tokentrim --out hub/tokentrim
+  tokentrim publish you/tiny-world --checkpoint checkpoints/tiny-world --out hub/tiny-world"""
+    summary = "a folder that is ready for the Hub: the code, or the code and a checkpoint, with a model card"
+    parser = add_command(commands, run_publish, "publish", summary, details)
+    parser.add_argument("repo_id", metavar="REPO", help="the repository on the Hub, you/name")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, new or empty")
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="published with the code (default: the code alone)")
+    parser.add_argument("--license", help="of the weights, as the Hub names it (default: the checkpoint's card)")
+    parser.add_argument(
+        "--revision", default=f"v{__version__}", help="tag that the snippet pins (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prompt", default="a red fox trots through snow", help="of the snippet (default: %(default)s)"
+    )
+    parser.add_argument("--validate", action="store_true", help="also ask the Hub whether the card is valid")
+
+
+def run_publish(options: argparse.Namespace) -> int:
+    from .publish import publish
+
+    out, repo_id, revision = options.out, options.repo_id, options.revision
+    card = publish(repo_id, out, options.checkpoint, options.license, revision, options.prompt)
+    if options.validate:
+        card.validate()
+    print(f"written {out}. Read its README.md, then:\n\n  hf repos create {repo_id}\n  hf upload {repo_id} {out} .")
+    print(f"  hf repos tag create {repo_id} {revision}")
+    return 0
+
+
+# bundle
+
+
+def add_bundle(commands) -> None:
+    details = "example:\n  tokentrim bundle tokentrim.py"
+    summary = "the pipeline and its companions as one file, for `examples/community` of Diffusers"
+    parser = add_command(commands, run_bundle, "bundle", summary, details)
+    parser.add_argument("out", metavar="FILE", type=Path, help="the .py file to write")
+
+
+def run_bundle(options: argparse.Namespace) -> int:
+    if options.out.suffix != ".py":
+        options.parser.error(f"FILE has to end with .py, but is {str(options.out)!r}")
+    from .bundle import bundle
+
+    options.out.write_text(bundle())
+    print(options.out)
+    return 0
