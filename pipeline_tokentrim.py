@@ -391,9 +391,13 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         return self.encode_video(torch.cat([video, padding], dim=1), height, width)[:, :num_latent_frames]
 
     def decode_latents(self, latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
-        """Latents (B, C, T, H, W) to videos as `output_type` asks."""
+        """Latents (B, C, T, H, W) to videos as `output_type` asks; none where a run was interrupted in its first chunk."""
         config = self.vae.config
         mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
         latents = (latents * std.to(latents) + mean.to(latents)).to(self.vae.dtype)
-        video = self.vae.decode(latents, return_dict=False)[0]
+        if latents.shape[2] > 0:
+            video = self.vae.decode(latents, return_dict=False)[0]
+        else:
+            height, width = (side * self.vae_scale_factor_spatial for side in latents.shape[3:])
+            video = latents.new_zeros(len(latents), 3, 0, height, width)
         return self.video_processor.postprocess_video(video, output_type=output_type)
