@@ -2,6 +2,7 @@
 """TokenTrim (arXiv 2602.00268) for causal video diffusion models in Diffusers: the pipeline."""
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -284,7 +285,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         arguments = {name: value for name, value in locals().items() if name != "self"}
 
         # 1. Complete the arguments from the checkpoint, and check them before any model runs
-        plan = plan_rollout(self, arguments)
+        plan = self.plan(**arguments)
 
         # 2. Encode the prompt, draw the noise, and roll out chunk by chunk
         run, chunks = self.begin(plan), []
@@ -303,6 +304,12 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             return (frames, decisions)
         chunk_frames = None if output_type == "latent" else plan.chunk_frames[: len(chunks)]
         return TokenTrimPipelineOutput(frames, decisions, run.backbone.cache.grid, chunk_frames)
+
+    def plan(self, *args, **kwargs) -> RolloutPlan:
+        """What a call with these arguments would do, completed from the checkpoint and checked; no model runs."""
+        call = inspect.signature(self.__call__).bind(*args, **kwargs)
+        call.apply_defaults()
+        return plan_rollout(self, call.arguments)
 
     @torch.no_grad()
     def roll_out(self, run: Rollout) -> Iterator[Chunk]:
