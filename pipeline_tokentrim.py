@@ -2,6 +2,7 @@
 """TokenTrim (arXiv 2602.00268) for causal video diffusion models in Diffusers: the pipeline."""
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -284,7 +285,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         arguments = {name: value for name, value in locals().items() if name != "self"}
 
         # 1. Complete the arguments from the checkpoint, and check them before any model runs
-        plan = plan_rollout(self, arguments)
+        plan = self.plan(**arguments)
 
         # 2. Encode the prompt, draw the noise, and roll out chunk by chunk
         run, chunks = self.begin(plan), []
@@ -303,6 +304,12 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             return (frames, decisions)
         chunk_frames = None if output_type == "latent" else plan.chunk_frames[: len(chunks)]
         return TokenTrimPipelineOutput(frames, decisions, run.backbone.cache.grid, chunk_frames)
+
+    def plan(self, *args, **kwargs) -> RolloutPlan:
+        """What a call with these arguments would do, completed from the checkpoint and checked; no model runs."""
+        call = inspect.signature(self.__call__).bind(*args, **kwargs)
+        call.apply_defaults()
+        return plan_rollout(self, call.arguments)
 
     @torch.no_grad()
     def roll_out(self, run: Rollout) -> Iterator[Chunk]:
@@ -391,9 +398,13 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         return self.encode_video(torch.cat([video, padding], dim=1), height, width)[:, :num_latent_frames]
 
     def decode_latents(self, latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
-        """Latents (B, C, T, H, W) to videos as `output_type` asks."""
+        """Latents (B, C, T, H, W) to videos as `output_type` asks; none where a run was interrupted in its first chunk."""
         config = self.vae.config
         mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
         latents = (latents * std.to(latents) + mean.to(latents)).to(self.vae.dtype)
-        video = self.vae.decode(latents, return_dict=False)[0]
+        if latents.shape[2] > 0:
+            video = self.vae.decode(latents, return_dict=False)[0]
+        else:
+            height, width = (side * self.vae_scale_factor_spatial for side in latents.shape[3:])
+            video = latents.new_zeros(len(latents), 3, 0, height, width)
         return self.video_processor.postprocess_video(video, output_type=output_type)

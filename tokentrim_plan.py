@@ -179,14 +179,14 @@ def _complete(pipe: Any, call: dict) -> None:
             "num_frames": (latents.shape[2] - 1) * temporal + 1,
         }
         call.update({name: value for name, value in of_latents.items() if call[name] is None})
-    _take(pipe, call, "rollout", "self_forcing")
+    _fill_in(pipe, call, "rollout", "self_forcing")
     check_choice("rollout", call["rollout"], ROLLOUTS)
-    _take(pipe, call, "num_frames_per_chunk", None if is_far(pipe) else 3)
-    _take(pipe, call, "num_inference_steps", 4)
-    _take(pipe, call, "height", 480)
-    _take(pipe, call, "width", 832)
-    _take(pipe, call, "max_sequence_length", 512)
-    _take(pipe, call, "num_frames", 81)
+    _fill_in(pipe, call, "num_frames_per_chunk", None if is_far(pipe) else 3)
+    _fill_in(pipe, call, "num_inference_steps", 4)
+    _fill_in(pipe, call, "height", 480)
+    _fill_in(pipe, call, "width", 832)
+    _fill_in(pipe, call, "max_sequence_length", 512)
+    _fill_in(pipe, call, "num_frames", 81)
     callback = call["callback_on_step_end"]
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         call["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
@@ -194,7 +194,7 @@ def _complete(pipe: Any, call: dict) -> None:
     check_list("callback_on_step_end_tensor_inputs", call["callback_on_step_end_tensor_inputs"], str, valid)
 
 
-def _take(pipe: Any, call: dict, name: str, fallback: Any) -> None:
+def _fill_in(pipe: Any, call: dict, name: str, fallback: Any) -> None:
     """An argument of the call, else the checkpoint's setting, else ours."""
     if call[name] is None:
         call[name] = pipe.config.get(name)
@@ -390,10 +390,10 @@ def _plan_layout(pipe: Any, call: dict, chunk_partition: Sequence[int], num_in_f
             check(False, name, call[name], "None where `layout` is given")
         layout = make_layout(call["layout"])
     else:
-        _take(pipe, call, "window_size", None)
-        _take(pipe, call, "num_sink_frames", chunk_partition[0] if rolling else 0)
-        _take(pipe, call, "relative_positions", rolling)
-        _take(pipe, call, "sink_at_commit", not rolling)
+        _fill_in(pipe, call, "window_size", None)
+        _fill_in(pipe, call, "num_sink_frames", chunk_partition[0] if rolling else 0)
+        _fill_in(pipe, call, "relative_positions", rolling)
+        _fill_in(pipe, call, "sink_at_commit", not rolling)
         layout = WindowLayout(*(call[name] for name in WINDOW_SETTINGS))
     limit = pipe.transformer.config.full_chunk_limit if far else num_in_flight
     starts = range(max(len(chunk_partition) - limit, 0) + 1)
