@@ -395,5 +395,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         config = self.vae.config
         mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
         latents = (latents * std.to(latents) + mean.to(latents)).to(self.vae.dtype)
-        video = self.vae.decode(latents, return_dict=False)[0]
+        if latents.shape[2] == 0:  # interrupted in the first chunk
+            size = [length * self.vae_scale_factor_spatial for length in latents.shape[3:]]
+            video = latents.new_zeros(latents.shape[0], 3, 0, *size)
+        else:
+            video = self.vae.decode(latents, return_dict=False)[0]
         return self.video_processor.postprocess_video(video, output_type=output_type)
