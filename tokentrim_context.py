@@ -146,9 +146,10 @@ class ContextPolicies:
         self._open_chunk(self._index + 1)
         return decisions
 
-    def prompt_changed(self) -> None:
-        for policies in self.chains:
-            for policy in policies:
+    def prompt_changed(self, videos: Iterable[int]) -> None:
+        """Another prompt serves some videos."""
+        for video in videos:
+            for policy in self.chains[video]:
                 policy.prompt_changed()
 
     def state_dict(self) -> dict:
