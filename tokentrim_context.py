@@ -111,7 +111,8 @@ class ContextPolicies:
             tokens = set()
             for policy in self.chains[video]:
                 asked = self._check_tokens(policy, policy.review(judged[video]))
-                tokens |= asked if self._attempts < policy.max_regenerations else set()
+                limit = getattr(policy, "max_regenerations", ContextPolicy.max_regenerations)
+                tokens |= asked if self._attempts < limit else set()
             if tokens:
                 unstable[video] = sorted(tokens)
                 decision = self._decisions[video]
@@ -174,9 +175,11 @@ class ContextPolicies:
 
     def _check_tokens(self, policy: Any, tokens: Any) -> set[int]:
         name, valid = f"{self._place(policy)}.review", f"grid tokens from 0 to {self.num_tokens - 1}"
+        tokens = tokens.tolist() if isinstance(tokens, torch.Tensor) else tokens
         check(isinstance(tokens, Iterable) and not isinstance(tokens, (str, dict)), name, tokens, valid, TypeError)
-        tokens = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
-        check(all(isinstance(token, Integral) for token in tokens), name, tokens, valid, TypeError)
+        tokens = list(tokens)
+        whole = all(isinstance(token, Integral) and not isinstance(token, bool) for token in tokens)  # nor a mask
+        check(whole, name, tokens, valid, TypeError)
         check(all(0 <= token < self.num_tokens for token in tokens), name, tokens, valid)
         return set(map(int, tokens))
 
