@@ -181,7 +181,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         use_mean_velocity: bool = True,
         use_kv_cache: bool = True,
         chunk_partition: list[int] | None = None,
-        method: str | dict | list = "tokentrim",
+        method: str | dict | list | ContextPolicy = "tokentrim",
         prune_fraction: float | None = None,
         drift_sensitivity: float | None = None,
         warmup_chunks: int | None = None,
@@ -235,12 +235,12 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             chunk_partition (`list[int]`, *optional*):
                 Latent frames of each chunk, instead of `num_frames_per_chunk`. By default of AnyFlow-FAR the model's
                 own; for another length its first chunk, and then as many of its second as there is room for.
-            method (`str`, `dict` or `list`, defaults to `"tokentrim"`):
+            method (`str`, `dict`, `list` or `ContextPolicy`, defaults to `"tokentrim"`):
                 What is done against drift. `"plain"`: nothing. `"tokentrim"`: algorithm 1 of the paper. `"paper"`: the
                 same after FlowMo's motion-stabilised initialisation (its section 4.1). `"tokentrim_plus"`, ours:
                 quarantine and re-anchoring. Or policies by name with their settings, in chain order:
-                `{"quarantine": {"sensitivity": 6}, "reanchor": {"match": "distribution"}}`. Or a list of names and of
-                objects with the verbs of `pipe.ContextPolicy`, which are copied for each video.
+                `{"quarantine": {"sensitivity": 6}, "reanchor": {"match": "distribution"}}`. Or an object with the verbs
+                of `pipe.ContextPolicy`, which is copied for each video. Or a list of these.
             prune_fraction, drift_sensitivity, warmup_chunks, max_regenerations, drift_signal (*optional*):
                 Settings of TokenTrim, see [`TokenTrim`]: by default 0.1, 2.0, 2, 1 and `"final"`.
             rollout (`str`, *optional*, defaults to `"self_forcing"`):

@@ -117,7 +117,8 @@ def cached_attention(transformer: WanTransformer3DModel, cache: RollingKVCache) 
     embedder = transformer.condition_embedder
     timesteps = embedder.timesteps_proj
     try:
-        embedder.timesteps_proj = ExactTimesteps(timesteps)
+        if isinstance(timesteps, Timesteps):
+            embedder.timesteps_proj = ExactTimesteps(timesteps)
         with warnings.catch_warnings():
             # The norm in fp32 of a model in bf16 is what we ask for, at the cost of torch's fused kernel.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")

@@ -19,12 +19,14 @@ class ContextPolicy:
     saved; names with a leading underscore are derived, and left out.
 
     Attributes:
+        video (`int`): which video of the batch, set by the rollout.
         patch_size (`tuple[int, int, int]`): the transformer's (frames, height, width) patch, set by the rollout.
         max_regenerations (`int`): how often `review` may ask for another attempt at a chunk.
         drift_signal (`str`, *optional*): what `review` sees: `"final"` or `"first_step"`; `None` where it does not matter.
         may_reject (`bool`): whether `commit` may return `None`, so that the context has to be large enough for that.
     """
 
+    video = 0
     patch_size = (1, 2, 2)
     max_regenerations = 1
     drift_signal: str | None = None
@@ -87,9 +89,9 @@ class ContextPolicies:
     ):
         self.num_tokens = grid[0] * grid[1]
         self.chains = [copy.deepcopy(list(chain)) for _ in range(num_videos)]
-        for policies in self.chains:
+        for video, policies in enumerate(self.chains):
             for policy in policies:
-                policy.patch_size = patch_size
+                policy.video, policy.patch_size = video, patch_size
         self._open_chunk(0)
 
     def observe(self, latents: torch.Tensor) -> None:

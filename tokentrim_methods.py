@@ -37,9 +37,9 @@ def make_method(method: Any, trim_settings: dict) -> Method:
     The policies and hooks of a call.
 
     Args:
-        method (`str`, `dict` or `list`):
-            A name of `METHODS`; a dict of policies and hooks by name, each with its settings, in chain order; or a list
-            of names and objects with the verbs of [`ContextPolicy`].
+        method (`str`, `dict`, `list` or [`ContextPolicy`]):
+            A name of `METHODS`, of a policy or of a hook; a dict of policies and hooks by name, each with its settings,
+            in chain order; an object with the verbs of [`ContextPolicy`]; or a list of such.
         trim_settings (`dict`): arguments of the call that are settings of TokenTrim, `None` where not given.
 
     Raises:
@@ -58,19 +58,7 @@ def make_method(method: Any, trim_settings: dict) -> Method:
 
 def _list_parts(method: Any, trim_settings: dict) -> list[tuple[str | None, Any]]:
     """(name, settings) or (None, object) of each part; TokenTrim's settings among the call's arguments join its own."""
-    known = (*POLICIES, *HOOKS)
-    if isinstance(method, str):
-        check_choice("method", method, tuple(METHODS))
-        parts = list(METHODS[method].items())
-    elif isinstance(method, dict):
-        check(set(method) <= set(known), "method", list(method), f"policies among {list(known)}")
-        parts = list(method.items())
-    else:
-        valid = f"one of {list(METHODS)}, a dict of {list(known)} with settings, or a list of them and of policies"
-        check(isinstance(method, (list, tuple)), "method", method, valid, TypeError)
-        for each in method:
-            check(not isinstance(each, str) or each in known, "method", each, f"policies among {list(known)}")
-        parts = [(each, {}) if isinstance(each, str) else (None, each) for each in method]
+    parts = _flatten(method)
     given = {name: value for name, value in trim_settings.items() if value is not None}
     for name, value in given.items():
         has_trim = any(part == "tokentrim" for part, _ in parts)
@@ -78,11 +66,25 @@ def _list_parts(method: Any, trim_settings: dict) -> list[tuple[str | None, Any]
     return [(name, {**given, **settings} if name == "tokentrim" else settings) for name, settings in parts]
 
 
+def _flatten(method: Any) -> list[tuple[str | None, Any]]:
+    names = list(dict.fromkeys([*METHODS, *POLICIES, *HOOKS]))
+    if isinstance(method, str):
+        check_choice("method", method, names)
+        return list(METHODS[method].items()) if method in METHODS else [(method, {})]
+    if isinstance(method, dict):
+        known = [*POLICIES, *HOOKS]
+        check(set(method) <= set(known), "method", list(method), f"a dict of {known} with their settings")
+        return list(method.items())
+    if isinstance(method, (list, tuple)):
+        return [part for each in method for part in _flatten(each)]
+    has_verbs = not isinstance(method, type) and all(callable(getattr(method, verb, None)) for verb in VERBS)
+    valid = f"one of {names}, a dict of settings, an object with {', '.join(VERBS)} (as pipe.ContextPolicy), or a list"
+    check(has_verbs or _is_hook(method), "method", method, valid, TypeError)
+    return [(None, method)]
+
+
 def _make_part(name: str | None, part: Any) -> Any:
     if name is None:
-        has_verbs = not isinstance(part, type) and all(callable(getattr(part, verb, None)) for verb in VERBS)
-        valid = f"policies by name, or objects with {', '.join(VERBS)}, such as subclasses of pipe.ContextPolicy"
-        check(has_verbs or _is_hook(part), "method", part, valid, TypeError)
         return part
     kind = {**POLICIES, **HOOKS}[name]
     check_settings(f"method[{name!r}]", part, list(inspect.signature(kind).parameters))
@@ -93,4 +95,5 @@ def _make_part(name: str | None, part: Any) -> Any:
 
 
 def _is_hook(part: Any) -> bool:
+    """Whether it changes latents before a denoising step: `guides(generated_chunk, step, num_steps)`, and a call."""
     return callable(part) and callable(getattr(part, "guides", None))
