@@ -392,12 +392,13 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                     run.policies.observe(latents)
                 else:
                     draft = run.denoiser.draft(index, run.in_flight)
-                    while unstable := run.policies.review(draft.judged):  # eq. 4 to 8, at most R times
+                    while unstable := {} if self.interrupt else run.policies.review(draft.judged):  # eq. 4 to 8
                         run.backbone.evict(unstable)  # eq. 9, 10: {video: grid tokens}
                         draft = run.denoiser.redraft(draft, list(unstable))
-                    latents, run.in_flight = run.denoiser.finish(draft)
+                    latents, in_flight = run.denoiser.finish(draft)
                     if self.interrupt:
                         return
+                    run.in_flight = in_flight
                     context = run.policies.commit(latents) if run.goes_on(index) else latents
                 if run.goes_on(index):
                     run.denoiser.commit(index, context, run.policies.entered)  # clean forward at t = 0

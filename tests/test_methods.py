@@ -385,6 +385,44 @@ def test_what_one_policy_commits_the_next_one_sees():
     assert torch.equal(latents, noise(1, 2))
 
 
+class ShiftInPlace(Shift):
+    def commit(self, chunk):
+        return chunk.mul_(self.factor).add_(self.offset)
+
+
+def test_a_policy_that_writes_into_the_chunk_changes_the_context_alone():
+    for rest in ([], [Reject(1)]):
+        in_place, pure = (
+            roll(latent_pipeline(), noise(4, 2), method=[shift(0.5, 1.0), *rest]) for shift in (ShiftInPlace, Shift)
+        )
+        assert torch.equal(in_place.frames, pure.frames) and in_place.decisions == pure.decisions
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_policies_never_see_a_draft_that_an_interrupt_left_unfinished(at):
+    """Of 2 x 4 steps; the policy asks for another attempt at chunk 2, from step 5 on."""
+
+    class Seen(Trimmer):
+        def __deepcopy__(self, memo):
+            return self
+
+        def review(self, draft):
+            seen.append(draft.clone())
+            return super().review(draft)
+
+    def callback(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = len(steps) == at
+        return {}
+
+    seen, steps = [], []
+    roll(latent_pipeline(), noise(3), method=[Seen()])
+    whole, seen = seen, []
+    roll(latent_pipeline(), noise(3), method=[Seen()], callback_on_step_end=callback)
+    assert len(whole) == 4 and len(seen) == (at - 1) // 2
+    assert all(torch.equal(one, other) for one, other in zip(seen, whole))
+
+
 def test_what_is_committed_is_what_later_chunks_read():
     latents = noise(3)
     shown = roll(latent_pipeline(), latents, method=[Shift(0.5, 1.0)]).frames
