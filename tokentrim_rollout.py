@@ -83,23 +83,36 @@ class Rollout:
         return {
             "index": self.index,
             "in_flight": [[chunk.latents, chunk.step] for chunk in self.in_flight],
-            "noise": list(self.noise[self.index :]),
+            "noise": [noise.clone() for noise in self.noise[self.index :]],  # not what it is a view of
             "renoise": [[*key, noise] for key, noise in renoise.drawn.items()],
             "prompt": [prompt.embeds, prompt.negative_embeds],
+            "guidance_scale": self.pipe.guidance_scale,
             "generators": [generator.get_state() for generator in self._generators()],
             "policies": self.policies.state_dict(),
             "backbone": self.backbone.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from a saved state, whatever this run has done so far.
+
+        Raises:
+            `ValueError`: the state is of a run of another call.
+        """
+        saved, known = (
+            [tuple(noise.shape) for noise in left] for left in (state["noise"], self.noise[state["index"] :])
+        )
+        check(saved == known, "state", saved, f"of a run of the same call, with noise of the shapes {known}")
+        num_saved, num_known = len(state["generators"]), len(self._generators())
+        check(num_saved == num_known, "state", num_saved, f"of a run of the same call, with {num_known} generators")
+        self.policies.load_state_dict(state["policies"])
         self.index = state["index"]
         self.in_flight = tuple(InFlight(latents, step) for latents, step in state["in_flight"])
         self.noise[self.index :] = state["noise"]
         self.denoiser.renoise.drawn = {(chunk, step): noise for chunk, step, noise in state["renoise"]}
         self.denoiser.prompt = Prompt(*state["prompt"])
-        for generator, saved in zip(self._generators(), state["generators"], strict=True):
-            generator.set_state(saved)
-        self.policies.load_state_dict(state["policies"])
+        self.pipe._guidance_scale = state["guidance_scale"]
+        for generator, generator_state in zip(self._generators(), state["generators"]):
+            generator.set_state(generator_state)
         self.backbone.load_state_dict(state["backbone"])
 
     def _generators(self) -> list[torch.Generator]:
