@@ -117,18 +117,32 @@ class Rollout:
         return {
             "index": self.index,
             "in_flight": [[chunk.latents, chunk.step] for chunk in self.in_flight],
-            "noise": [[*each] for each in self.noise.chunks.items()],
+            "noise": [[index, noise.clone()] for index, noise in self.noise.chunks.items()],
             "num_drawn": self.noise.num_drawn,
             "given": self.given[self.index :],
             "changes": [[chunk, *change] for chunk, change in self.changes.items()],
             "renoise": [[*key, noise] for key, noise in renoise.drawn.items()],
             "prompt": [prompt.embeds, prompt.negative_embeds],
+            "guidance_scale": self.pipe.guidance_scale,
             "generators": [generator.get_state() for generator in self._generators()],
             "policies": self.policies.state_dict(),
             "backbone": self.backbone.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from a saved state, whatever this run has done so far.
+
+        Raises:
+            `ValueError`: the state is of a run of another call.
+        """
+        index, same_call = state["index"], "of a run of the same call"
+        check(self.plan.has_chunk(max(index - 1, 0)), "state", f"at chunk {index}", f"{same_call}, within its chunks")
+        for number, noise in state["noise"]:
+            known = (*self.plan.frame_shape[:2], self.plan.chunk_size(number), *self.plan.frame_shape[2:])
+            check(tuple(noise.shape) == known, "state", noise, f"{same_call}, with noise of shape {known}")
+        num_saved, num_known = len(state["generators"]), len(self._generators())
+        check(num_saved == num_known, "state", num_saved, f"{same_call}, with {num_known} generators")
+        self.policies.load_state_dict(state["policies"])
         self.index = state["index"]
         self.in_flight = tuple(InFlight(latents, step) for latents, step in state["in_flight"])
         self.noise.chunks, self.noise.num_drawn = dict(state["noise"]), state["num_drawn"]
@@ -136,9 +150,9 @@ class Rollout:
         self.changes = {chunk: (embeds, transition) for chunk, embeds, transition in state["changes"]}
         self.denoiser.renoise.drawn = {(chunk, step): noise for chunk, step, noise in state["renoise"]}
         self.denoiser.prompt = Prompt(*state["prompt"])
-        for generator, saved in zip(self._generators(), state["generators"], strict=True):
-            generator.set_state(saved)
-        self.policies.load_state_dict(state["policies"])
+        self.pipe._guidance_scale = state["guidance_scale"]
+        for generator, generator_state in zip(self._generators(), state["generators"]):
+            generator.set_state(generator_state)
         self.backbone.load_state_dict(state["backbone"])
 
     def _generators(self) -> list[torch.Generator]:
