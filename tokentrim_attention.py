@@ -7,8 +7,9 @@ the model's dtype: their rounding would be cached, read again and amplified.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 
 from .tokentrim_cache import RollingKVCache
+from .tokentrim_layout import Pass
 
 
 class CachedAttnProcessor:
@@ -31,6 +33,8 @@ class CachedAttnProcessor:
 
     def attend(self, query, key, value, mask=None) -> torch.Tensor:
         """(rows, queries, heads, head_dim)"""
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(value.dtype)
         return dispatch_attention_fn(
             query.to(value.dtype),
             key,
@@ -55,7 +59,7 @@ class CachedSelfAttnProcessor(CachedAttnProcessor):
         key = attn.norm_k(key.float()).unflatten(2, (attn.heads, -1))
         value = value.unflatten(2, (attn.heads, -1))
         keys, values, mask = self.cache.update(self.layer, key, value)
-        return self.project(attn, self.attend(self.cache.rotate_chunk(query), keys, values, mask))
+        return self.project(attn, self.attend(self.cache.rotate_queries(query), keys, values, mask))
 
 
 class CachedCrossAttnProcessor(CachedAttnProcessor):
@@ -93,15 +97,14 @@ class ExactTimesteps(torch.nn.Module):
 
 
 @contextmanager
-def replaced_processors(
-    transformer: ModelMixin, cache: RollingKVCache, of_self: type, of_cross: type
-) -> Iterator[None]:
-    """Give every block of `transformer` processors that read and write `cache`; always puts its own back."""
+def replaced_processors(transformer: ModelMixin, make_self: Callable, make_cross: Callable) -> Iterator[None]:
+    """Give every block of `transformer` the processors that `make_self` and `make_cross` make of a layer's index and the
+    stock processor; always puts its own back."""
     stock = [(attn, attn.processor) for block in transformer.blocks for attn in (block.attn1, block.attn2)]
     try:
         for layer, block in enumerate(transformer.blocks):
-            block.attn1.set_processor(of_self(cache, layer, block.attn1.processor))
-            block.attn2.set_processor(of_cross(cache, layer, block.attn2.processor))
+            block.attn1.set_processor(make_self(layer, block.attn1.processor))
+            block.attn2.set_processor(make_cross(layer, block.attn2.processor))
         yield
     finally:
         for attn, processor in stock:
@@ -114,11 +117,14 @@ def cached_attention(transformer: WanTransformer3DModel, cache: RollingKVCache) 
     embedder = transformer.condition_embedder
     timesteps = embedder.timesteps_proj
     try:
-        embedder.timesteps_proj = ExactTimesteps(timesteps)
+        if isinstance(timesteps, Timesteps):
+            embedder.timesteps_proj = ExactTimesteps(timesteps)
         with warnings.catch_warnings():
             # The norm in fp32 of a model in bf16 is what we ask for, at the cost of torch's fused kernel.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-            with replaced_processors(transformer, cache, CachedSelfAttnProcessor, CachedCrossAttnProcessor):
+            with replaced_processors(
+                transformer, partial(CachedSelfAttnProcessor, cache), partial(CachedCrossAttnProcessor, cache)
+            ):
                 yield
     finally:
         embedder.timesteps_proj = timesteps
@@ -130,7 +136,8 @@ def rotary_dims(transformer: WanTransformer3DModel) -> tuple[int, int, int]:
 
 
 class WanBackbone:
-    """A Wan transformer and its cache as a rollout sees them: the flow of a window, and a past that grows by chunks.
+    """A Wan transformer and its cache as a rollout sees them: the flow of the chunks in flight, and a past that grows by
+    chunks.
 
     Args:
         transformer (`WanTransformer3DModel`): stays as it is but inside `attached`.
@@ -145,6 +152,14 @@ class WanBackbone:
         """The transformer reads and writes the cache inside."""
         return cached_attention(self.transformer, self.cache)
 
+    def make_room(self, num_frames: int) -> None:
+        """Before a chunk of `num_frames` latent frames: what the layout does not keep leaves."""
+        self.cache.make_room(num_frames)
+
+    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> None:
+        """Hard pruning (eq. 9, 10), as in [`RollingKVCache`]."""
+        self.cache.evict(tokens, since_frame)
+
     def predict_flow(
         self,
         latents: torch.Tensor,
@@ -153,20 +168,22 @@ class WanBackbone:
         next_timesteps: torch.Tensor,
         text: torch.Tensor,
         attention_kwargs: dict[str, Any] | None,
+        pass_: Pass = Pass(),
     ) -> torch.Tensor:
-        """Flow of a window of chunks behind the cached past.
+        """Flow of the chunks in flight behind the cached past.
 
         Args:
-            latents (`torch.Tensor`): the window, (rows, C, T, H, W).
-            chunk_sizes (`Sequence[int]`): latent frames of each of its chunks.
+            latents (`torch.Tensor`): the chunks, (rows, C, T, H, W).
+            chunk_sizes (`Sequence[int]`): latent frames of each.
             timesteps (`torch.Tensor`), next_timesteps (`torch.Tensor`): of each chunk, where it is and where it goes.
             text (`torch.Tensor`): text embeddings, (rows, text, dim).
             attention_kwargs (`dict`, *optional*): passed on to the transformer.
+            pass_ ([`Pass`]): which pass this is, for the layout.
 
         Returns:
             `torch.Tensor`: flow prediction, shaped like `latents`.
         """
-        self.cache.begin_pass(latents.shape[2])
+        self.cache.begin_pass(latents.shape[2], pass_)
         timestep = timesteps.float()
         if len(chunk_sizes) > 1:  # one for each token, frame-major
             num_tokens = torch.tensor(chunk_sizes, device=timestep.device) * self.cache.tokens_per_frame
@@ -182,10 +199,17 @@ class WanBackbone:
     def commit(
         self, latents: torch.Tensor, text: torch.Tensor, attention_kwargs: dict[str, Any] | None
     ) -> torch.Tensor:
-        """Context pass: a forward over the clean chunk at timestep 0 writes its keys and values.
+        """A forward over the clean chunk at timestep 0 writes its keys and values.
 
         Returns what is finite if the pass was.
         """
         with self.cache.writing():
-            clean = torch.zeros(1, device=latents.device)
-            return self.predict_flow(latents, [latents.shape[2]], clean, clean, text, attention_kwargs)
+            clean, sizes = torch.zeros(1, device=latents.device), [latents.shape[2]]
+            return self.predict_flow(latents, sizes, clean, clean, text, attention_kwargs, Pass("commit"))
+
+    def state_dict(self) -> dict:
+        """The past between two chunks: plain values and tensors."""
+        return {"cache": self.cache.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.cache.load_state_dict(state["cache"])

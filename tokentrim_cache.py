@@ -1,11 +1,15 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The rolling KV cache of a causal Wan rollout: the one owner of keys, values and token positions."""
+"""The rolling KV cache of a causal rollout: the one owner of keys, values and token positions. It obeys the views of a
+layout and knows no window."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
+
+from .tokentrim_layout import Layout, Pass, View, check_view
 
 
 ROPE_THETA = 10000.0  # `WanRotaryPosEmbed`'s default, which the model neither changes nor keeps
@@ -17,14 +21,44 @@ def rotate(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-def _front(held: torch.Tensor) -> torch.Tensor:
-    """Columns that bring the True ones of (B, tokens) to the front of each row, in order, as many as the longest has."""
-    return held.byte().argsort(dim=1, descending=True, stable=True)[:, : int(held.sum(dim=1).max())]
+def grid_places(grid: tuple[int, int]) -> torch.Tensor:
+    """Row and column of each token of a grid, (tokens, 2), row-major."""
+    return torch.cartesian_prod(*(torch.arange(size, dtype=torch.float64) for size in grid))
 
 
 def _take(by_token: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Tokens of (rows, tokens, heads, head_dim) by `columns`, (rows, taken)."""
     return by_token[torch.arange(len(columns), device=columns.device)[:, None], columns]
+
+
+@dataclass
+class TokenBook:
+    """Which (latent frame, index among the places) each token of a sequence is, (B, tokens) each; `held` is False where
+    a row is padding, or where nobody may attend to the token."""
+
+    frame: torch.Tensor
+    token: torch.Tensor
+    held: torch.Tensor
+
+    @classmethod
+    def of_frames(cls, frames: Sequence[int], num_tokens: int, num_videos: int) -> "TokenBook":
+        """All `num_tokens` tokens of each of some latent frames, frame-major."""
+        frame = torch.tensor(frames, dtype=torch.long).repeat_interleave(num_tokens).expand(num_videos, -1)
+        token = torch.arange(num_tokens).repeat(len(frames)).expand(num_videos, -1)
+        return cls(frame, token, torch.ones_like(frame, dtype=torch.bool))
+
+    def taken(self, columns: torch.Tensor, held: torch.Tensor) -> "TokenBook":
+        """The tokens at `columns`, (B, taken), of which `held`, (B, tokens), are."""
+        return TokenBook(*(table.gather(1, columns) for table in (self.frame, self.token, held)))
+
+    def appended(self, other: "TokenBook") -> "TokenBook":
+        pairs = ((self.frame, other.frame), (self.token, other.token), (self.held, other.held))
+        return TokenBook(*(torch.cat(pair, dim=1) for pair in pairs))
+
+    def is_shared(self) -> bool:
+        """Whether all rows hold the same tokens, without padding."""
+        alike = [(table == table[:1]).all() for table in (self.frame, self.token)]
+        return bool(self.held.all() and alike[0] and alike[1])
 
 
 @dataclass
@@ -39,25 +73,25 @@ class _Layer:
 class RollingKVCache:
     """Keys and values of the past, (rows, held tokens, heads, head_dim) in each layer.
 
-    Grows by a chunk at each `writing` pass; with a window it holds at most `window_size` latent frames less the
-    current chunk. A *row* is one sequence of the transformer's batch: video v is rows v, v + B, ... (guidance
-    branches). Keys are kept without rotary embedding and a second time rotated for the chunk at hand, so that their
-    positions may move and no length meets the end of a table. Evicted tokens are gone from memory; rows that hold fewer tokens than the longest
-    are padded and the padding masked.
+    Grows by the frames of each `writing` pass; `make_room` lets go what the layout does not keep. A *row* is one
+    sequence of the transformer's batch: video v is rows v, v + B, ... (guidance branches). Keys are kept without rotary
+    embedding and a second time rotated for the chunk at hand, so that their positions may move and no length meets the
+    end of a table. Evicted tokens are gone from memory; rows that hold fewer tokens than the longest are padded and the
+    padding masked.
 
     Args:
         grid (`tuple[int, int]`): tokens of a latent frame, (height, width).
         rope_dims (`tuple[int, int, int]`): rotary dimensions of a head for (frame, height, width).
         num_videos (`int`): B.
-        window_size (`int`, *optional*): latent frames attended in all, the current chunk and the sink included.
-        num_sink_frames (`int`): first latent frames that never leave: neither by the window nor by eviction.
-        relative_positions (`bool`): count positions inside the window, the sink directly before the recent frames,
-            instead of from the start of the video.
-        sink_in_context_pass (`bool`): whether a context pass reads the sink too, at the price of as many recent frames.
-        num_protected_frames (`int`): first latent frames that eviction leaves alone, beside the sink.
+        layout ([`Layout`], *optional*): what stays and what is read; by default all of it, at absolute positions.
+        num_protected_frames (`int`): first latent frames that eviction leaves alone, beside the layout's sink.
+        places (`torch.Tensor`, *optional*): row and column of every token there is, (tokens, 2); the grid's by default.
 
     Attributes:
+        frames (`list[int]`): latent frames of the context, ascending, emptied ones included.
+        next_frame (`int`): the latent frame after the context.
         version (`int`): changes whenever what attention reads of the past changes.
+        is_writing (`bool`): whether the pass at hand is a commit.
     """
 
     def __init__(
@@ -65,82 +99,86 @@ class RollingKVCache:
         grid: tuple[int, int],
         rope_dims: tuple[int, int, int],
         num_videos: int,
-        window_size: int | None = None,
-        num_sink_frames: int = 0,
-        relative_positions: bool = False,
-        sink_in_context_pass: bool = True,
+        layout: Layout | None = None,
         num_protected_frames: int = 0,
+        places: torch.Tensor | None = None,
     ):
         self.grid = grid
         self.rope_dims = rope_dims
         self.num_videos = num_videos
-        self.window_size = window_size
-        self.num_sink_frames = num_sink_frames
-        self.relative_positions = relative_positions
-        self.sink_in_context_pass = sink_in_context_pass
-        self.num_protected_frames = max(num_protected_frames, num_sink_frames)
+        self.layout = Layout() if layout is None else layout
+        self.num_protected_frames = max(num_protected_frames, getattr(self.layout, "num_sink_frames", 0))
+        self.places = grid_places(grid) if places is None else places
         self.version = 0
-        self.reset()
-
-    # 1. What the past is
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.frames: list[int] = []  # latent frames of the context, ascending, emptied ones included
+        self.frames: list[int] = []
         self.next_frame = 0
-        self._pass_frames: list[int] = []  # latent frames of the pass at hand
-        self._pass_sink = self.num_sink_frames  # how many of the first frames it reads
+        self.book = TokenBook.of_frames([], self.tokens_per_frame, num_videos)
+        self._pass_frames: list[int] = []
+        self._pass_book = self.book
+        self._view = View([], [], [])
         self._layers: dict[int, _Layer] = {}
         self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._pending: dict[int, _Layer] | None = None
         self._videos: list[int] | None = None
-        # One table for all layers: which (latent frame, grid index) each held token is, (B, held tokens).
-        self._frame = torch.zeros(self.num_videos, 0, dtype=torch.long)
-        self._token = torch.zeros(self.num_videos, 0, dtype=torch.long)
-        self._held = torch.zeros(self.num_videos, 0, dtype=torch.bool)  # False is padding
-        self._memo: dict[str, tuple[torch.Tensor, ...]] = {}  # what follows from the tables, until they change
-        self._changed()
+        self._memo: dict[str, tuple] = {}  # what follows from the book and the view, until they change
 
     @property
     def tokens_per_frame(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    @property
+    def is_writing(self) -> bool:
+        return self._pending is not None
+
     def held_tokens(self, video: int = 0) -> list[tuple[int, int]]:
-        """The (latent frame, grid index) of every token that `video` can attend to, in attention's order."""
-        held = self._held[video]
-        return list(zip(self._frame[video][held].tolist(), self._token[video][held].tolist()))
+        """The (latent frame, token) of everything that `video` can attend to, in the order of memory."""
+        held = self.book.held[video]
+        return list(zip(self.book.frame[video][held].tolist(), self.book.token[video][held].tolist()))
 
-    # 2. What changes it
+    def newest_values(self) -> torch.Tensor:
+        """The last layer's values of all that is held, (rows, tokens, heads, head_dim)."""
+        return self._layers[max(self._layers)].value
 
-    def begin_chunk(self, num_frames: int) -> None:
-        """Make room for a chunk of `num_frames` latent frames: what no pass will read any more leaves, but the sink."""
-        if self.window_size is not None:
-            oldest = self._oldest_recent(num_frames, self.num_sink_frames * self.sink_in_context_pass)
-            self._keep((self._frame >= oldest) | (self._frame < self.num_sink_frames))
-            self.frames = [frame for frame in self.frames if frame >= oldest or frame < self.num_sink_frames]
+    # 1. What changes the past
+
+    def make_room(self, num_frames: int) -> None:
+        """Before a chunk of `num_frames` latent frames: what the layout does not keep leaves."""
+        new = list(range(self.next_frame, self.next_frame + num_frames))
+        kept = set(self.layout.keep(list(self.frames), new))
+        if kept != set(self.frames):
+            self.drop(~torch.isin(self.book.frame, torch.tensor(sorted(kept), dtype=torch.long)))
+            self.frames = [frame for frame in self.frames if frame in kept]
         self._forget_views()
-        self.begin_pass(num_frames)
-
-    def begin_pass(self, num_frames: int) -> None:
-        """The next forwards carry the `num_frames` latent frames after the context, of one chunk or of several."""
-        frames = list(range(self.next_frame, self.next_frame + num_frames))
-        sink = self.num_sink_frames if self._pending is None or self.sink_in_context_pass else 0
-        if (frames, sink) != (self._pass_frames, self._pass_sink):
-            self._pass_frames, self._pass_sink = frames, sink
-            self._forget_views()
 
     def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> None:
         """Hard pruning (eq. 9, 10): `tokens[video]` are grid indices to remove from all its unprotected frames, or from
         those since a certain one."""
-        keep, first = torch.ones_like(self._held), max(since_frame, self.num_protected_frames)
+        gone, first = torch.zeros_like(self.book.held), max(since_frame, self.num_protected_frames)
         for video, indices in tokens.items():
-            condemned = torch.isin(self._token[video], torch.tensor(sorted(indices), dtype=torch.long))
-            keep[video] = ~condemned | (self._frame[video] < first)
-        self._keep(keep)
+            named = torch.isin(self.book.token[video], torch.tensor(sorted(indices), dtype=torch.long))
+            gone[video] = named & (self.book.frame[video] >= first)
+        self.drop(gone)
+
+    def drop(self, gone: torch.Tensor) -> None:
+        """Remove the tokens of the book where `gone`, (B, tokens), is True; what stays moves to the front of each row."""
+        held = self.book.held & ~gone
+        if torch.equal(held, self.book.held):
+            return
+        columns = held.byte().argsort(dim=1, descending=True, stable=True)[:, : int(held.sum(dim=1).max())]
+        self.book = self.book.taken(columns, held)
+        for layer in self._layers.values():
+            row_columns = self._by_row(columns, layer.key.shape[0]).to(layer.key.device)
+            layer.key, layer.value = _take(layer.key, row_columns), _take(layer.value, row_columns)
+        self._changed()
+
+    def truncate(self, frame: int) -> None:
+        """Remove the latent frames from `frame` on: the next pass carries them again."""
+        self.drop(self.book.frame >= frame)
+        self.frames, self.next_frame = [each for each in self.frames if each < frame], frame
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """The context pass: keys and values of the forward inside become context, all layers or none."""
+        """A commit: keys and values of the forward inside become context, all layers or none."""
         self._pending = {}
         try:
             yield
@@ -152,15 +190,46 @@ class RollingKVCache:
             if old is not None:
                 new = _Layer(torch.cat([old.key, new.key], dim=1), torch.cat([old.value, new.value], dim=1))
             self._layers[index] = new
-        frame, token = (table.expand(self.num_videos, -1) for table in self._pass_tables())
-        self._frame = torch.cat([self._frame, frame], dim=1)
-        self._token = torch.cat([self._token, token], dim=1)
-        self._held = torch.cat([self._held, torch.ones_like(frame, dtype=torch.bool)], dim=1)
-        self.frames += self._pass_frames
+        gone = F.pad(~self._pass_book.held, (self.book.held.shape[1], 0))  # what nobody may attend to does not enter
+        self.book = self.book.appended(replace(self._pass_book, held=torch.ones_like(self._pass_book.held)))
+        self.frames = self.frames + self._pass_frames
         self.next_frame += len(self._pass_frames)
         self._changed()
+        self.drop(gone)
 
-    # 3. What attention reads
+    def forget_prompt(self) -> None:
+        """The prompt changed: project it again."""
+        self._prompt.clear()
+
+    def state_dict(self) -> dict:
+        """The context between two chunks: plain values and tensors."""
+        return {
+            "frames": list(self.frames),
+            "next_frame": self.next_frame,
+            "book": [self.book.frame, self.book.token, self.book.held],
+            "layers": [[layer.key, layer.value] for _, layer in sorted(self._layers.items())],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.frames, self.next_frame = list(state["frames"]), state["next_frame"]
+        self.book = TokenBook(*state["book"])
+        self._layers = {index: _Layer(key, value) for index, (key, value) in enumerate(state["layers"])}
+        self.forget_prompt()
+        self._changed()
+
+    # 2. What attention reads
+
+    def begin_pass(self, num_frames: int, pass_: Pass, book: TokenBook | None = None) -> None:
+        """The next forwards carry the `num_frames` latent frames after the context, all their tokens or those of
+        `book`."""
+        frames = list(range(self.next_frame, self.next_frame + num_frames))
+        view = self.layout.view(list(self.frames), list(frames), pass_)
+        if book is None and (frames, view) == (self._pass_frames, self._view):
+            return
+        check_view(view, self.layout, self.frames, frames)
+        self._pass_frames, self._view = frames, view
+        self._pass_book = TokenBook.of_frames(frames, self.tokens_per_frame, self.num_videos) if book is None else book
+        self._forget_views()
 
     @contextmanager
     def only(self, videos: Iterable[int]) -> Iterator[None]:
@@ -175,34 +244,35 @@ class RollingKVCache:
     def update(
         self, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Put the current chunk behind the past and return what its queries attend to.
+        """Put the tokens of the pass behind the past and return what its queries attend to.
 
         Args:
             layer (`int`): index of the transformer block.
-            key (`torch.Tensor`), value (`torch.Tensor`): of the current chunk, unrotated, (rows, seq, heads, head_dim).
+            key (`torch.Tensor`), value (`torch.Tensor`): of the pass, unrotated, (rows, seq, heads, head_dim).
 
         Returns:
-            `tuple`: rotated keys and values, (rows, held + seq, heads, head_dim), and a boolean mask
-            (rows, 1, 1, held + seq), or `None` where every row holds as many tokens.
+            `tuple`: rotated keys and values, (rows, read + seq, heads, head_dim), and a mask, (rows, 1, 1, read + seq):
+            `None` where every row reads all of them alike, boolean where some are padding, and what is added to the
+            scores where the view weights its frames.
         """
         if self._pending is not None:
             self._pending[layer] = _Layer(key.to(value.dtype), value)
-        key = self.rotate_chunk(key).to(value.dtype)
+        key = rotate(key, *self._pass_angles("keys", self._view.own_positions, key.device)).to(value.dtype)
         past, mask = self._layers.get(layer), self._mask(len(key), key.device)
         if past is None or past.key.shape[1] == 0:
             return key, value, mask
-        columns, cos, sin = self._view(past.key)
         if past.read is None:
+            columns, cos, sin = self._past_angles(past.key)
             old_key, old_value = (old if columns is None else _take(old, columns) for old in (past.key, past.value))
             past.read = rotate(old_key, cos, sin).to(value.dtype), old_value
         keys, values = (torch.cat([self._rows(old), new], dim=1) for old, new in zip(past.read, (key, value)))
         return keys, values, mask
 
-    def rotate_chunk(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding at the positions of the pass at hand, (rows, seq, heads, head_dim), in fp32."""
-        if "pass" not in self._memo:
-            self._memo["pass"] = self._rotary_angles(*self._pass_tables(), hidden_states.device)
-        return rotate(hidden_states, *self._memo["pass"])
+    def rotate_queries(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries of the pass at hand, (rows, seq, heads, head_dim), at their positions, in fp32."""
+        if self._view.query_positions is None:
+            return rotate(query, *self._pass_angles("keys", self._view.own_positions, query.device))
+        return rotate(query, *self._pass_angles("queries", self._view.query_positions, query.device))
 
     def prompt(
         self, layer: int, project: Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -217,11 +287,7 @@ class RollingKVCache:
         key, value = self._prompt[layer]
         return self._rows(key), self._rows(value)
 
-    def forget_prompt(self) -> None:
-        """The prompt changed: project it again."""
-        self._prompt.clear()
-
-    # 4. Inside
+    # 3. Inside
 
     def _changed(self) -> None:
         self.version += 1
@@ -233,29 +299,7 @@ class RollingKVCache:
         for layer in self._layers.values():
             layer.read = None
 
-    def _keep(self, keep: torch.Tensor) -> None:
-        """Drop the tokens where `keep`, (B, held tokens), is False: held tokens move to the front of each row."""
-        held = self._held & keep
-        if torch.equal(held, self._held):
-            return
-        columns = _front(held)
-        self._frame, self._token, self._held = (x.gather(1, columns) for x in (self._frame, self._token, held))
-        for layer in self._layers.values():
-            of_rows = self._repeat(columns, layer.key.shape[0]).to(layer.key.device)
-            layer.key, layer.value = _take(layer.key, of_rows), _take(layer.value, of_rows)
-        self._changed()
-
-    def _oldest_recent(self, num_frames: int, num_sink_frames: int) -> int:
-        """The first frame of the past that the window leaves room for beside `num_frames` and the sink."""
-        return self.next_frame - max(self.window_size - num_sink_frames - num_frames, 0)
-
-    def _is_read(self, frame: torch.Tensor) -> torch.Tensor:
-        """Which latent frames of the context the pass at hand reads."""
-        if self.window_size is None:
-            return torch.ones_like(frame, dtype=torch.bool)
-        return (frame >= self._oldest_recent(len(self._pass_frames), self._pass_sink)) | (frame < self._pass_sink)
-
-    def _repeat(self, table: torch.Tensor, num_rows: int) -> torch.Tensor:
+    def _by_row(self, table: torch.Tensor, num_rows: int) -> torch.Tensor:
         """A table by video as a table by row: (B, ...) -> (branches * B, ...)."""
         return table.repeat(num_rows // self.num_videos, *[1] * (table.ndim - 1))
 
@@ -266,66 +310,71 @@ class RollingKVCache:
         starts = range(0, by_row.shape[0], self.num_videos)
         return by_row[[start + video for start in starts for video in self._videos]]
 
-    def _pass_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(latent frame, grid index) of every token of the pass at hand, each (1, seq)."""
-        frame = torch.tensor(self._pass_frames).repeat_interleave(self.tokens_per_frame)[None]
-        return frame, torch.arange(self.tokens_per_frame).repeat(len(self._pass_frames))[None]
-
-    def _pass_held(self) -> torch.Tensor:
-        """Which tokens of the pass at hand may be attended to, (B, seq)."""
-        return torch.ones(self.num_videos, self._pass_tables()[0].shape[1], dtype=torch.bool)
-
-    def _place(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and column of a grid index."""
-        return token // self.grid[1], token % self.grid[1]
-
-    def _reading(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What the pass at hand reads of the past, (B, tokens) each: frame, grid index, held; the columns, unless all."""
+    def _reading(self) -> tuple[TokenBook, torch.Tensor, torch.Tensor | None]:
+        """What the pass at hand reads of the past: its book, the index in the view of each token's frame, (B, tokens),
+        and the columns of memory, unless that is all of it as it lies there."""
         if "reading" not in self._memo:
-            frame, token, held, columns = self._frame, self._token, self._held & self._is_read(self._frame), None
-            if not torch.equal(held, self._held):
-                columns = _front(held)
-                frame, token, held = (x.gather(1, columns) for x in (frame, token, held))
-            self._memo["reading"] = (frame, token, held, columns)
+            frames, book, columns = self._view.frames, self.book, None
+            order = torch.full((self.next_frame + 1,), len(frames), dtype=torch.long)
+            order[torch.tensor(frames, dtype=torch.long)] = torch.arange(len(frames))
+            index = order[book.frame.clamp(max=self.next_frame)].where(book.held, len(frames))  # its length: not read
+            held = index < len(frames)
+            last = index.masked_fill(~held, -1).cummax(dim=1).values  # of what is read so far; padding may lie between
+            if not torch.equal(held, book.held) or bool((held & (index < last)).any()):
+                columns = index.argsort(dim=1, stable=True)[:, : int(held.sum(dim=1).max())]
+                book, index = book.taken(columns, held), index.gather(1, columns)
+            self._memo["reading"] = (book, index, columns)
         return self._memo["reading"]
 
     def _mask(self, num_rows: int, device: torch.device) -> torch.Tensor | None:
-        """Which keys the `num_rows` at hand may attend to, (rows, 1, 1, keys), where that is not all."""
+        """What the queries of the `num_rows` at hand may attend to, (rows, 1, 1, keys), where that is not all alike."""
         if "mask" not in self._memo:
-            held = torch.cat([self._reading()[2], self._pass_held()], dim=1)
-            self._memo["mask"] = (None if held.all() else held.to(device),)
-        (held,) = self._memo["mask"]
-        if held is None:
+            book, index, _ = self._reading()
+            mask = torch.cat([book.held, self._pass_book.held], dim=1)
+            if self._view.log_weights is not None:
+                weights = torch.tensor([*self._view.log_weights, 0.0], dtype=torch.float32)
+                weights = F.pad(weights[index], (0, self._pass_book.held.shape[1]))
+                mask = weights.masked_fill(~mask, -torch.inf)
+            elif mask.all():
+                mask = None
+            self._memo["mask"] = (mask if mask is None else mask.to(device),)
+        (mask,) = self._memo["mask"]
+        if mask is None:
             return None
-        held = held if self._videos is None else held[self._videos]
-        return held.repeat(num_rows // len(held), 1)[:, None, None, :]
+        mask = mask if self._videos is None else mask[self._videos]
+        return mask.repeat(num_rows // len(mask), 1)[:, None, None, :]
 
-    def _view(self, key: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    def _past_angles(self, key: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """The columns of `key` that the pass at hand reads, unless all; cosine and sine of their positions."""
-        if "view" not in self._memo:
-            frame, token, held, columns = self._reading()
+        if "past" not in self._memo:
+            book, index, columns = self._reading()
             if columns is not None:
-                columns = self._repeat(columns, key.shape[0]).to(key.device)
-            if held.all() and (frame == frame[:1]).all() and (token == token[:1]).all():
-                frame, token = frame[:1], token[:1]  # rows alike share one table
+                columns = self._by_row(columns, key.shape[0]).to(key.device)
+            position, token = torch.tensor([*self._view.positions, 0])[index], book.token
+            if book.is_shared():
+                position, token = position[:1], token[:1]  # rows alike share one table
             else:
-                frame, token = self._repeat(frame, key.shape[0]), self._repeat(token, key.shape[0])
-            self._memo["view"] = (columns, *self._rotary_angles(frame, token, key.device))
-        return self._memo["view"]
+                position, token = self._by_row(position, key.shape[0]), self._by_row(token, key.shape[0])
+            self._memo["past"] = (columns, *self._rotary_angles(position, token, key.device))
+        return self._memo["past"]
+
+    def _pass_angles(self, name: str, positions: Sequence[int], device: torch.device) -> tuple:
+        """Cosine and sine of the tokens of the pass, whose frames stand at `positions`."""
+        if name not in self._memo:
+            frame, token = self._pass_book.frame[:1], self._pass_book.token[:1]
+            position = torch.tensor(positions)[frame - self.next_frame]
+            self._memo[name] = self._rotary_angles(position, token, device)
+        return self._memo[name]
 
     def _rotary_angles(
-        self, frame: torch.Tensor, token: torch.Tensor, device: torch.device
+        self, position: torch.Tensor, token: torch.Tensor, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine at (latent frame, grid index), both (batch, seq) -> (batch, seq, 1, head_dim / 2)."""
-        if self.relative_positions:
-            past = torch.tensor(self.frames, dtype=torch.long)
-            attended = torch.cat([past[self._is_read(past)], torch.tensor(self._pass_frames)])
-            frame = torch.searchsorted(attended, frame)
-        axes = (frame, *self._place(token))
+        """Cosine and sine at (temporal position, token), both (batch, seq) -> (batch, seq, 1, head_dim / 2)."""
+        axes = (position, *self.places[token].unbind(-1))
         cos, sin = [], []
-        for position, dim in zip(axes, self.rope_dims):
+        for place, dim in zip(axes, self.rope_dims):
             frequencies = ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-            distinct, where = position.unique(return_inverse=True)
+            distinct, where = place.unique(return_inverse=True)
             angles, where = distinct[:, None] * frequencies, where.to(device)  # in float64: exact however far
             cos.append(angles.cos().float().to(device)[where])
             sin.append(angles.sin().float().to(device)[where])

@@ -5,11 +5,16 @@ Equation numbers are those of its section 3. The paper states the objective on t
 code's: on the x0 prediction.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from diffusers import ModelMixin
+
+from .tokentrim_checks import check, check_choice, check_int, check_list, check_number
+
+
+FLOWMO_CHUNKS = ("first", "all")
 
 
 def motion_variance(x0: torch.Tensor) -> torch.Tensor:
@@ -90,3 +95,54 @@ def checkpointed(transformer: ModelMixin) -> Iterator[None]:
             transformer.disable_gradient_checkpointing()
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+class FlowMo:
+    """A hook of the denoiser that guides latents before some of their denoising steps.
+
+    Args:
+        iterations (`int`, defaults to `1`): gradient steps before a denoising step; 0 is off.
+        learning_rate (`float`, defaults to `0.005`): size of a gradient step.
+        steps (`list[int]`, *optional*):
+            Indices of the denoising steps that it guides. By default the first quarter of them, rounded up (12 of 50 in
+            its paper).
+        chunks (`str`, defaults to `"first"`):
+            `"first"`, the first generated chunk, TokenTrim's motion-stabilised initialisation; or `"all"`.
+    """
+
+    def __init__(
+        self,
+        iterations: int = 1,
+        learning_rate: float = 0.005,
+        steps: list[int] | None = None,
+        chunks: str = "first",
+    ):
+        check_int("iterations", iterations, 0)
+        check_number("learning_rate", learning_rate, lambda rate: rate > 0, "a finite number > 0")
+        check_choice("chunks", chunks, FLOWMO_CHUNKS)
+        if steps is not None:
+            check_list("steps", steps, int, "a list of ints")
+            check(min(steps, default=0) >= 0, "steps", steps, "a list of ints >= 0, or None")
+        self.iterations = iterations
+        self.learning_rate = learning_rate
+        self.steps = steps
+        self.chunks = chunks
+
+    def check(self, generated: Sequence[int], drift_signal: str) -> None:
+        """Refuse a rollout of generated chunks of so many latent frames, or a drift signal, that it cannot guide."""
+        guided = generated[:1] if self.chunks == "first" else generated
+        valid = "0 for chunks of less than 3 latent frames, whose motion has no variance"
+        check(self.iterations == 0 or min(guided) >= 3, "flowmo: iterations", self.iterations, valid)
+        valid = "'first' for drift_signal='first_step', whose flow would be of the latents before guidance"
+        fits = self.iterations == 0 or self.chunks == "first" or drift_signal == "final"
+        check(fits, "flowmo: chunks", self.chunks, valid)
+
+    def guides(self, generated_chunk: int, step: int, num_steps: int) -> bool:
+        """Whether it acts before `step`, of `num_steps`, of a chunk, counted from the first generated one."""
+        steps = range(-(-num_steps // 4)) if self.steps is None else self.steps
+        return self.iterations > 0 and step in steps and (self.chunks == "all" or generated_chunk == 0)
+
+    def __call__(self, latents: torch.Tensor, predict_x0: Callable, transformer: ModelMixin) -> torch.Tensor:
+        """The guided latents; arguments as in [`guide`], and the model that `predict_x0` asks."""
+        with checkpointed(transformer):
+            return guide(latents, predict_x0, self.iterations, self.learning_rate)

@@ -13,7 +13,7 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
-from .tokentrim_inputs import check, check_int, check_number
+from .tokentrim_checks import check, check_int, check_number
 
 
 TRIM, QUARANTINE = "#d62728", "#7b3294"

@@ -1,144 +1,119 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""When to trim: the adaptive gate of TokenTrim (arXiv 2602.00268), equations 7 and 8, one for each video of a batch."""
-
-from collections.abc import Collection
-from dataclasses import dataclass, field
+"""When to trim: TokenTrim's adaptive gate (arXiv 2602.00268, section 4, algorithm 1), for one video."""
 
 import torch
 
+from .tokentrim_checks import check_choice, check_int, check_number
+from .tokentrim_context import ContextPolicy
 from .tokentrim_stability import severity, summarize, token_drift, unstable_tokens
+from .tokentrim_statistics import outlier_threshold
 
 
-@dataclass
-class Decision:
-    """What the gate saw in one chunk of one video, and what was done about it. Plain types: `vars()` is JSON.
-
-    Args:
-        chunk (`int`): index of the chunk.
-        severity (`float`, *optional*): D_t of the first attempt (eq. 6); `None` where there is nothing to compare with.
-        threshold (`float`, *optional*): mu_t + lambda sigma_t (eq. 8); `None` while the gate is closed.
-        trim (`bool`): whether tokens were evicted and the chunk generated again.
-        tokens (`list[int]`): grid indices of the evicted tokens, ascending.
-        drift (`list[float]`, *optional*): d_i of the first attempt, one for each token of the grid (eq. 5).
-        regenerated_severity (`float`, *optional*): D_t of the last attempt, where that is not the first.
-        quarantined (`bool`): whether no later chunk reads this one.
-    """
-
-    chunk: int
-    severity: float | None = None
-    threshold: float | None = None
-    trim: bool = False
-    tokens: list[int] = field(default_factory=list)
-    drift: list[float] | None = None
-    regenerated_severity: float | None = None
-    quarantined: bool = False
+DRIFT_SIGNALS = ("final", "first_step")
 
 
-class SeverityGate:
-    """Running statistics of one video's accepted severities, and the threshold that follows from them (eq. 7, 8).
+class SeverityMonitor(ContextPolicy):
+    """Measures how far each chunk moved from the one before it (eq. 4 to 6), and accepts everything.
+
+    Decisions gain `severity`: D_t of the first attempt (`None` where there is nothing to compare with), `drift`: its
+    d_i, one for each token of the grid, `regenerated_severity`: D_t of the last attempt, where that is not the first,
+    and `threshold`: mu_t + lambda sigma_t (`None` while the gate is closed).
 
     Args:
-        drift_sensitivity (`float`): lambda: how many standard deviations above the mean are abnormal.
-        warmup_chunks (`float`): T_warm: the gate opens once this many severities are recorded; `math.inf` never.
-        spread_floor (`float`): the least that sigma_t is taken for, as a share of mu_t; the paper has none.
+        drift_signal (`str`, defaults to `"final"`): what is compared, as in [`TokenTrim`].
     """
 
-    def __init__(self, drift_sensitivity: float, warmup_chunks: float, spread_floor: float = 0.0):
-        self.drift_sensitivity = drift_sensitivity
-        self.warmup_chunks = warmup_chunks
-        self.spread_floor = spread_floor
-        self.severities: list[float] = []
+    prune_fraction = 0.1
 
-    @property
+    def __init__(self, drift_signal: str = "final"):
+        check_choice("drift_signal", drift_signal, DRIFT_SIGNALS)
+        self.drift_signal = drift_signal
+        self.previous: torch.Tensor | None = None  # what the chunk before was judged by, (C, T, H, W)
+        self.draft: torch.Tensor | None = None  # the last attempt at the chunk at hand
+        self.facts: dict = {}
+
+    def observe(self, chunk: torch.Tensor) -> None:
+        self.draft = chunk if self.drift_signal == "final" else None  # no x0 prediction of a first step
+        self.previous = None
+
+    def review(self, draft: torch.Tensor) -> list[int]:
+        """The grid tokens to evict before another attempt; none accepts this one."""
+        self.draft = draft
+        if self.previous is None:
+            return []
+        current, previous = (summarize(latents[None], self.patch_size) for latents in (draft, self.previous))
+        drift = token_drift(current, previous)  # (1, num_tokens)
+        tokens = unstable_tokens(drift, self.prune_fraction)
+        measured = severity(drift, tokens).item()
+        if self.facts:
+            self.facts["regenerated_severity"] = measured
+        else:
+            self.facts = {"severity": measured, "drift": drift[0].tolist(), "threshold": self.threshold()}
+        return tokens[0].tolist() if self.is_abnormal(measured) else []
+
     def threshold(self) -> float | None:
-        """mu_t + lambda sigma_t with the population standard deviation; `None` while the gate is closed."""
-        if len(self.severities) < max(self.warmup_chunks, 1):
-            return None
-        severities = torch.tensor(self.severities, dtype=torch.float64)
-        mean, spread = severities.mean(), severities.std(correction=0)
-        return float(mean + self.drift_sensitivity * torch.maximum(spread, self.spread_floor * mean))
+        return None
 
-    def record(self, severity: float) -> None:
-        """Take the severity of an accepted chunk into the statistics."""
-        self.severities.append(severity)
+    def is_abnormal(self, measured: float) -> bool:
+        return False
+
+    def commit(self, chunk: torch.Tensor) -> torch.Tensor:
+        if self.drift_signal == "final":
+            self.draft = chunk  # as the policies before this one have it
+        return chunk
+
+    def close(self, entered: bool) -> dict:
+        facts, self.facts = self.facts, {}
+        if entered or self.previous is None:
+            self.previous = self.draft
+        self.draft = None
+        return facts
 
 
-class TokenTrimPolicy:
-    """Algorithm 1's judgement, chunk by chunk: `review` each attempt until nothing is condemned, then `accept`.
+class TokenTrim(SeverityMonitor):
+    """Algorithm 1: where a chunk's severity is abnormal, its most changed tokens leave the context, and it is generated
+    again.
 
     Args:
-        patch_size (`tuple[int, int, int]`): the transformer's patch, which makes the grid of tokens.
-        num_videos (`int`): B: each video has statistics and decisions of its own.
-        prune_fraction (`float`): p: the share of the grid that counts as unstable.
-        drift_sensitivity (`float`): lambda of eq. 8.
-        warmup_chunks (`float`): T_warm; `math.inf` keeps the gate shut, so that severities are only measured.
-        max_regenerations (`int`): R: attempts at a chunk after the first.
+        prune_fraction (`float`, defaults to `0.1`): p, the share of the token grid that counts as unstable.
+        drift_sensitivity (`float`, defaults to `2.0`):
+            lambda: severities above mean + lambda * standard deviation of the accepted ones are abnormal.
+        warmup_chunks (`int`, defaults to `2`): T_warm, accepted severities before the gate opens.
+        max_regenerations (`int`, defaults to `1`): R, attempts at a chunk after the first.
+        drift_signal (`str`, defaults to `"final"`):
+            What the gate compares: `"final"`, finished chunks; `"first_step"`, the x0 predictions of their first
+            denoising step, so that another attempt costs one step instead of all.
     """
 
     def __init__(
         self,
-        patch_size: tuple[int, int, int],
-        num_videos: int,
         prune_fraction: float = 0.1,
         drift_sensitivity: float = 2.0,
-        warmup_chunks: float = 2,
+        warmup_chunks: int = 2,
         max_regenerations: int = 1,
+        drift_signal: str = "final",
     ):
-        self.patch_size = patch_size
+        valid = "a number between 0 and 1, both excluded"
+        check_number("prune_fraction", prune_fraction, lambda share: 0 < share < 1, valid)
+        check_number("drift_sensitivity", drift_sensitivity, lambda value: value >= 0, "a finite number >= 0")
+        check_int("warmup_chunks", warmup_chunks, 0)
+        check_int("max_regenerations", max_regenerations, 0)
+        super().__init__(drift_signal)
         self.prune_fraction = prune_fraction
+        self.drift_sensitivity = drift_sensitivity
+        self.warmup_chunks = warmup_chunks
         self.max_regenerations = max_regenerations
-        self.gates = [SeverityGate(drift_sensitivity, warmup_chunks) for _ in range(num_videos)]
-        self._open_chunk(0)
+        self.severities: list[float] = []  # of accepted chunks
 
-    def review(self, previous: torch.Tensor | None, attempt: torch.Tensor) -> dict[int, list[int]]:
-        """Judge an attempt at the current chunk against the chunk before it.
+    def threshold(self) -> float | None:
+        """mu_t + lambda sigma_t (eq. 7, 8); `None` while the gate is closed."""
+        return outlier_threshold(self.severities, self.drift_sensitivity, self.warmup_chunks)
 
-        Args:
-            previous (`torch.Tensor`, *optional*): accepted latents of the chunk before, (B, C, T, H, W).
-            attempt (`torch.Tensor`): latents of this attempt, (B, C, T, H, W).
+    def is_abnormal(self, measured: float) -> bool:
+        return self.facts["threshold"] is not None and measured > self.facts["threshold"]
 
-        Returns:
-            `dict[int, list[int]]`: for each video that has to be generated again, the grid tokens to evict first.
-        """
-        if previous is None:
-            return {}
-        drift = token_drift(summarize(attempt, self.patch_size), summarize(previous, self.patch_size))
-        tokens = unstable_tokens(drift, self.prune_fraction)
-        severities = severity(drift, tokens)
-
-        condemned = {}
-        for video in self._under_review:
-            decision = self._decisions[video]
-            if decision.trim:
-                decision.regenerated_severity = severities[video].item()
-            else:
-                decision.severity, decision.drift = severities[video].item(), drift[video].tolist()
-                decision.threshold = self.gates[video].threshold
-            abnormal = decision.threshold is not None and severities[video].item() > decision.threshold
-            if abnormal and self._attempts < self.max_regenerations:
-                condemned[video] = tokens[video].tolist()
-                decision.trim = True
-                decision.tokens = sorted({*decision.tokens, *condemned[video]})
-        self._under_review = list(condemned)
-        self._attempts += 1
-        return condemned
-
-    def accept(self, quarantined: Collection[int] = ()) -> list[Decision]:
-        """Close the current chunk: its severities enter the statistics (algorithm 1); one decision for each video.
-
-        Args:
-            quarantined (`Collection[int]`): videos whose chunk no later one reads.
-        """
-        decisions = self._decisions
-        for video, (gate, decision) in enumerate(zip(self.gates, decisions)):
-            decision.quarantined = video in quarantined
-            accepted = decision.severity if decision.regenerated_severity is None else decision.regenerated_severity
-            if accepted is not None:
-                gate.record(accepted)
-        self._open_chunk(decisions[0].chunk + 1)
-        return decisions
-
-    def _open_chunk(self, index: int) -> None:
-        self._decisions = [Decision(index) for _ in self.gates]
-        self._under_review = list(range(len(self.gates)))
-        self._attempts = 0
+    def close(self, entered: bool) -> dict:
+        facts = super().close(entered)
+        if facts:  # the accepted attempt's enters the statistics
+            self.severities.append(facts.get("regenerated_severity", facts["severity"]))
+        return facts

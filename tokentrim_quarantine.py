@@ -1,74 +1,50 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Quarantine at commit, ours and not the paper's: a chunk that looks nothing like the one before it is never read again.
+"""Quarantine at commit, ours and not the paper's: a chunk unlike the one before it is shown, but never read again.
 
-Where TokenTrim generates a suspicious chunk a second time, quarantine keeps it and goes on as if it had not been. What
-it looks at does not follow motion: an object that moves takes its latent values along, a defect brings new ones.
+Where TokenTrim generates a suspicious chunk a second time, quarantine rejects it and goes on without it. The signal
+ignores motion: moving an object permutes latent values, a defect adds new ones.
 """
-
-from collections.abc import Iterable
 
 import torch
 
-from .tokentrim_anchor import quantiles, resampled
-from .tokentrim_policy import SeverityGate
+from .tokentrim_checks import check_number
+from .tokentrim_context import ContextPolicy
+from .tokentrim_statistics import jump, outlier_threshold, quantiles
 
 
-WARMUP_CHUNKS = 4  # jumps on record before the gate opens
-SPREAD_FLOOR = 0.1  # of the mean: what a few even jumps say about their spread is too little
+WARMUP_JUMPS = 4  # on record before a chunk can be rejected
+SPREAD_FLOOR = 0.1  # of the mean: a few even jumps say too little about their spread
 
 
-def jump(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Distance of two chunks' distributions of values in each channel, given as `quantiles`, (C, any): Wasserstein-2,
-    root mean square over channels. Blind to where in the chunk a value is."""
-    return (ours - resampled(theirs, ours.shape[-1])).square().mean().sqrt().item()
-
-
-class Quarantine:
-    """Which videos of a batch have just had a chunk that no later one may read.
-
-    A chunk is broken when its jump from the last sound one is abnormally large for this video. Never twice in a row:
-    what stays was meant, what is gone again was a defect.
+class Quarantine(ContextPolicy):
+    """Rejects a chunk whose jump from the last accepted one is abnormally large for this video. Never two in a row:
+    a change that stays enters, a defect that is gone again does not.
 
     Args:
-        num_videos (`int`): B: each video is judged by itself.
-        sensitivity (`float`, *optional*): how many standard deviations above the mean jump are abnormal; `None`: none.
+        sensitivity (`float`, defaults to `6.0`): how many standard deviations above the mean jump are abnormal.
     """
 
-    def __init__(self, num_videos: int, sensitivity: float | None = None):
+    may_reject = True
+
+    def __init__(self, sensitivity: float = 6.0):
+        check_number("sensitivity", sensitivity, lambda value: value >= 0, "a finite number >= 0")
         self.sensitivity = sensitivity
-        self.gates = [SeverityGate(sensitivity, WARMUP_CHUNKS, SPREAD_FLOOR) for _ in range(num_videos)]
-        self.sound: list[torch.Tensor] | None = None  # quantiles of the last sound chunk of each video
-        self.broken: set[int] = set()
+        self.jumps: list[float] = []  # of accepted chunks
+        self.last_quantiles: torch.Tensor | None = None  # of the last accepted chunk
+        self.rejected = False  # whether the chunk before was
 
-    def trust(self, chunk: torch.Tensor) -> None:
-        """Take a chunk, (B, C, T, H, W), for sound without a judgement: the first one, and what was given."""
-        if self.sensitivity is not None:
-            self.sound = list(quantiles(chunk))
+    def observe(self, chunk: torch.Tensor) -> None:
+        self.last_quantiles = quantiles(chunk)
 
-    def judge(self, chunk: torch.Tensor) -> set[int]:
-        """The videos whose chunk, (B, C, T, H, W), is broken."""
-        if self.sensitivity is None:
-            return set()
-        if self.sound is None:
-            self.trust(chunk)
-            return set()
-        broken = set()
-        for video, (values, gate) in enumerate(zip(quantiles(chunk), self.gates)):
-            distance, threshold = jump(values, self.sound[video]), gate.threshold
-            if threshold is not None and distance > threshold and video not in self.broken:
-                broken.add(video)
-            else:
-                gate.record(distance)
-                self.sound[video] = values
-        self.broken = broken
-        return broken
-
-
-def without(videos: Iterable[int], chunk: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
-    """`chunk`, (B, ...), with the rows of some videos as they were before."""
-    videos = list(videos)
-    if not videos or before is None:
+    def commit(self, chunk: torch.Tensor) -> torch.Tensor | None:
+        """The chunk, or `None` where it is rejected."""
+        values = quantiles(chunk)
+        if self.last_quantiles is not None:
+            distance = jump(values, self.last_quantiles)
+            threshold = outlier_threshold(self.jumps, self.sensitivity, WARMUP_JUMPS, SPREAD_FLOOR)
+            self.rejected = threshold is not None and distance > threshold and not self.rejected
+            if self.rejected:
+                return None
+            self.jumps.append(distance)
+        self.last_quantiles = values
         return chunk
-    chunk = chunk.clone()
-    chunk[videos] = before[videos]
-    return chunk

@@ -53,6 +53,7 @@ class TokenTrimSchedulerMixin:
     trajectory must name the same `context_version`, so that one ODE never mixes two contexts.
     """
 
+    rollout_version = 2  # of what a rollout asks of a scheduler; `lift_scheduler` lifts those of an older one again
     renoises = False  # whether a step ends with (1 - sigma) x0 + sigma eps, and `step` takes that eps as `noise`
 
     @property
@@ -86,17 +87,20 @@ class TokenTrimSchedulerMixin:
         Raises:
             `ValueError`: the scheduler takes no custom sigmas or timesteps.
         """
-        accepted = inspect.signature(super().set_timesteps).parameters
         for name, custom in (("sigmas", sigmas), ("timesteps", timesteps)):
-            if custom is not None and name not in accepted:
+            if custom is not None and not self.takes(name):
                 raise ValueError(f"`{name}` has to be None for {type(self).__name__}, but is {custom!r}.")
         if timesteps is not None:
             self.set_timesteps(len(timesteps), device=device, timesteps=timesteps)
-        elif "sigmas" in accepted:
+        elif self.takes("sigmas"):
             sigmas = np.linspace(1, 0, num_inference_steps + 1)[:-1] if sigmas is None else np.asarray(sigmas)
             self.set_timesteps(len(sigmas), device=device, sigmas=sigmas)
         else:
             self.set_timesteps(num_inference_steps, device=device)
+
+    def takes(self, name: str) -> bool:
+        """Whether the scheduler's own `set_timesteps` takes custom `"sigmas"` or `"timesteps"`."""
+        return name in inspect.signature(super().set_timesteps).parameters
 
     def begin_chunk(self, generator: Generators = None) -> None:
         """
@@ -237,11 +241,11 @@ class TokenTrimUniPCMultistepScheduler(TokenTrimSchedulerMixin, UniPCMultistepSc
 def lift_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """Give any Diffusers scheduler [`TokenTrimSchedulerMixin`], from its config; one that has it comes back as it is.
 
-    The mixin is known by what it can do, not by its class: a file loaded as a component is another class object.
+    The mixin is known by its version, not by its class: a file loaded as a component is another class object.
     """
-    if hasattr(scheduler, "begin_chunk") and hasattr(scheduler, "rewind"):
+    if getattr(scheduler, "rollout_version", 0) >= TokenTrimSchedulerMixin.rollout_version:
         return scheduler
-    stock = type(scheduler)
+    stock = next(base for base in type(scheduler).__mro__ if not hasattr(base, "begin_chunk"))
     lifted = globals().get(f"TokenTrim{stock.__name__}")
     if lifted is None:
         lifted = type(f"TokenTrim{stock.__name__}", (TokenTrimSchedulerMixin, stock), {"__module__": __name__})

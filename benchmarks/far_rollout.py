@@ -120,7 +120,7 @@ def roll_out(transformer, contestant: str, latents: torch.Tensor, text: torch.Te
         "callback_on_step_end": callback,
     }
     if contestant != "upstream":
-        arguments |= {"token_trim": False, "window_size": WINDOW if contestant == "ours, window" else None}
+        arguments |= {"method": "plain", "window_size": WINDOW if contestant == "ours, window" else None}
     pipe = build(AnyFlowFARPipeline if contestant == "upstream" else TokenTrimPipeline, transformer)
     backend = "flex" if contestant == "ours, flex" else None
     for block in transformer.blocks if backend else ():
@@ -183,7 +183,7 @@ def parity(device: str) -> list[tuple[str, int, float, float]]:
                     "output_type": "latent",
                 }
                 theirs = build(AnyFlowFARPipeline, transformer)(**arguments).frames
-                ours = build(TokenTrimPipeline, transformer)(**arguments, token_trim=False).frames
+                ours = build(TokenTrimPipeline, transformer)(**arguments, method="plain").frames
                 table.append((mode, batch, guidance, (ours - theirs).abs().max().item()))
     return table
 
@@ -207,7 +207,7 @@ def main() -> None:
     )
     print(f"{args.heads} x 32, latents of {args.size[0]} x {args.size[1]}, {STEPS} steps, fp32\n")
 
-    print("token_trim=False against AnyFlowFARPipeline\nmode  batch  guidance  max difference")
+    print("method='plain' against AnyFlowFARPipeline\nmode  batch  guidance  max difference")
     for mode, batch, guidance, difference in parity(args.device):
         print(f"{mode:4}{batch:7}{guidance:10.1f}{difference:16.1e}")
 

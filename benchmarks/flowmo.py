@@ -6,18 +6,25 @@ python -m benchmarks.flowmo
 
 import argparse
 import time
-from contextlib import nullcontext
-from unittest.mock import patch
+from collections.abc import Callable
 
 import torch
 
 from evaluation.experiment import sample_prompts
 from evaluation.rollouts import load_pipeline
-from tokentrim import TokenTrimPipeline, pipeline_tokentrim
-from tokentrim.tokentrim_flowmo import motion_variance
+from tokentrim import FlowMo, TokenTrimPipeline
+from tokentrim.tokentrim_flowmo import guide, motion_variance
 
 
-def first_chunk(pipe: TokenTrimPipeline, prompts: list[str], **flowmo) -> tuple[torch.Tensor, float]:
+class StoredFlowMo(FlowMo):
+    """Without gradient checkpointing."""
+
+    def __call__(self, latents: torch.Tensor, predict_x0: Callable, transformer: torch.nn.Module) -> torch.Tensor:
+        transformer.requires_grad_(False)
+        return guide(latents, predict_x0, self.iterations, self.learning_rate)
+
+
+def first_chunk(pipe: TokenTrimPipeline, prompts: list[str], *hooks: FlowMo) -> tuple[torch.Tensor, float]:
     """Latents (B, C, 3, H, W), and seconds."""
     start = time.perf_counter()
     latents = pipe(
@@ -25,7 +32,7 @@ def first_chunk(pipe: TokenTrimPipeline, prompts: list[str], **flowmo) -> tuple[
         num_frames=3,
         generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
         output_type="latent",
-        **flowmo,
+        method=list(hooks),
     ).frames
     return latents, time.perf_counter() - start
 
@@ -40,13 +47,8 @@ def stored_bytes(pipe: TokenTrimPipeline, prompts: list[str], checkpoint: bool) 
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def frozen(transformer):
-        transformer.requires_grad_(False)
-        return nullcontext()
-
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with nullcontext() if checkpoint else patch.object(pipeline_tokentrim, "checkpointed", frozen):
-            first_chunk(pipe, prompts, flowmo_iterations=1, flowmo_steps=[0])
+        first_chunk(pipe, prompts, (FlowMo if checkpoint else StoredFlowMo)(steps=[0]))
     return sum(kept.values())
 
 
@@ -66,9 +68,7 @@ def main() -> None:
         ratios = []
         for _ in range(args.repeats):
             seconds_plain = first_chunk(pipe, prompts)[1]
-            guided, seconds = first_chunk(
-                pipe, prompts, flowmo_iterations=iterations, flowmo_learning_rate=learning_rate
-            )
+            guided, seconds = first_chunk(pipe, prompts, FlowMo(iterations=iterations, learning_rate=learning_rate))
             ratios.append(seconds / seconds_plain)
         after = motion_variance(guided)
         print(

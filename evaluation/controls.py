@@ -1,86 +1,95 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Controls: something else in the place of a method's remedy, one method overridden in each."""
+"""Controls: something else in the place of a method's remedy."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest.mock import patch
+import sys
+from collections.abc import Callable
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from tokentrim import TokenTrimPipeline, pipeline_tokentrim
-from tokentrim.tokentrim_anchor import MatchDistribution
-from tokentrim.tokentrim_policy import TokenTrimPolicy
+from tokentrim import Layout, TokenTrim, TokenTrimPipeline, WindowLayout
+from tokentrim.tokentrim_plan import TRIM_SETTINGS, WINDOW_SETTINGS
+from tokentrim.tokentrim_statistics import MatchDistribution
 
 
-class _Replaced(TokenTrimPolicy):
-    """Evicts other tokens than the most changed ones."""
+class _OtherTokens(TokenTrim):
+    """TokenTrim that evicts other tokens than the most changed ones."""
 
-    def review(self, previous, attempt):
-        condemned = super().review(previous, attempt)
-        for video, tokens in condemned.items():
-            decision = self._decisions[video]
-            condemned[video] = self.replace(torch.tensor(decision.drift), len(tokens))
-            decision.tokens = sorted(condemned[video])
-        return condemned
+    def review(self, draft: torch.Tensor) -> list[int]:
+        tokens = super().review(draft)
+        return self.choose(torch.tensor(self.facts["drift"]), len(tokens)) if tokens else tokens
 
 
-class RandomTokens(_Replaced):
+class RandomTokens(_OtherTokens):
     """As many tokens, anywhere."""
 
-    def replace(self, drift: torch.Tensor, count: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self._decisions[0].chunk)
+    def choose(self, drift: torch.Tensor, count: int) -> list[int]:
+        generator = torch.Generator().manual_seed(len(self.severities) + 1)  # the chunk's index
         return torch.randperm(len(drift), generator=generator)[:count].tolist()
 
 
-class LowestDrift(_Replaced):
+class LowestDrift(_OtherTokens):
     """The tokens that changed least."""
 
-    def replace(self, drift: torch.Tensor, count: int) -> list[int]:
+    def choose(self, drift: torch.Tensor, count: int) -> list[int]:
         return drift.argsort()[:count].tolist()
 
 
-class NoTokens(_Replaced):
-    """None: the chunk is generated again on the same context from other noise."""
+class FreshNoise:
+    """A hook of the denoiser: another attempt starts from noise that the first one did not have."""
 
-    def replace(self, drift: torch.Tensor, count: int) -> list[int]:
-        return []
+    def __init__(self):
+        self.chunk: int | None = None  # the last one that started
+
+    def guides(self, generated_chunk: int, step: int, num_steps: int) -> bool:
+        starts = step == 0
+        again = starts and generated_chunk == self.chunk
+        self.chunk = generated_chunk if starts else self.chunk
+        return again
+
+    def __call__(self, latents: torch.Tensor, predict_x0, transformer) -> torch.Tensor:
+        return randn_tensor(latents.shape, generator=torch.Generator().manual_seed(self.chunk)).to(latents)
 
 
-def redraft_with_fresh_noise(self, state, index, draft, videos, redraft=TokenTrimPipeline.redraft_chunk):
-    """Another attempt from noise that the first one did not have."""
-    noise = state.noise_chunks[index].clone()
-    noise[videos] = randn_tensor(noise[videos].shape, generator=torch.Generator().manual_seed(index)).to(noise)
-    state.noise_chunks[index] = noise
-    return redraft(self, state, index, draft, videos)
+class Unprunable(Layout):
+    """The checkpoint's window, all of it safe from eviction: another attempt reads the same context."""
+
+    num_sink_frames = sys.maxsize
+
+    def __init__(self, window: WindowLayout):
+        self.keep, self.view, self.check = window.keep, window.view, window.check
 
 
-def decode_corrected(self, latents, output_type, decode=TokenTrimPipeline.decode_latents):
-    """Every chunk held to the first one when the rollout is over, as re-anchoring does before others read it."""
-    first, *_ = chunks = latents.split(self.config.num_frames_per_chunk, dim=2)
+def correct_afterwards(latents: torch.Tensor, num_frames_per_chunk: int) -> torch.Tensor:
+    """Every chunk of (B, C, T, H, W) held to the first one when the rollout is over, as re-anchoring does before others
+    read it."""
+    first, *_ = chunks = latents.split(num_frames_per_chunk, dim=2)
     match = MatchDistribution(first)
-    return decode(self, torch.cat([match(chunk) for chunk in chunks], dim=2), output_type)
+    return torch.cat([match(chunk) for chunk in chunks], dim=2)
 
 
-_POLICY = (pipeline_tokentrim, "TokenTrimPolicy")
-_FRESH = (TokenTrimPipeline, "redraft_chunk", redraft_with_fresh_noise)
-CONTROLS = {
-    "random_tokens": [(*_POLICY, RandomTokens)],
-    "lowest_drift": [(*_POLICY, LowestDrift)],
-    "fresh_noise": [_FRESH],
-    "fresh_noise_no_pruning": [(*_POLICY, NoTokens), _FRESH],
-    "corrected_afterwards": [(TokenTrimPipeline, "decode_latents", decode_corrected)],
+def _other_policy(kind: type, *hooks: Callable) -> Callable:
+    def change(pipe: TokenTrimPipeline, arguments: dict) -> dict:
+        settings = {name: value for name, value in arguments.items() if name in TRIM_SETTINGS}
+        rest = {name: value for name, value in arguments.items() if name not in settings}
+        return {**rest, "method": [*(hook() for hook in hooks), kind(**settings)]}
+
+    return change
+
+
+def _fresh_noise_no_pruning(pipe: TokenTrimPipeline, arguments: dict) -> dict:
+    arguments = _other_policy(TokenTrim, FreshNoise)(pipe, arguments)
+    window = {name: arguments.pop(name, None) for name in WINDOW_SETTINGS}
+    window = {name: pipe.config.get(name) if value is None else value for name, value in window.items()}
+    window = WindowLayout(**{name: value for name, value in window.items() if value is not None})
+    return {**arguments, "layout": Unprunable(window)}
+
+
+# What each makes of a call's arguments.
+CONTROLS: dict[str, Callable] = {
+    "random_tokens": _other_policy(RandomTokens),
+    "lowest_drift": _other_policy(LowestDrift),
+    "fresh_noise": _other_policy(TokenTrim, FreshNoise),
+    "fresh_noise_no_pruning": _fresh_noise_no_pruning,
+    "corrected_afterwards": lambda pipe, arguments: arguments,
 }
-
-
-@contextmanager
-def controlled(name: str | None) -> Iterator[None]:
-    """Rollouts inside run with the control in place."""
-    patches = [patch.object(*each) for each in CONTROLS.get(name, [])]
-    for each in patches:
-        each.start()
-    try:
-        yield
-    finally:
-        for each in patches:
-            each.stop()

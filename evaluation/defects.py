@@ -1,13 +1,11 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Defects painted into the latents of an accepted chunk, before it becomes context."""
+"""Defects painted into the latents of an accepted chunk, before it becomes context: a policy, first in its chain."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from unittest.mock import patch
+from collections.abc import Callable
 
 import torch
 
-from tokentrim import TokenTrimPipeline
+from tokentrim import ContextPolicy
 
 
 def local_patch(chunk: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -51,18 +49,33 @@ DEFECTS: dict[str, Callable] = {
 }
 
 
-@contextmanager
-def painted(kinds: list[str | None], seeds: list[int], at_chunk: int) -> Iterator[None]:
-    """Rollouts inside accept chunk `at_chunk` with a defect of `kinds[video]` in it, the same for a seed."""
-    finish = TokenTrimPipeline.finish_chunk
+class Painted(ContextPolicy):
+    """Paints a defect into one accepted chunk before it becomes context, of `kinds[video]` and the same for a seed."""
 
-    def finish_chunk(self, state, index):
-        chunk = finish(self, state, index)
-        if index == at_chunk:
-            for video, (kind, seed) in enumerate(zip(kinds, seeds)):
-                if kind is not None:  # in place: it is what the next chunk is compared with, too
-                    DEFECTS[kind](chunk[video], torch.Generator().manual_seed(seed))
+    def __init__(self, kinds: list[str | None], seeds: list[int], at_chunk: int):
+        self.kinds = kinds
+        self.seeds = seeds
+        self.at_chunk = at_chunk
+        self.index = 0
+
+    def commit(self, chunk: torch.Tensor) -> torch.Tensor:
+        if self.index == self.at_chunk:
+            chunk = paint(chunk, self.kinds[self.video], self.seeds[self.video])
         return chunk
 
-    with patch.object(TokenTrimPipeline, "finish_chunk", finish_chunk):
-        yield
+    def close(self, entered: bool) -> dict:
+        self.index += 1
+        return {}
+
+
+def paint(chunk: torch.Tensor, kind: str | None, seed: int) -> torch.Tensor:
+    """A copy of a chunk, (C, T, H, W), with a defect; without one for `None`."""
+    return chunk if kind is None else DEFECTS[kind](chunk.clone(), torch.Generator().manual_seed(seed))
+
+
+def paint_chunk(latents: torch.Tensor, painted: Painted, num_frames_per_chunk: int) -> torch.Tensor:
+    """The latents of a rollout, (B, C, T, H, W), with the defects that its context had."""
+    chunks = list(latents.split(num_frames_per_chunk, dim=2))
+    rows = zip(chunks[painted.at_chunk], painted.kinds, painted.seeds)
+    chunks[painted.at_chunk] = torch.stack([paint(*row) for row in rows])
+    return torch.cat(chunks, dim=2)

@@ -19,11 +19,7 @@ CHECKPOINT = ROOT / "checkpoints" / "tiny-world"
 CONFIGS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "configs").glob("*.json")}
 WORLD = CONFIGS["tiny_world"]
 # Without FlowMo, trimming is paired with the plain rollout: equal up to the first trigger.
-METHODS = {
-    "plain": {"token_trim": False},
-    "tokentrim": {**CONFIGS["paper"], "flowmo_iterations": 0},
-    "tokentrim_plus": CONFIGS["tokentrim_plus"],
-}
+METHODS = ("plain", "tokentrim", "tokentrim_plus")
 
 
 @dataclass
@@ -59,6 +55,7 @@ def run_method(pipe: TokenTrimPipeline, method: str, prompts: list[str], seeds: 
         output = pipe(
             prompts,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            **{**WORLD, "num_frames": num_chunks * WORLD["num_frames_per_chunk"], **METHODS[method]},
+            method=method,
+            **{**WORLD, "num_frames": num_chunks * WORLD["num_frames_per_chunk"]},
         )
     return Run(output.frames, output.decisions, time.perf_counter() - start, len(calls))

@@ -5,9 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from tokentrim.tokentrim_anchor import offset, quantiles
-from tokentrim.tokentrim_quarantine import jump
 from tokentrim.tokentrim_stability import severity, summarize, token_drift, unstable_tokens
+from tokentrim.tokentrim_statistics import jump, mean_offset, quantiles
 
 
 def _summaries(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> list[torch.Tensor]:
@@ -68,7 +67,7 @@ def previous_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int])
 
 def anchor_offset(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
     """Re-anchoring's signal: distance of the channels' means to the first chunk's, in its standard deviations."""
-    return _over_pairs(offset, latents, [latents[0]] * len(latents))
+    return _over_pairs(mean_offset, latents, [latents[0]] * len(latents))
 
 
 def anchor_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:

@@ -13,8 +13,8 @@ from accelerate import PartialState
 
 from tokentrim import TokenTrimPipeline
 
-from .controls import controlled
-from .defects import painted
+from .controls import CONTROLS, correct_afterwards
+from .defects import Painted, paint_chunk
 from .experiment import Experiment, part
 from .measures import measure_chunks
 from .rollouts import ROOT, counted_calls
@@ -23,29 +23,35 @@ from .signals import SIGNALS
 
 def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds: list[int]) -> tuple:
     """A row for each video and chunk, and the middle frame of each chunk, uint8 (videos, chunks, H, W, 3)."""
-    prompts, latents = experiment.prompts(seeds), []
+    prompts, control = experiment.prompts(seeds), experiment.control(method)
     per_chunk = pipe.config.num_frames_per_chunk
     kinds = [experiment.defects[seed % len(experiment.defects)] if experiment.defects else None for seed in seeds]
-
-    def collect(index, chunk, decisions):
-        latents.append(chunk)
+    painted = Painted(kinds, seeds, experiment.defect_chunk)
+    arguments = {"method": "tokentrim", **experiment.arguments(method)}
+    if control is not None:
+        arguments = CONTROLS[control](pipe, arguments)
+    if experiment.defects:
+        arguments["method"] = [painted, arguments["method"]]
 
     start = time.perf_counter()
-    painting = painted(kinds, seeds, experiment.defect_chunk)
-    with controlled(experiment.control(method)), painting, counted_calls(pipe) as calls:
+    with counted_calls(pipe) as calls:
         output = pipe(
             prompts,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_frames=experiment.num_chunks * per_chunk,
-            on_chunk=collect,
-            **experiment.arguments(method),
+            output_type="latent",
+            **arguments,
         )
+        latents = paint_chunk(output.frames, painted, per_chunk) if experiment.defects else output.frames
+        shown = correct_afterwards(latents, per_chunk) if control == "corrected_afterwards" else latents
+        frames = pipe.decode_latents(shown, "np")
     seconds = time.perf_counter() - start
     patch_size = pipe.transformer.config.patch_size
-    signals = {name: signal(latents, patch_size) for name, signal in SIGNALS.items()}  # each (B, chunks)
+    chunks = latents.split(per_chunk, dim=2)
+    signals = {name: signal(chunks, patch_size) for name, signal in SIGNALS.items()}  # each (B, chunks)
     rows = []
     for video, (seed, prompt, kind) in enumerate(zip(seeds, prompts, kinds)):
-        measured = measure_chunks(output.frames[video], prompt, per_chunk)
+        measured = measure_chunks(frames[video], prompt, per_chunk)
         for chunk, (measures, decision) in enumerate(zip(measured, output.decisions[video], strict=True)):
             rows.append(
                 {
@@ -66,7 +72,7 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
                     "seconds": seconds / experiment.num_chunks / len(seeds),
                 }
             )
-    return pd.DataFrame(rows), (output.frames[:, per_chunk // 2 :: per_chunk] * 255).round().astype(np.uint8)
+    return pd.DataFrame(rows), (frames[:, per_chunk // 2 :: per_chunk] * 255).round().astype(np.uint8)
 
 
 def main() -> None:

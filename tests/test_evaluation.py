@@ -11,15 +11,15 @@ import torch
 import yaml
 from conftest import ROOT
 
-from evaluation.controls import CONTROLS, controlled
-from evaluation.defects import DEFECTS, painted
+from evaluation.controls import CONTROLS, correct_afterwards
+from evaluation.defects import DEFECTS, Painted, paint_chunk
 from evaluation.experiment import Experiment, sample_prompts
 from evaluation.identity import Appearance
 from evaluation.measures import look_of, measure_chunks, track_colors
 from evaluation.report import area_under_curve, of_videos, paired
 from evaluation.rollouts import load_pipeline
 from evaluation.signals import SIGNALS
-from tokentrim.tokentrim_anchor import MatchDistribution
+from tokentrim.tokentrim_statistics import MatchDistribution
 from training.world import Appearance as Drawn
 from training.world import parse, render
 
@@ -117,10 +117,7 @@ def latents_of(pipe, seeds=(5, 6), num_chunks=6, **settings):
 @pytest.mark.parametrize("name", sorted(set(CONTROLS) - {"corrected_afterwards"}))
 def test_controls_share_the_first_trigger_and_differ_after_it(pipe, name):
     ours, _ = latents_of(pipe, **TRIM)
-    with controlled(name):
-        theirs, _ = latents_of(pipe, **TRIM)
-    again, _ = latents_of(pipe, **TRIM)
-    assert torch.equal(ours.frames, again.frames)  # nothing stays patched
+    theirs, _ = latents_of(pipe, **CONTROLS[name](pipe, {"method": "tokentrim", **TRIM}))
     pairs = [
         next((video, *pair) for pair in zip(ours.decisions[video], theirs.decisions[video]) if pair[0]["trim"])
         for video in range(2)
@@ -129,21 +126,16 @@ def test_controls_share_the_first_trigger_and_differ_after_it(pipe, name):
     assert pairs
     for video, one, other in pairs:
         assert other["trim"] and one["severity"] == pytest.approx(other["severity"], abs=1e-4)
-        expected = 0 if name.endswith("no_pruning") else len(one["tokens"])
-        assert len(other["tokens"]) == expected
-        assert (one["tokens"] == other["tokens"]) == (name == "fresh_noise")
+        assert len(other["tokens"]) == len(one["tokens"])
+        assert (one["tokens"] == other["tokens"]) == name.startswith("fresh_noise")
         start = 3 * one["chunk"]
         assert torch.allclose(ours.frames[video, :, :start], theirs.frames[video, :, :start], atol=1e-4)
         assert not torch.allclose(ours.frames[video, :, start:], theirs.frames[video, :, start:], atol=1e-2)
 
 
 def test_a_correction_after_the_fact_changes_what_is_shown_and_nothing_that_is_read(pipe):
-    settings = {"seeds": (5,), "num_chunks": 3, "token_trim": False}
-    plain, chunks = latents_of(pipe, **settings)
-    with controlled("corrected_afterwards"):
-        _, same = latents_of(pipe, **settings)
-        shown = pipe.decode_latents(plain.frames, "pt")
-    assert all(torch.equal(*pair) for pair in zip(chunks, same))
+    plain, chunks = latents_of(pipe, seeds=(5,), num_chunks=3, method="plain")
+    shown = pipe.decode_latents(correct_afterwards(plain.frames, 3), "pt")
     held = torch.cat([MatchDistribution(chunks[0][0])(chunk[0])[None] for chunk in chunks], dim=2)
     torch.testing.assert_close(shown, pipe.decode_latents(held, "pt"))
     assert (shown - pipe.decode_latents(plain.frames, "pt")).abs().amax(dim=(0, 2, 3, 4))[-1] > 0.01
@@ -151,17 +143,27 @@ def test_a_correction_after_the_fact_changes_what_is_shown_and_nothing_that_is_r
 
 @pytest.mark.parametrize("kind", DEFECTS)
 def test_defects_hit_one_chunk_of_one_video(pipe, kind):
-    _, clean = latents_of(pipe, num_chunks=4, token_trim=False)
-    with painted([kind, None], [5, 6], at_chunk=2):
-        _, broken = latents_of(pipe, num_chunks=4, token_trim=False)
+    painted = Painted([kind, None], [5, 6], at_chunk=2)
+    _, clean = latents_of(pipe, num_chunks=4, method="plain")
+    output, broken = latents_of(pipe, num_chunks=4, method=[painted, "plain"])
     changed = [(one - other).abs().amax(dim=(1, 2, 3, 4)).tolist() for one, other in zip(clean, broken)]
-    assert changed[0] == changed[1] == [0, 0]
-    assert changed[2][0] > 1 and changed[3][0] > 0.01  # and the next chunk read it
-    assert max(changed[2][1], changed[3][1]) < 1e-3
+    assert changed[:3] == [[0, 0]] * 3  # what is shown is painted afterwards
+    assert changed[3][0] > 0.01 and changed[3][1] < 1e-3  # the next chunk read it
+    shown = paint_chunk(output.frames, painted, 3)
+    difference = (shown - output.frames).abs().amax(dim=(1, 3, 4)).unflatten(1, (4, 3)).amax(dim=2)  # (videos, chunks)
+    assert difference[0, 2] > 1 and difference.count_nonzero() == 1
+
+
+def test_a_painted_chunk_is_what_the_next_one_is_compared_with(pipe):
+    painted = Painted(["noise_region"], [5], at_chunk=2)
+    clean, _ = latents_of(pipe, seeds=(5,), num_chunks=4, method="plain")
+    broken, _ = latents_of(pipe, seeds=(5,), num_chunks=4, method=[painted, {"tokentrim": {"max_regenerations": 0}}])
+    severities = [[each["severity"] for each in output.decisions[0]] for output in (clean, broken)]
+    assert severities[0][:3] == severities[1][:3] and severities[1][3] > severities[0][3]
 
 
 def test_signals_start_at_zero_and_see_a_shift(pipe):
-    _, latents = latents_of(pipe, num_chunks=4, token_trim=False)
+    _, latents = latents_of(pipe, num_chunks=4, method="plain")
     shifted = [*latents[:3], latents[3] + 2]
     for name, signal in SIGNALS.items():
         values, moved = signal(latents, (1, 2, 2)), signal(shifted, (1, 2, 2))
@@ -189,7 +191,7 @@ def test_area_under_curve():
 def write(tmp_path, **settings):
     path = tmp_path / "small.yaml"
     settings = {
-        "methods": {"plain": {"token_trim": False}, "trimmed": TRIM},
+        "methods": {"plain": {"method": "plain"}, "trimmed": TRIM},
         "num_seeds": 2,
         "batch_size": 1,
         "num_chunks": 4,
@@ -222,7 +224,7 @@ def test_an_experiment_resumes_grows_and_refuses_other_settings(tmp_path):
 
     parts = {part: part.stat().st_mtime_ns for part in (out / "parts").glob("*.csv")}
     next(iter(parts)).unlink()
-    methods = {"plain": {"token_trim": False}, "trimmed": TRIM, "held": {"reanchor": "mean"}}
+    methods = {"plain": {"method": "plain"}, "trimmed": TRIM, "held": {"method": {"reanchor": {"match": "mean"}}}}
     assert run(write(tmp_path, methods=methods), out, processes=1).returncode == 0
     unchanged = [part for part, time in parts.items() if part.stat().st_mtime_ns == time]
     assert len(unchanged) == len(parts) - 1
@@ -237,7 +239,7 @@ def test_an_experiment_resumes_grows_and_refuses_other_settings(tmp_path):
         atol=1e-3,
     )
 
-    other = run(write(tmp_path, methods={"plain": {"token_trim": True}}), out)
+    other = run(write(tmp_path, methods={"plain": {"method": "tokentrim"}}), out)
     assert other.returncode != 0 and "methods['plain']" in other.stderr and "name another --out" in other.stderr
     other = run(write(tmp_path, num_chunks=5), out)
     assert other.returncode != 0 and "num_chunks" in other.stderr

@@ -124,8 +124,8 @@ def start(nursery, folder, python, *arguments):
 def test_generate_and_score(tmp_path, python):
     """Names are VBench's, noise is the same for all methods, what is there stays, and the videos can be scored."""
     full_pipeline(FlowMatchLCMScheduler(shift=5.0)).save_pretrained(tmp_path / "checkpoint")
-    (tmp_path / "plain.json").write_text(json.dumps({"token_trim": False}))
-    (tmp_path / "others.yaml").write_text(yaml.safe_dump({"methods": {"shut": {"token_trim": False}}}))
+    (tmp_path / "plain.json").write_text(json.dumps({"method": "plain"}))
+    (tmp_path / "others.yaml").write_text(yaml.safe_dump({"methods": {"shut": {"method": "plain"}}}))
     plain, names = tmp_path / "out" / "plain", ["a red circle, frozen-0.mp4", "a blue square moving left-0.mp4"]
     arguments = ["--methods", "plain.json", "others.yaml", "--out", "out", "--videos", "1", "--prompts", "1"]
     with Nursery(HF_HUB_OFFLINE="1") as nursery:

@@ -19,7 +19,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from ..pipeline_tokentrim import TokenTrimPipeline
-from ..tokentrim_inputs import check_choice
+from ..tokentrim_checks import check_choice
 from .presets import PRESETS, SCHEDULES
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .. import __version__
-from ..tokentrim_inputs import check
+from ..tokentrim_checks import check
 from ..tokentrim_saving import INDEX, copy_code, name_our_classes
 
 

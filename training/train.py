@@ -148,7 +148,7 @@ def save_samples(
         prompts,
         num_frames=num_frames,
         generator=[torch.Generator().manual_seed(index) for index in range(num_videos)],
-        token_trim=False,
+        method="plain",
         output_type="pt",
     ).frames  # (B, T, 3, H, W)
     save_strip([each.transpose(0, 1).float() for each in video], path, stride=3)

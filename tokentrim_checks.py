@@ -1,0 +1,68 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""`check` and its typed forms: `TypeError` or `ValueError` naming an argument, its value and what is valid.
+
+A leaf. Each room checks its own settings with them; a check never acts.
+"""
+
+import math
+import reprlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 100
+
+
+def check(ok: bool, name: str, value: Any, valid: str, error: type[Exception] = ValueError) -> None:
+    """Raise `error` unless `ok`."""
+    if not ok:
+        value = f"of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else _brief.repr(value)
+        raise error(f"`{name}` has to be {valid}, but is {value}.")
+
+
+def check_int(name: str, value: Any, minimum: int) -> None:
+    check(isinstance(value, int) and not isinstance(value, bool), name, value, f"an int >= {minimum}", TypeError)
+    check(value >= minimum, name, value, f"an int >= {minimum}")
+
+
+def check_number(name: str, value: Any, ok: Callable[[float], bool], valid: str) -> None:
+    check(isinstance(value, (int, float)) and not isinstance(value, bool), name, value, valid, TypeError)
+    check(math.isfinite(value) and ok(value), name, value, valid)
+
+
+def check_bool(name: str, value: Any) -> None:
+    check(isinstance(value, bool), name, value, "True or False", TypeError)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    check(isinstance(value, str), name, value, f"one of {list(choices)}", TypeError)
+    check(value in choices, name, value, f"one of {list(choices)}")
+
+
+def check_list(name: str, value: Any, of_type: type | tuple[type, ...], valid: str) -> None:
+    of_types = isinstance(value, (list, tuple)) and all(isinstance(each, of_type) for each in value)
+    check(of_types, name, value, valid, TypeError)
+
+
+def check_callables(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        check(value is None or callable(value), name, value, "callable or None", TypeError)
+
+
+def check_tensor(name: str, value: Any, ndim: int, layout: str) -> None:
+    """A floating-point tensor of `ndim` dimensions without NaN or Inf."""
+    check(isinstance(value, torch.Tensor), name, value, f"a tensor {layout}", TypeError)
+    check(value.is_floating_point(), name, value.dtype, f"a floating-point tensor {layout}", TypeError)
+    check(value.ndim == ndim, name, value, f"a tensor {layout}")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"`{name}` has to be finite, but holds NaN or Inf.")
+
+
+def check_settings(name: str, settings: Any, known: Sequence[str]) -> None:
+    """A dict of settings, all of them known."""
+    valid = f"a dict of settings among {list(known)}"
+    check(isinstance(settings, dict), name, settings, valid, TypeError)
+    check(set(settings) <= set(known), name, settings, valid)

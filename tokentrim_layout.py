@@ -1,0 +1,151 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Which latent frames of the past a pass reads, and where it puts them: pure functions of frame numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .tokentrim_checks import check, check_bool, check_choice, check_int, check_settings
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward of the transformer: one of the denoising steps of a chunk, or the commit that writes it.
+
+    Args:
+        kind (`str`): `"denoise"` or `"commit"`.
+        step (`int`): index of the denoising step; of the first chunk, where several are in flight.
+    """
+
+    kind: str = "denoise"
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class View:
+    """What a pass reads of the past, and where it all stands on the temporal axis of the rotary embedding.
+
+    Args:
+        frames (`Sequence[int]`): latent frames of the past that are read, in the order in which attention sees them.
+        positions (`Sequence[int]`): where each of them stands.
+        own_positions (`Sequence[int]`): where the keys of the frames of the pass stand.
+        query_positions (`Sequence[int]`, *optional*): where its queries stand; as its keys by default.
+        log_weights (`Sequence[float]`, *optional*): added to the attention scores of each frame of the past.
+    """
+
+    frames: Sequence[int]
+    positions: Sequence[int]
+    own_positions: Sequence[int]
+    query_positions: Sequence[int] | None = None
+    log_weights: Sequence[float] | None = None
+
+
+class Layout:
+    """Which latent frames of the past stay in memory, and which of them a pass reads. By default: all, at absolute
+    positions.
+
+    Attributes:
+        num_sink_frames (`int`): first latent frames that eviction leaves alone.
+    """
+
+    num_sink_frames = 0
+
+    def keep(self, held: list[int], new: list[int]) -> list[int]:
+        """The frames of `held` that stay in memory while the chunk of frames `new` is generated and committed."""
+        return held
+
+    def view(self, held: list[int], new: list[int], pass_: Pass) -> View:
+        """What a pass that carries the frames `new` reads of the frames `held`."""
+        return View(held, held, new)
+
+    def check(self, longest: int, carried: str) -> None:
+        """Refuse a rollout whose passes carry up to `longest` latent frames, `carried` in words."""
+
+
+class WindowLayout(Layout):
+    """The newest frames of a window, behind a sink that never leaves.
+
+    Args:
+        window_size (`int`, *optional*): latent frames that attention spans, the current chunk and the sink included.
+        num_sink_frames (`int`): first latent frames that never leave.
+        relative_positions (`bool`): count positions inside the window, the sink directly before the recent frames.
+        sink_at_commit (`bool`): whether a commit reads the sink too, at the price of as many recent frames.
+    """
+
+    def __init__(
+        self,
+        window_size: int | None = None,
+        num_sink_frames: int = 0,
+        relative_positions: bool = False,
+        sink_at_commit: bool = True,
+    ):
+        if window_size is not None:
+            check_int("window_size", window_size, 1)
+        check_int("num_sink_frames", num_sink_frames, 0)
+        check_bool("relative_positions", relative_positions)
+        check_bool("sink_at_commit", sink_at_commit)
+        self.window_size = window_size
+        self.num_sink_frames = num_sink_frames
+        self.relative_positions = relative_positions
+        self.sink_at_commit = sink_at_commit
+
+    def keep(self, held: list[int], new: list[int]) -> list[int]:
+        read = set(self._read(held, new, self.num_sink_frames if self.sink_at_commit else 0))
+        return [frame for frame in held if frame in read or frame < self.num_sink_frames]
+
+    def view(self, held: list[int], new: list[int], pass_: Pass) -> View:
+        reads_sink = pass_.kind == "denoise" or self.sink_at_commit
+        frames = self._read(held, new, self.num_sink_frames if reads_sink else 0)
+        if not self.relative_positions:
+            return View(frames, frames, new)
+        slots = list(range(len(frames) + len(new)))
+        return View(frames, slots[: len(frames)], slots[len(frames) :])
+
+    def _read(self, held: list[int], new: list[int], num_sink: int) -> list[int]:
+        if self.window_size is None:
+            return held
+        oldest = new[0] - max(self.window_size - num_sink - len(new), 0)
+        return [frame for frame in held if frame < num_sink or frame >= oldest]
+
+    def check(self, longest: int, carried: str) -> None:
+        shortest = self.num_sink_frames + longest
+        valid = f"None or >= {shortest}: {self.num_sink_frames} sink frames and {carried} of {longest} latent frames"
+        fits = self.window_size is None or self.window_size >= shortest
+        check(fits, "window_size", self.window_size, valid)
+
+
+LAYOUTS = {"window": (WindowLayout, ("window_size", "num_sink_frames", "relative_positions", "sink_at_commit"))}
+
+
+def make_layout(layout: Any) -> Layout:
+    """A layout by name, by a dict of one name with its settings, or an object with `keep` and `view`."""
+    if isinstance(layout, str):
+        layout = {layout: {}}
+    if not isinstance(layout, dict):
+        has_verbs = not isinstance(layout, type) and all(
+            callable(getattr(layout, name, None)) for name in ("keep", "view")
+        )
+        valid = f"one of {list(LAYOUTS)}, a dict of one of them with its settings, or an object with `keep` and `view`"
+        check(has_verbs, "layout", layout, valid, TypeError)
+        return layout
+    check(len(layout) == 1, "layout", layout, "a dict of one layout with its settings")
+    ((name, settings),) = layout.items()
+    check_choice("layout", name, tuple(LAYOUTS))
+    kind, known = LAYOUTS[name]
+    check_settings(f"layout[{name!r}]", settings, known)
+    return kind(**settings)
+
+
+def check_view(view: Any, layout: Any, held: Sequence[int], new: Sequence[int]) -> None:
+    """Refuse a view that does not fit the frames at hand."""
+    name = f"{type(layout).__name__}.view"
+    valid = (
+        f"a View for the latent frames {new[0]} to {new[-1]}: frames of {list(held)}, each once, a position for each"
+    )
+    fits = all(hasattr(view, field) for field in View.__dataclass_fields__)
+    check(fits, name, view, valid, TypeError)
+    once = len(set(view.frames)) == len(view.frames) and set(view.frames) <= set(held)
+    own = (view.own_positions, view.own_positions if view.query_positions is None else view.query_positions)
+    weights = view.positions if view.log_weights is None else view.log_weights
+    lengths = len(view.frames) == len(view.positions) == len(weights) and all(len(each) == len(new) for each in own)
+    check(once and lengths, name, view, valid)

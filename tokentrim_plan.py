@@ -1,0 +1,423 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""One call's arguments, completed from the checkpoint and checked, as a value. Nothing below reads them again.
+
+Checks never act: none sets a scheduler, draws from a generator or calls a user's function.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AnyFlowFARTransformer3DModel, WanTransformer3DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils.torch_utils import is_compiled_module
+
+from .tokentrim_checks import (
+    check,
+    check_bool,
+    check_callables,
+    check_choice,
+    check_int,
+    check_list,
+    check_number,
+    check_tensor,
+)
+from .tokentrim_far import check_compression, check_far
+from .tokentrim_layout import Layout, WindowLayout, make_layout
+from .tokentrim_methods import Method, make_method
+
+
+ROLLOUTS = ("self_forcing", "rolling_forcing")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+TRIM_SETTINGS = ("prune_fraction", "drift_sensitivity", "warmup_chunks", "max_regenerations", "drift_signal")
+WINDOW_SETTINGS = ("window_size", "num_sink_frames", "relative_positions", "sink_at_commit")
+SINK_COLLAPSE = 120  # latent frames from which a sink at absolute positions is known to fail (LoL, arXiv 2601.16914)
+
+plan_logger = logging.getLogger("tokentrim.plan")
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """What one call does.
+
+    Args:
+        rollout (`str`): `"self_forcing"` or `"rolling_forcing"`.
+        shape (`tuple`): of all latents, (B, C, T, H, W).
+        height (`int`), width (`int`): of the video in pixels.
+        chunk_partition (`list[int]`): latent frames of each chunk.
+        chunk_frames (`list[int]`): frames of each chunk, once it is decoded.
+        num_given_chunks (`int`): first chunks that are given, not generated.
+        num_protected_frames (`int`): first latent frames that eviction leaves alone.
+        num_in_flight (`int`): chunks denoised together.
+        method ([`Method`]), layout ([`Layout`]): what later chunks may read, and where it stands.
+        num_inference_steps (`int`), sigmas, timesteps: the schedule of a chunk.
+        max_sequence_length (`int`): tokens that a prompt is padded to.
+        call (`dict`): the arguments that pass through as they were given.
+    """
+
+    rollout: str
+    shape: tuple[int, int, int, int, int]
+    height: int
+    width: int
+    chunk_partition: list[int]
+    chunk_frames: list[int]
+    num_given_chunks: int
+    num_protected_frames: int
+    num_in_flight: int
+    method: Method
+    layout: Layout
+    num_inference_steps: int
+    sigmas: Sequence[float] | None
+    timesteps: Sequence[float] | None
+    max_sequence_length: int
+    call: dict
+
+    @property
+    def num_videos(self) -> int:
+        return self.shape[0]
+
+    def count_steps(self, steps_per_chunk: int, first_chunk: int = 0) -> int:
+        """Denoising steps of the run from a chunk on, without regenerations."""
+        num_chunks = len(self.chunk_partition) - max(first_chunk, self.num_given_chunks)
+        return num_chunks - 1 + steps_per_chunk if self.num_in_flight > 1 else num_chunks * steps_per_chunk
+
+
+def plan_rollout(pipe: Any, call: dict) -> RolloutPlan:
+    """
+    The plan of a call.
+
+    Args:
+        pipe: the pipeline.
+        call (`dict`): all arguments of its call.
+
+    Raises:
+        `TypeError`, `ValueError`: an argument is no good; its name, its value and what is valid are in the message.
+    """
+    call = dict(call)
+    _check_components(pipe, call)
+    _complete(pipe, call)
+    shape, chunk_partition = _plan_shape(pipe, call)
+    temporal, far = pipe.vae_scale_factor_temporal, is_far(pipe)
+    num_given = _count_given_chunks(pipe, call, shape, chunk_partition)
+    _check_schedule(pipe.scheduler, call)
+    method = make_method(call["method"], {name: call[name] for name in TRIM_SETTINGS})
+    num_in_flight = _count_in_flight(pipe, call, method, far)
+    for hook in method.hooks:
+        if callable(getattr(hook, "check", None)):
+            hook.check(chunk_partition[num_given:], method.drift_signal)
+    _check_rest(call)
+    layout = _plan_layout(pipe, call, chunk_partition, num_in_flight, far)
+    _check_rejections(method, layout, chunk_partition, num_in_flight)
+    chunk_frames = [num * temporal for num in chunk_partition]
+    chunk_frames[0] -= temporal - 1  # the first latent frame is one frame
+    return RolloutPlan(
+        rollout=call["rollout"],
+        shape=shape,
+        height=call["height"],
+        width=call["width"],
+        chunk_partition=chunk_partition,
+        chunk_frames=chunk_frames,
+        num_given_chunks=num_given,
+        num_protected_frames=sum(chunk_partition[:num_given]) if call["protect_conditioning"] else 0,
+        num_in_flight=num_in_flight,
+        method=method,
+        layout=layout,
+        num_inference_steps=call["num_inference_steps"],
+        sigmas=call["sigmas"],
+        timesteps=call["timesteps"],
+        max_sequence_length=call["max_sequence_length"],
+        call=call,
+    )
+
+
+def is_far(pipe: Any) -> bool:
+    """Whether the transformer has a compressed part."""
+    return pipe.transformer.config.get("full_chunk_limit", 1) > 1
+
+
+# 1. Components, and what was not given
+
+
+def _check_components(pipe: Any, call: dict) -> None:
+    """The pipeline has the components that this call needs, and a transformer that the rollout knows."""
+    check_number("guidance_scale", call["guidance_scale"], lambda scale: scale >= 0, "a finite number >= 0")
+    check_choice("output_type", call["output_type"], OUTPUT_TYPES)
+    encodes_negative = call["guidance_scale"] > 1.0 and call["negative_prompt_embeds"] is None
+    encodes_text = call["prompt"] is not None or encodes_negative
+    uses_vae = call["video"] is not None or call["output_type"] != "latent"
+    unless_embeds = "a component, unless `prompt_embeds` (with guidance, negative ones too) are passed"
+    for name, needed, valid in (
+        ("tokenizer", encodes_text, unless_embeds),
+        ("text_encoder", encodes_text, unless_embeds),
+        ("vae", uses_vae, "a component, unless `output_type='latent'` without `video`"),
+        ("transformer", True, "a component"),
+        ("scheduler", True, "a component"),
+    ):
+        check(not needed or getattr(pipe, name, None) is not None, name, None, valid)
+    transformer = pipe.transformer._orig_mod if is_compiled_module(pipe.transformer) else pipe.transformer
+    if isinstance(transformer, AnyFlowFARTransformer3DModel):
+        check_far(transformer.config)
+        return
+    text_to_video = isinstance(transformer, WanTransformer3DModel) and transformer.config.added_kv_proj_dim is None
+    valid = (
+        "a text-to-video WanTransformer3DModel with patches of one latent frame, or an AnyFlowFARTransformer3DModel"
+    )
+    check(text_to_video and transformer.config.patch_size[0] == 1, "transformer", type(transformer).__name__, valid)
+
+
+def _complete(pipe: Any, call: dict) -> None:
+    """Take what was not given from the latents, from the checkpoint, or from our defaults."""
+    latents = call["latents"]
+    if latents is not None:
+        check_tensor("latents", latents, 5, "(batch, channels, latent frames, height, width)")
+        spatial, temporal = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
+        of_latents = {
+            "height": latents.shape[3] * spatial,
+            "width": latents.shape[4] * spatial,
+            "num_frames": (latents.shape[2] - 1) * temporal + 1,
+        }
+        call.update({name: value for name, value in of_latents.items() if call[name] is None})
+    _fill_in(pipe, call, "rollout", "self_forcing")
+    check_choice("rollout", call["rollout"], ROLLOUTS)
+    _fill_in(pipe, call, "num_frames_per_chunk", None if is_far(pipe) else 3)
+    _fill_in(pipe, call, "num_inference_steps", 4)
+    _fill_in(pipe, call, "height", 480)
+    _fill_in(pipe, call, "width", 832)
+    _fill_in(pipe, call, "max_sequence_length", 512)
+    _fill_in(pipe, call, "num_frames", 81)
+    callback = call["callback_on_step_end"]
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        call["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+    valid = "a list of names of tensors"
+    check_list("callback_on_step_end_tensor_inputs", call["callback_on_step_end_tensor_inputs"], str, valid)
+
+
+def _fill_in(pipe: Any, call: dict, name: str, fallback: Any) -> None:
+    """An argument of the call, else the checkpoint's setting, else ours."""
+    if call[name] is None:
+        call[name] = pipe.config.get(name)
+    if call[name] is None:
+        call[name] = fallback
+
+
+# 2. Sizes, prompts and draws
+
+
+def _plan_shape(pipe: Any, call: dict) -> tuple[tuple[int, ...], list[int]]:
+    """The shape of all latents, (B, C, T, H, W), and the partition of T into chunks."""
+    config, spatial = pipe.transformer.config, pipe.vae_scale_factor_spatial
+    for name, patch in (("height", config.patch_size[1]), ("width", config.patch_size[2])):
+        check_int(name, call[name], 1)
+        check(call[name] % (spatial * patch) == 0, name, call[name], f"a multiple of {spatial * patch}")
+    check_int("max_sequence_length", call["max_sequence_length"], 1)
+    check_int("num_videos_per_prompt", call["num_videos_per_prompt"], 1)
+    num_videos = _check_prompts(pipe, call) * call["num_videos_per_prompt"]
+    chunk_partition = partition_chunks(
+        call["num_frames"],
+        pipe.vae_scale_factor_temporal,
+        call["num_frames_per_chunk"],
+        call["chunk_partition"],
+        config.get("chunk_partition"),
+    )
+    if is_far(pipe):
+        check_compression(call["height"], call["width"], spatial, config, len(chunk_partition))
+    size = (call["height"] // spatial, call["width"] // spatial)
+    shape = (num_videos, config.in_channels, sum(chunk_partition), *size)
+    _check_draws(call["generator"], call["latents"], shape)
+    return shape, chunk_partition
+
+
+def _check_prompts(pipe: Any, call: dict) -> int:
+    """How many prompts there are. Texts are texts, embeddings (B, text, text_dim), alike in both guidance branches."""
+    prompt, embeds = call["prompt"], call["prompt_embeds"]
+    pipe.check_inputs(
+        prompt,
+        call["negative_prompt"],
+        call["height"],
+        call["width"],
+        embeds,
+        call["negative_prompt_embeds"],
+        callback_on_step_end_tensor_inputs=call["callback_on_step_end_tensor_inputs"],
+    )
+    text_dim = pipe.transformer.config.text_dim
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        if call[name] is not None:
+            check_tensor(name, call[name], 3, "(batch, text, dim)")
+            fits = len(call[name]) > 0 and call[name].shape[-1] == text_dim
+            check(fits, name, call[name], f"(batch, text, {text_dim})")
+    if embeds is not None and call["negative_prompt_embeds"] is not None:
+        alike = embeds.shape == call["negative_prompt_embeds"].shape
+        valid = f"shaped like `prompt_embeds`, {tuple(embeds.shape)}"
+        check(alike, "negative_prompt_embeds", call["negative_prompt_embeds"], valid)
+    batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else embeds)
+    for name in ("prompt", "negative_prompt"):
+        if isinstance(texts := call[name], list):
+            check(all(isinstance(text, str) for text in texts), name, texts, "a str or a list of str", TypeError)
+            check(len(texts) == max(batch_size, 1), name, texts, f"a str or a list of {max(batch_size, 1)}")
+    return batch_size
+
+
+def _check_draws(generator: Any, latents: torch.Tensor | None, shape: Sequence[int]) -> None:
+    """The initial noise, or what it is drawn from, fits videos of `shape` (B, C, T, H, W)."""
+    if latents is not None:
+        check(tuple(latents.shape) == tuple(shape), "latents", latents, f"of shape {tuple(shape)} for this call")
+    generators = generator if isinstance(generator, list) else [generator]
+    of_type = generator is None or all(isinstance(each, torch.Generator) for each in generators)
+    check(of_type, "generator", generator, "a torch.Generator or a list of them", TypeError)
+    fits = not isinstance(generator, list) or len(generator) == shape[0]
+    check(fits, "generator", generator, f"one generator or a list of {shape[0]}, one for each video")
+
+
+def partition_chunks(
+    num_frames: int,
+    temporal_factor: int,
+    num_frames_per_chunk: int | None,
+    chunk_partition: Sequence[int] | None,
+    checkpoint_partition: Sequence[int] | None = None,
+) -> list[int]:
+    """Latent frames of each chunk of a video of `num_frames` frames.
+
+    A checkpoint's own partition gives the size of the first chunk, which may be another, and of those that follow; the
+    last one is what is left.
+    """
+    check_int("num_frames", num_frames, 1)
+    if num_frames_per_chunk is not None:
+        check_int("num_frames_per_chunk", num_frames_per_chunk, 1)
+    num_latent_frames, rest = divmod(num_frames - 1, temporal_factor)
+    num_latent_frames += 1
+    if chunk_partition is not None:
+        check_list("chunk_partition", chunk_partition, int, "a list of ints")
+        fits = min(chunk_partition, default=0) > 0 and not rest and sum(chunk_partition) == num_latent_frames
+        valid = f"positive ints that sum to the {num_latent_frames} latent frames of num_frames={num_frames}"
+        check(fits, "chunk_partition", chunk_partition, valid)
+        return list(chunk_partition)
+    if checkpoint_partition is not None:
+        below = num_frames - rest
+        valid = f"{temporal_factor}n + 1, such as {below} or {below + temporal_factor}"
+        check(not rest, "num_frames", num_frames, valid)
+        if num_frames_per_chunk is None and sum(checkpoint_partition) == num_latent_frames:
+            return list(checkpoint_partition)
+        first, size, *_ = [*checkpoint_partition, *checkpoint_partition]
+        first, size = min(first, num_latent_frames), num_frames_per_chunk or size
+        num_chunks, last = divmod(num_latent_frames - first, size)
+        return [first] + [size] * num_chunks + [last] * (last > 0)
+    num_chunks = max(num_latent_frames // num_frames_per_chunk, 1)
+    below, above = ((n * num_frames_per_chunk - 1) * temporal_factor + 1 for n in (num_chunks, num_chunks + 1))
+    valid = f"whole chunks of {num_frames_per_chunk} latent frames, such as {below} or {above}"
+    check(not rest and num_latent_frames % num_frames_per_chunk == 0, "num_frames", num_frames, valid)
+    return [num_frames_per_chunk] * num_chunks
+
+
+def _count_given_chunks(pipe: Any, call: dict, shape: Sequence[int], chunk_partition: Sequence[int]) -> int:
+    """How many chunks the frames to continue fill: whole chunks, and at least one is left to generate."""
+    num_videos, channels, _, height, width = shape
+    video, video_latents = call["video"], call["video_latents"]
+    if video is not None:
+        name, given, spatial = "video", video, (3, call["height"], call["width"])
+        factor = pipe.vae_scale_factor_temporal
+    elif video_latents is not None:
+        name, given, spatial, factor = "video_latents", video_latents, (channels, height, width), 1
+    else:
+        return 0
+    check(video is None or video_latents is None, "video_latents", video_latents, "None where `video` is given")
+    layout = "(batch, frames, {}, {}, {})".format(*spatial)
+    check_tensor(name, given, 5, layout)
+    check(tuple(given.shape[2:]) == spatial, name, given, layout)
+    check(num_videos % len(given) == 0, name, given, f"a batch that divides the {num_videos} videos")
+    num_frames, rest = divmod(given.shape[1] - 1, factor)
+    num_frames += 1
+    ends = [sum(chunk_partition[: n + 1]) for n in range(len(chunk_partition) - 1)]
+    valid = f"as many latent frames as fill whole chunks and leave one to generate: one of {ends}"
+    check(not rest and num_frames in ends, name, given, valid)
+    if video is not None and not (video.min() >= 0 and video.max() <= 1):
+        raise ValueError(f"`video` has to be in [0, 1], but is in [{video.min():.3g}, {video.max():.3g}].")
+    return ends.index(num_frames) + 1
+
+
+# 3. Schedule, method and layout
+
+
+def _check_schedule(scheduler: Any, call: dict) -> None:
+    """The arguments that say how a chunk is denoised."""
+    sigmas, timesteps, renoise = call["sigmas"], call["timesteps"], call["renoise"]
+    check_int("num_inference_steps", call["num_inference_steps"], 1)
+    check(sigmas is None or timesteps is None, "sigmas", sigmas, "None where `timesteps` is given")
+    for name, values, top in (("sigmas", sigmas, 1), ("timesteps", timesteps, scheduler.config.num_train_timesteps)):
+        if values is not None:
+            check_list(name, values, (int, float), "a list of numbers")
+            falling = len(values) > 0 and all(a > b for a, b in zip([top + 1e-6, *values], [*values, 0]))
+            check(falling, name, values, f"strictly falling numbers in (0, {top}]")
+            check(scheduler.takes(name), name, values, f"None for {type(scheduler).__name__}")
+    prediction = scheduler.config.get("prediction_type", "flow_prediction")
+    flow = prediction == "flow_prediction" and scheduler.config.get("use_flow_sigmas", True)
+    valid = "a flow-matching scheduler (prediction_type='flow_prediction', use_flow_sigmas=True)"
+    check(flow, "scheduler", scheduler.config, valid)
+    check_callables(renoise=renoise)
+    valid = f"None: {type(scheduler).__name__} does not re-noise (TokenTrimFlowMatchLCMScheduler does)"
+    check(renoise is None or scheduler.renoises, "renoise", renoise, valid)
+
+
+def _count_in_flight(pipe: Any, call: dict, method: Method, far: bool) -> int:
+    """How many chunks are denoised together: they meet a new context at each step, and become final one by one."""
+    if call["rollout"] == "self_forcing":
+        return 1
+    scheduler, signal = pipe.scheduler, method.drift_signal
+    check(not far, "rollout", call["rollout"], "'self_forcing' for AnyFlowFARTransformer3DModel")
+    valid = "one without a history of steps (Euler or LCM) for rollout='rolling_forcing'"
+    check(scheduler.single_step, "scheduler", type(scheduler).__name__, valid)
+    check(signal == "final", "drift_signal", signal, "'final' for rollout='rolling_forcing'")
+    return len(call["sigmas"] or call["timesteps"] or range(call["num_inference_steps"]))
+
+
+def _check_rest(call: dict) -> None:
+    """What passes through, but has a type."""
+    for name in ("use_mean_velocity", "protect_conditioning", "pad_keys"):
+        check_bool(name, call[name])
+    check(call["use_kv_cache"] is True, "use_kv_cache", call["use_kv_cache"], "True: the rollout reads the cache")
+    attention_kwargs = call["attention_kwargs"]
+    ok = attention_kwargs is None or isinstance(attention_kwargs, dict)
+    check(ok, "attention_kwargs", attention_kwargs, "a dict or None", TypeError)
+    check_callables(callback_on_step_end=call["callback_on_step_end"], on_chunk=call["on_chunk"])
+
+
+def _plan_layout(pipe: Any, call: dict, chunk_partition: Sequence[int], num_in_flight: int, far: bool) -> Layout:
+    """The layout that was asked for, or the window that the call's arguments and the checkpoint describe."""
+    rolling, given = call["rollout"] == "rolling_forcing", [name for name in WINDOW_SETTINGS if call[name] is not None]
+    if call["layout"] is not None:
+        for name in given:
+            check(False, name, call[name], "None where `layout` is given")
+        layout = make_layout(call["layout"])
+    else:
+        _fill_in(pipe, call, "window_size", None)
+        _fill_in(pipe, call, "num_sink_frames", chunk_partition[0] if rolling else 0)
+        _fill_in(pipe, call, "relative_positions", rolling)
+        _fill_in(pipe, call, "sink_at_commit", not rolling)
+        layout = WindowLayout(*(call[name] for name in WINDOW_SETTINGS))
+    limit = pipe.transformer.config.full_chunk_limit if far else num_in_flight
+    starts = range(max(len(chunk_partition) - limit, 0) + 1)
+    longest = max(sum(chunk_partition[start : start + limit]) for start in starts)
+    carried = "a chunk" if limit == 1 else "chunks denoised together (one for each step)"
+    if callable(getattr(layout, "check", None)):
+        layout.check(longest, f"{limit} chunks in full resolution" if far else carried)
+    if isinstance(layout, WindowLayout) and layout.num_sink_frames and not layout.relative_positions:
+        if layout.window_size is not None and sum(chunk_partition) > SINK_COLLAPSE:
+            plan_logger.warning(
+                "a sink at absolute positions is known to fail beyond %d latent frames (sink collapse, arXiv 2601.16914):"
+                " pass relative_positions=True where the model allows it",
+                SINK_COLLAPSE,
+            )
+    return layout
+
+
+def _check_rejections(method: Method, layout: Layout, chunk_partition: Sequence[int], num_in_flight: int) -> None:
+    """A chunk that does not enter must not leave the context empty."""
+    window_size = getattr(layout, "window_size", None)
+    if window_size is None or layout.num_sink_frames > 0:
+        return
+    shortest = (num_in_flight + 2) * max(chunk_partition)
+    for policy in method.policies:
+        ok = window_size >= shortest or not getattr(policy, "may_reject", False)
+        valid = f"without {type(policy).__name__} with `window_size` {window_size} and no sink: it needs a sink, or"
+        check(ok, "method", [type(each).__name__ for each in method.policies], f"{valid} {shortest} latent frames")

@@ -1,0 +1,93 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Re-anchoring at commit, ours and not the paper's: what becomes context is held to the reference chunk's statistics.
+
+Drift of a long rollout is mostly slow and global: every chunk is a little off the one before it, is read back, and
+serves as the next one's example. Moving the statistics of what is read back to those of the first chunk breaks that
+loop. The chunk that is shown stays as it was generated.
+"""
+
+import math
+import statistics
+
+import torch
+
+from .tokentrim_checks import check_choice, check_int, check_number
+from .tokentrim_context import ContextPolicy
+from .tokentrim_statistics import MATCHINGS, mean_offset
+
+
+class Reanchor(ContextPolicy):
+    """Holds a video's context to its reference: its first chunk, or the last one that was given.
+
+    Without a tolerance every chunk is held. With one, a change is expected, and the video is watched first: a chunk
+    that leaves the tolerance is the next reference, and a video that stays within it for `patience` chunks is held from
+    then on. A held chunk starts from context at the reference, so its offset measures how strongly the model resists:
+    where the median of `patience` chunks leaves the tolerance, holding stops and the video is watched again. The same
+    happens when the prompt changes.
+
+    Decisions gain `reanchored`: `"held"`, `"watched"`, or `None` for a chunk that is the reference itself.
+
+    Args:
+        match (`str`, defaults to `"distribution"`):
+            Which statistics of each latent channel: `"mean"`, `"moments"` (mean and standard deviation),
+            `"histogram"` (all values, by rank) or `"distribution"` (all values, of all channels jointly).
+        tolerance (`float`, *optional*):
+            The distance of a chunk's means from the reference's that counts as a change that is meant, in standard
+            deviations of the reference's values, root mean square over channels. `None`: no change is meant.
+        patience (`int`, defaults to `6`): chunks that a video is watched before it is held, or holding stops.
+    """
+
+    def __init__(self, match: str = "distribution", tolerance: float | None = None, patience: int = 6):
+        check_choice("match", match, tuple(MATCHINGS))
+        check_int("patience", patience, 1)
+        if tolerance is not None:
+            check_number("tolerance", tolerance, lambda value: value > 0, "a finite number > 0, or None")
+        self.match = match
+        self.tolerance = tolerance
+        self.patience = patience
+        self.reference: torch.Tensor | None = None  # (C, T, H, W)
+        self.watched = False
+        self.offsets: list[float] = []  # of the last chunks since holding began or stopped
+        self.outcome: str | None = None  # of the chunk at hand
+        self._matching = None  # learned from the reference
+
+    def observe(self, chunk: torch.Tensor) -> None:
+        self._refer_to(chunk, watched=self.tolerance is not None)
+
+    def commit(self, chunk: torch.Tensor) -> torch.Tensor:
+        """The chunk with the reference's statistics, or as it is while the video is watched."""
+        if self.reference is None:
+            self.observe(chunk)
+            return chunk
+        self._watch(chunk)
+        self.outcome = "watched" if self.watched else "held"
+        if self.watched:
+            return chunk
+        if self._matching is None:
+            self._matching = MATCHINGS[self.match](self.reference[None])
+        return self._matching(chunk[None])[0]
+
+    def close(self, entered: bool) -> dict:
+        outcome, self.outcome = self.outcome, None
+        return {"reanchored": outcome}
+
+    def prompt_changed(self) -> None:
+        if self.reference is not None:
+            self._refer_to(self.reference, watched=True)
+
+    def _refer_to(self, reference: torch.Tensor, watched: bool) -> None:
+        self.reference, self.watched, self.offsets, self._matching = reference, watched, [], None
+
+    def _watch(self, chunk: torch.Tensor) -> None:
+        """Move the reference, stop holding, or begin to hold."""
+        if not self.watched and self.tolerance is None:
+            return
+        tolerance = math.inf if self.tolerance is None else self.tolerance
+        self.offsets = [*self.offsets, mean_offset(chunk, self.reference)][-self.patience :]
+        long_enough = len(self.offsets) == self.patience
+        if self.watched and self.offsets[-1] > tolerance:  # it moves
+            self._refer_to(chunk, watched=True)
+        elif self.watched and long_enough:  # it has settled; without a tolerance nobody knows since when
+            self._refer_to(chunk if self.tolerance is None else self.reference, watched=False)
+        elif long_enough and statistics.median(self.offsets) > tolerance:  # the model resists
+            self._refer_to(chunk, watched=True)

@@ -1,0 +1,138 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The session: all that a run is between two chunks."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .tokentrim_attention import WanBackbone
+from .tokentrim_checks import check, check_tensor
+from .tokentrim_context import ContextPolicies
+from .tokentrim_denoising import Denoiser, InFlight, Prompt, Renoise
+from .tokentrim_far import FARBackbone
+from .tokentrim_plan import RolloutPlan, is_far
+from .tokentrim_stability import token_grid
+
+
+class Rollout:
+    """A run on its way: which chunk is next, what is in flight, and the parts that remember.
+
+    Args:
+        pipe: the pipeline, whose schedule is set.
+        plan ([`RolloutPlan`]): of the call.
+        prompt ([`Prompt`]): encoded.
+        noise (`torch.Tensor`): initial noise of all chunks, (B, C, T, H, W).
+        given (`torch.Tensor`, *optional*): clean latents of the first frames, where they are not generated.
+    """
+
+    def __init__(
+        self, pipe: Any, plan: RolloutPlan, prompt: Prompt, noise: torch.Tensor, given: torch.Tensor | None = None
+    ):
+        self.pipe = pipe
+        self.plan = plan
+        self.noise = list(noise.split(plan.chunk_partition, dim=2))  # each (B, C, frames, H, W)
+        self.given = [] if given is None else given.split(plan.chunk_partition[: plan.num_given_chunks], dim=2)
+        self.index = 0
+        self.in_flight: tuple[InFlight, ...] = ()
+
+        call, patch_size = plan.call, pipe.transformer.config.patch_size
+        grid = token_grid(noise, patch_size)
+        context = {"layout": plan.layout, "num_protected_frames": plan.num_protected_frames}
+        if is_far(pipe):
+            options = {"use_mean_velocity": call["use_mean_velocity"], "pad_keys": call["pad_keys"]}
+            backbone = FARBackbone(pipe.transformer, grid=grid, num_videos=plan.num_videos, **options, **context)
+        else:
+            backbone = WanBackbone(pipe.transformer, grid, num_videos=plan.num_videos, **context)
+        self.policies = ContextPolicies(plan.method.policies, plan.num_videos, grid, patch_size)
+        renoise = Renoise(call["renoise"], call["generator"], plan.shape, plan.num_in_flight, noise.device)
+        solver_generators = _solver_generators(pipe.scheduler, call["generator"], plan.num_videos)
+        self.denoiser = Denoiser(pipe, backbone, plan, prompt, self.noise, renoise, solver_generators)
+        if call["callback_on_step_end"] is not None:
+            self.denoiser.on_step = self._call_back
+
+    @property
+    def backbone(self) -> Any:
+        return self.denoiser.backbone
+
+    def remaining(self) -> Iterator[int]:
+        """The chunks from `index` on."""
+        while self.index < len(self.noise):
+            yield self.index
+
+    def goes_on(self, index: int) -> bool:
+        """Whether a chunk follows, so that this one has to be committed."""
+        return index + 1 < len(self.noise)
+
+    def num_steps_left(self) -> int:
+        """Denoising steps to go, without regenerations."""
+        per_chunk = len(self.pipe.scheduler.timesteps)
+        if not self.in_flight:
+            return self.plan.count_steps(per_chunk, self.index)
+        return len(self.noise) - self.index  # each step finishes one
+
+    def set_prompt(self, prompt: Prompt) -> None:
+        """Another prompt serves from the next denoising step on."""
+        self.denoiser.prompt = prompt
+        self.backbone.cache.forget_prompt()
+        self.policies.prompt_changed()
+
+    def state_dict(self) -> dict:
+        """The run between two chunks, as plain values and tensors that `load_state_dict` of a run of the same call takes."""
+        prompt, renoise = self.denoiser.prompt, self.denoiser.renoise
+        return {
+            "index": self.index,
+            "in_flight": [[chunk.latents, chunk.step] for chunk in self.in_flight],
+            "noise": list(self.noise[self.index :]),
+            "renoise": [[*key, noise] for key, noise in renoise.drawn.items()],
+            "prompt": [prompt.embeds, prompt.negative_embeds],
+            "generators": [generator.get_state() for generator in self._generators()],
+            "policies": self.policies.state_dict(),
+            "backbone": self.backbone.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.index = state["index"]
+        self.in_flight = tuple(InFlight(latents, step) for latents, step in state["in_flight"])
+        self.noise[self.index :] = state["noise"]
+        self.denoiser.renoise.drawn = {(chunk, step): noise for chunk, step, noise in state["renoise"]}
+        self.denoiser.prompt = Prompt(*state["prompt"])
+        for generator, saved in zip(self._generators(), state["generators"], strict=True):
+            generator.set_state(saved)
+        self.policies.load_state_dict(state["policies"])
+        self.backbone.load_state_dict(state["backbone"])
+
+    def _generators(self) -> list[torch.Generator]:
+        """All that are drawn from while the run goes on."""
+        given = self.plan.call["generator"]
+        given = given if isinstance(given, list) else [torch.default_generator if given is None else given]
+        return [*given, *(each for each in self.denoiser.solver_generators or [] if each not in given)]
+
+    def _call_back(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """`callback_on_step_end`: it may change the latents and the prompt."""
+        call, prompt = self.plan.call, self.denoiser.prompt
+        tensors = {
+            "latents": latents,
+            "prompt_embeds": prompt.embeds,
+            "negative_prompt_embeds": prompt.negative_embeds,
+        }
+        wanted = {name: tensors[name] for name in call["callback_on_step_end_tensor_inputs"]}
+        outputs, name = call["callback_on_step_end"](self.pipe, step, timestep, wanted), "callback_on_step_end"
+        check(isinstance(outputs, dict), name, outputs, "a function that returns a dict of tensors", TypeError)
+        tensors.update(outputs)
+        changed = tensors["latents"]
+        check_tensor(f"{name}: latents", changed, latents.ndim, "like the latents that it was given")
+        check(changed.shape == latents.shape, f"{name}: latents", changed, f"of shape {tuple(latents.shape)}")
+        embeds, negative_embeds = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
+        if embeds is not prompt.embeds or negative_embeds is not prompt.negative_embeds:
+            self.set_prompt(Prompt(embeds, negative_embeds))
+        return changed
+
+
+def _solver_generators(scheduler: Any, generator: Any, num_videos: int) -> list[torch.Generator] | None:
+    """One generator for each video, for schedulers that draw inside `step`: some videos may have to replay."""
+    if not scheduler.draws_inside or isinstance(generator, list):
+        return generator if scheduler.draws_inside else None
+    device = generator.device if generator is not None else None
+    seeds = torch.randint(2**62, (num_videos,), generator=generator, device=device)
+    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]

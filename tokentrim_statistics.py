@@ -1,0 +1,123 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Statistics of latents, and how to give latents those of others: pure functions, and matchings learned from one chunk.
+
+Latents are (..., C, T, H, W). *Values* are those of a channel, wherever in the chunk they are.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+SPACE = (-3, -2, -1)  # the dimensions T, H, W
+
+
+def outlier_threshold(
+    values: Sequence[float], sensitivity: float, warmup: int, spread_floor: float = 0.0
+) -> float | None:
+    """The adaptive threshold mu + lambda sigma (TokenTrim, arXiv 2602.00268, eq. 7, 8) with the population standard
+    deviation.
+
+    Args:
+        values (`Sequence[float]`): what was accepted so far.
+        sensitivity (`float`): lambda.
+        warmup (`int`): how many values it takes; at least one.
+        spread_floor (`float`): the least that sigma is taken for, as a share of mu; the paper has none.
+
+    Returns:
+        `float`, *optional*: `None` during the warm-up.
+    """
+    if len(values) < max(warmup, 1):
+        return None
+    values = torch.tensor(values, dtype=torch.float64)
+    mean, spread = values.mean(), values.std(correction=0)
+    return float(mean + sensitivity * torch.maximum(spread, spread_floor * mean))
+
+
+def quantiles(latents: torch.Tensor) -> torch.Tensor:
+    """The values of each channel in ascending order, (..., C, T, H, W) -> (..., C, T * H * W)."""
+    return latents.flatten(-3).sort(dim=-1).values
+
+
+def resampled(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Quantiles, (..., any), of a chunk with `count` values in each channel."""
+    if values.shape[-1] == count:
+        return values
+    flat = values.flatten(0, -2)[None]
+    return torch.nn.functional.interpolate(flat, count, mode="linear", align_corners=True).view(*values.shape[:-1], -1)
+
+
+def jump(quantiles: torch.Tensor, reference: torch.Tensor) -> float:
+    """Wasserstein-2 distance of two chunks' values, given as `quantiles`, (C, any), root mean square over channels.
+    Independent of where in the chunk a value is."""
+    return (quantiles - resampled(reference, quantiles.shape[-1])).square().mean().sqrt().item()
+
+
+def mean_offset(latents: torch.Tensor, reference: torch.Tensor) -> float:
+    """Distance of the channels' means, in standard deviations of the reference's values, root mean square over
+    channels; both (C, T, H, W)."""
+    values, reference_values = latents.flatten(1), reference.flatten(1)
+    distance = (values.mean(1) - reference_values.mean(1)) / reference_values.std(1).clamp_min(1e-6)
+    return distance.square().mean().sqrt().item()
+
+
+class MatchMean:
+    """Gives latents the reference's mean in each channel; both are (..., C, T, H, W), of any T."""
+
+    def __init__(self, reference: torch.Tensor):
+        self.mean = reference.mean(SPACE, keepdim=True)
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents - latents.mean(SPACE, keepdim=True) + self.mean
+
+
+class MatchMoments:
+    """Gives latents the reference's mean and standard deviation in each channel, as AdaIN (arXiv 1703.06868)."""
+
+    def __init__(self, reference: torch.Tensor):
+        self.mean, self.std = reference.mean(SPACE, keepdim=True), reference.std(SPACE, keepdim=True)
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        spread = self.std / latents.std(SPACE, keepdim=True).clamp_min(1e-6)
+        return (latents - latents.mean(SPACE, keepdim=True)) * spread + self.mean
+
+
+class MatchHistogram:
+    """Gives latents the reference's values in each channel: the n-th smallest becomes its n-th."""
+
+    def __init__(self, reference: torch.Tensor):
+        self.quantiles = quantiles(reference)
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        order = latents.flatten(-3).argsort(dim=-1)
+        values = resampled(self.quantiles, order.shape[-1])
+        return torch.empty_like(values).scatter_(-1, order, values).view_as(latents)
+
+
+def turned(latents: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """Latents, (..., C, T, H, W), with `basis`, (C, C), applied to their channels."""
+    return (basis @ latents.flatten(-3)).view_as(latents)
+
+
+class MatchDistribution:
+    """Gives latents the reference's joint distribution over channels: histograms matched along the axes of one random
+    basis after the other (iterative distribution transfer, Pitie et al., ICCV 2005)."""
+
+    def __init__(self, reference: torch.Tensor, num_bases: int = 12):
+        num_channels, generator = reference.shape[-4], torch.Generator().manual_seed(0)
+        bases = torch.randn(num_bases, num_channels, num_channels, generator=generator)
+        self.bases = torch.linalg.qr(bases).Q.to(reference)
+        self.histograms = [MatchHistogram(turned(reference, basis)) for basis in self.bases]
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        for basis, histogram in zip(self.bases, self.histograms):
+            latents = turned(histogram(turned(latents, basis)), basis.T)
+        return latents
+
+
+MATCHINGS = {
+    "mean": MatchMean,
+    "moments": MatchMoments,
+    "histogram": MatchHistogram,
+    "distribution": MatchDistribution,
+}
