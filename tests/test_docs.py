@@ -198,7 +198,7 @@ def test_pictures_are_small():
     assert all(path.stat().st_size < 300_000 for path in (ROOT / "docs").iterdir() if path.suffix in (".png", ".jpg"))
 
 
-INTERVAL = r"([+-]0\.\d+) \[([+-]0\.\d+), ([+-]0\.\d+)\]"
+INTERVAL = r"([+-]0\.\d+)\s+\[([+-]0\.\d+), ([+-]0\.\d+)\]"
 
 
 def test_intervals_are_those_of_the_reports():
