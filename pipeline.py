@@ -6,7 +6,9 @@ from .tokentrim_attention import WanBackbone  # noqa: F401
 from .tokentrim_cache import RollingKVCache  # noqa: F401
 from .tokentrim_checks import check  # noqa: F401
 from .tokentrim_context import ContextPolicy  # noqa: F401
+from .tokentrim_decoding import make_decoder  # noqa: F401
 from .tokentrim_denoising import Prompt  # noqa: F401
+from .tokentrim_encoding import encode_prompts  # noqa: F401
 from .tokentrim_far import FARBackbone  # noqa: F401
 from .tokentrim_flowmo import FlowMo  # noqa: F401
 from .tokentrim_layout import Layout  # noqa: F401
@@ -14,10 +16,14 @@ from .tokentrim_methods import make_method  # noqa: F401
 from .tokentrim_output import TokenTrimPipelineOutput  # noqa: F401
 from .tokentrim_plan import plan_rollout  # noqa: F401
 from .tokentrim_policy import TokenTrim  # noqa: F401
+from .tokentrim_prompts import PromptChange  # noqa: F401
 from .tokentrim_quarantine import Quarantine  # noqa: F401
 from .tokentrim_reanchor import Reanchor  # noqa: F401
 from .tokentrim_rollout import Rollout  # noqa: F401
 from .tokentrim_saving import copy_code  # noqa: F401
 from .tokentrim_scheduler import lift_scheduler  # noqa: F401
 from .tokentrim_stability import token_grid  # noqa: F401
+from .tokentrim_state import load_state  # noqa: F401
 from .tokentrim_statistics import quantiles  # noqa: F401
+from .tokentrim_stream import Stream  # noqa: F401
+from .tokentrim_video import VideoWriter  # noqa: F401

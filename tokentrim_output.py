@@ -139,11 +139,7 @@ class TokenTrimPipelineOutput(BaseOutput):
         """The videos, whatever their `output_type`: (B, frames, H, W, 3) in [0, 1]."""
         if self.chunk_frames is None:
             raise ValueError("`output_type` has to be 'np', 'pt' or 'pil' to look at the frames, but was 'latent'.")
-        if isinstance(self.frames, np.ndarray):
-            return self.frames
-        if isinstance(self.frames, torch.Tensor):  # (B, frames, 3, H, W)
-            return self.frames.permute(0, 1, 3, 4, 2).float().cpu().numpy()
-        return np.stack([np.stack(list(map(np.asarray, video))) for video in self.frames]).astype(np.float32) / 255
+        return as_array(self.frames)
 
 
 def optional(module: str, packages: str) -> ModuleType:
@@ -153,6 +149,24 @@ def optional(module: str, packages: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{module} is not installed: `pip install {packages}`.") from error
+
+
+def as_array(frames: torch.Tensor | np.ndarray | list) -> np.ndarray:
+    """Videos, whatever their `output_type`: (B, frames, H, W, 3) in [0, 1]."""
+    if isinstance(frames, np.ndarray):
+        return frames
+    if isinstance(frames, torch.Tensor):  # (B, frames, 3, H, W)
+        return frames.permute(0, 1, 3, 4, 2).float().cpu().numpy()
+    return np.stack([np.stack(list(map(np.asarray, video))) for video in frames]).astype(np.float32) / 255
+
+
+def concatenated(parts: list) -> torch.Tensor | np.ndarray | list:
+    """Parts of videos, of one `output_type`, one after the other."""
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts, axis=1)
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts, dim=1)
+    return [sum(videos, []) for videos in zip(*parts)]
 
 
 def as_uint8(frames: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ def test_inference():
     frames = call(build())
     assert frames.shape == (1, 9, 3, 16, 16) and torch.isfinite(frames).all()
     upstream = quiet(AnyFlowFARPipeline(**far_components()))
-    close(call(build(), token_trim=False, output_type="latent"), call(upstream, output_type="latent"), 1e-5)
+    close(call(build(), method="plain", output_type="latent"), call(upstream, output_type="latent"), 1e-5)
 
 
 def test_signature_takes_all_that_upstreams_takes():
@@ -150,7 +150,7 @@ def test_callback_changes_guidance():
 
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_interrupt(at):
-    """What there is of the chunk at hand comes out; the transformer is as before."""
+    """Finished chunks come out, and the transformer is as before."""
     steps, pipe = [], build()
     before = processors(pipe.transformer)
 
@@ -159,9 +159,27 @@ def test_interrupt(at):
         pipe._interrupt = len(steps) == at
         return {}
 
-    frames = call(pipe, callback_on_step_end=callback, output_type="latent")
-    assert len(steps) == at and frames.shape[2] == (at + 1) // 2
+    frames, decisions = pipe(
+        **CALL | {"output_type": "latent"},
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=callback,
+        return_dict=False,
+    )
+    num_chunks = (at - 1) // 2
+    assert len(steps) == at and frames.shape[2] == len(decisions[0]) == num_chunks
+    assert torch.equal(frames, call(build(), output_type="latent")[:, :, :num_chunks])
     assert processors(pipe.transformer) == before
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
+def test_interrupt_in_the_first_chunk_gives_no_frames(output_type):
+    def callback(pipe, step, timestep, tensors):
+        pipe._interrupt = True
+        return {}
+
+    output = build()(**CALL | {"output_type": output_type}, callback_on_step_end=callback)
+    assert len(output.frames) == 1 and len(output.frames[0]) == 0
+    assert output.decisions == [[]] and output.chunk_frames == []
 
 
 def test_after_an_error_the_next_call_is_as_new():
@@ -207,7 +225,7 @@ def test_save_and_load(tmp_path):
     close(call(loaded), call(pipe))
     stock = quiet(DiffusionPipeline.from_pretrained(tmp_path))
     assert type(stock) is AnyFlowFARPipeline
-    close(call(stock, output_type="latent"), call(pipe, token_trim=False, output_type="latent"), 1e-5)
+    close(call(stock, output_type="latent"), call(pipe, method="plain", output_type="latent"), 1e-5)
 
 
 def test_custom_pipeline_is_all_that_a_stock_folder_needs(tmp_path):
@@ -220,7 +238,7 @@ from diffusers import DiffusionPipeline
 torch.set_num_threads(1)
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline=sys.argv[2], trust_remote_code=True)
 call = {CALL | {"output_type": "latent"}!r}
-output = pipe(**call, generator=torch.Generator().manual_seed(0), token_trim=False)
+output = pipe(**call, generator=torch.Generator().manual_seed(0), method="plain")
 assert len(output.decisions[0]) == 3
 torch.save(output.frames, sys.argv[3])
 """
@@ -265,7 +283,7 @@ def test_from_pipe_keeps_the_components():
     stock = quiet(AnyFlowFARPipeline(**far_components()))
     pipe = quiet(TokenTrimPipeline.from_pipe(stock))
     assert pipe.transformer is stock.transformer and pipe.vae is stock.vae
-    close(call(pipe, token_trim=False, output_type="latent"), call(stock, output_type="latent"), 1e-5)
+    close(call(pipe, method="plain", output_type="latent"), call(stock, output_type="latent"), 1e-5)
 
 
 # Precision and devices
@@ -282,8 +300,8 @@ def test_to_dtype():
 def test_bf16_stays_close_to_fp32():
     """And no further from it than upstream."""
     size = {"height": 64, "width": 96, "chunk_partition": [1, 2, 2, 2, 2], "num_frames": 33, "output_type": "latent"}
-    exact = call(build(), token_trim=False, **size)
-    rough = call(build(transformer=tiny_far().bfloat16()), token_trim=False, **size)
+    exact = call(build(), method="plain", **size)
+    rough = call(build(transformer=tiny_far().bfloat16()), method="plain", **size)
     stock = quiet(AnyFlowFARPipeline(**far_components(tiny_far().bfloat16())))
     ours, theirs = ((frames.float() - exact).square().mean().sqrt() for frames in (rough, call(stock, **size)))
     assert rough.dtype == torch.float32 and ours < 0.2 * exact.square().mean().sqrt()
