@@ -2,7 +2,7 @@
 """What Diffusers reads where `custom_pipeline` is this directory or a Hub repository: all files, named one by one."""
 
 from .pipeline_tokentrim import TokenTrimPipeline  # noqa: F401
-from .tokentrim_attention import WanBackbone  # noqa: F401
+from .tokentrim_attention import check_free  # noqa: F401
 from .tokentrim_cache import RollingKVCache  # noqa: F401
 from .tokentrim_checks import check  # noqa: F401
 from .tokentrim_context import ContextPolicy  # noqa: F401

@@ -124,7 +124,7 @@ class ContextPolicies:
         """What becomes context in the place of accepted latents, (B, C, T, H, W); `entered` says of which videos."""
         context = latents.clone()
         for video, policies in enumerate(self.chains):
-            chunk = context[video]  # not what is shown: a policy may write into it
+            chunk = latents[video].clone()  # not what is shown: a policy may write into it
             for policy in policies:
                 chunk = self._check_latents(policy, policy.commit(chunk), latents[video])
                 if chunk is None:

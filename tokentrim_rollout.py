@@ -2,7 +2,7 @@
 """The session: all that a run is between two chunks."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class Rollout:
     """A run on its way: which chunk is next, what is in flight, and the parts that remember.
 
     Args:
-        pipe: the pipeline, whose schedule is set.
+        pipe: the pipeline.
         plan ([`RolloutPlan`]): of the call.
         prompt ([`Prompt`]): encoded.
         device (`torch.device`): where it runs.
@@ -38,6 +38,7 @@ class Rollout:
         sizes = [plan.chunk_size(index) for index in range(plan.num_given_chunks)]
         self.given = [] if given is None else list(given.split(sizes, dim=2))
         self.changes: dict[int, tuple[torch.Tensor, str]] = {}  # embeddings (B, text, dim) and transition, by chunk
+        self.guidance_scale = plan.call["guidance_scale"]  # when it starts
         self.shows_steps = True  # whether a bar of denoising steps is shown
         self.index = 0
         self.in_flight: tuple[InFlight, ...] = ()
@@ -79,6 +80,19 @@ class Rollout:
         """Denoising steps to go, without regenerations."""
         steps = self.plan.count_steps(len(self.pipe.scheduler.timesteps), self.index)
         return steps - sum(chunk.step > 0 for chunk in self.in_flight)  # each in flight is a step ahead
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The pipeline and its transformer serve this run inside: its schedule, its guidance, its processors."""
+        plan, pipe = self.plan, self.pipe
+        with self.backbone.attached():
+            device = pipe._execution_device
+            pipe.scheduler.set_rollout_timesteps(plan.num_inference_steps, device, plan.sigmas, plan.timesteps)
+            pipe._num_timesteps = plan.count_steps(len(pipe.scheduler.timesteps))
+            pipe._guidance_scale = self.guidance_scale
+            pipe._attention_kwargs = plan.call["attention_kwargs"]
+            pipe._interrupt = False
+            yield
 
     def progress_bar(self) -> Any:
         """A context that gives a bar of the denoising steps to go, or `None`."""
@@ -148,7 +162,7 @@ class Rollout:
         self.changes = {chunk: (embeds, transition) for chunk, embeds, transition in state["changes"]}
         self.denoiser.renoise.drawn = {(chunk, step): noise for chunk, step, noise in state["renoise"]}
         self.denoiser.prompt = Prompt(*state["prompt"])
-        self.pipe._guidance_scale = state["guidance_scale"]
+        self.guidance_scale = state["guidance_scale"]
         for generator, generator_state in zip(self._generators(), state["generators"]):
             generator.set_state(generator_state)
         self.backbone.load_state_dict(state["backbone"])
