@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class Fence(NamedTuple):
 def read_fences(page: Path) -> list[Fence]:
     pattern = r"(?:^ *<!-- needs: ([^\n]+) -->\n)?^( *)```([^\n]*)\n(.*?)^\2```$"
     found = re.findall(pattern, page.read_text(), flags=re.M | re.S)
-    return [Fence(page, language, inspect.cleandoc(code), needs or None) for needs, _, language, code in found]
+    return [Fence(page, language, textwrap.dedent(code), needs or None) for needs, _, language, code in found]
 
 
 FENCES = [fence for page in PAGES for fence in read_fences(page)]
