@@ -14,6 +14,7 @@ from .tokentrim_flowmo import FlowMo  # noqa: F401
 from .tokentrim_layout import Layout  # noqa: F401
 from .tokentrim_methods import make_method  # noqa: F401
 from .tokentrim_output import TokenTrimPipelineOutput  # noqa: F401
+from .tokentrim_partition import partition_chunks  # noqa: F401
 from .tokentrim_plan import plan_rollout  # noqa: F401
 from .tokentrim_policy import TokenTrim  # noqa: F401
 from .tokentrim_prompts import PromptChange  # noqa: F401

@@ -40,6 +40,7 @@ from .tokentrim_flowmo import FlowMo  # noqa: F401
 from .tokentrim_layout import Layout, View
 from .tokentrim_methods import make_method  # noqa: F401
 from .tokentrim_output import TokenTrimPipelineOutput, concatenated
+from .tokentrim_partition import partition_chunks  # noqa: F401
 from .tokentrim_plan import RolloutPlan, plan_rollout
 from .tokentrim_policy import TokenTrim  # noqa: F401
 from .tokentrim_prompts import PromptChange  # noqa: F401

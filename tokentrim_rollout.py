@@ -115,6 +115,7 @@ class Rollout:
         """The run between two chunks, as plain values and tensors that `load_state_dict` of a run of the same call takes."""
         prompt, renoise = self.denoiser.prompt, self.denoiser.renoise
         return {
+            "shape": self._shape(),
             "index": self.index,
             "in_flight": [[chunk.latents, chunk.step] for chunk in self.in_flight],
             "noise": [[index, noise.clone()] for index, noise in self.noise.chunks.items()],
@@ -135,11 +136,8 @@ class Rollout:
         Raises:
             `ValueError`: the state is of a run of another call.
         """
-        index, same_call = state["index"], "of a run of the same call"
-        check(self.plan.has_chunk(max(index - 1, 0)), "state", f"at chunk {index}", f"{same_call}, within its chunks")
-        for number, noise in state["noise"]:
-            known = (*self.plan.frame_shape[:2], self.plan.chunk_size(number), *self.plan.frame_shape[2:])
-            check(tuple(noise.shape) == known, "state", noise, f"{same_call}, with noise of shape {known}")
+        same_call, ours = "of a run of the same call", self._shape()
+        check(state["shape"] == ours, "state", state["shape"], f"{same_call}, with {ours}")
         num_saved, num_known = len(state["generators"]), len(self._generators())
         check(num_saved == num_known, "state", num_saved, f"{same_call}, with {num_known} generators")
         self.policies.load_state_dict(state["policies"])
@@ -154,6 +152,10 @@ class Rollout:
         for generator, generator_state in zip(self._generators(), state["generators"]):
             generator.set_state(generator_state)
         self.backbone.load_state_dict(state["backbone"])
+
+    def _shape(self) -> list:
+        """What runs of one call have in common."""
+        return [list(self.plan.frame_shape), list(self.plan.chunk_partition), self.plan.is_endless]
 
     def _generators(self) -> list[torch.Generator]:
         """All that are drawn from while the run goes on."""
