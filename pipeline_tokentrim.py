@@ -1,11 +1,9 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """TokenTrim (arXiv 2602.00268) for causal video diffusion models in Diffusers: the pipeline."""
 
-import copy
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +30,30 @@ except ImportError as error:
 
 from .tokentrim_attention import WanBackbone  # noqa: F401
 from .tokentrim_cache import RollingKVCache  # noqa: F401
-from .tokentrim_checks import check
+from .tokentrim_checks import check, check_int
 from .tokentrim_context import ContextPolicy
-from .tokentrim_denoising import Prompt
+from .tokentrim_decoding import make_decoder
+from .tokentrim_denoising import Prompt  # noqa: F401
+from .tokentrim_encoding import encode_change, encode_given, encode_prompts
 from .tokentrim_far import FARBackbone  # noqa: F401
 from .tokentrim_flowmo import FlowMo  # noqa: F401
 from .tokentrim_layout import Layout, View
 from .tokentrim_methods import make_method  # noqa: F401
-from .tokentrim_output import TokenTrimPipelineOutput
+from .tokentrim_output import TokenTrimPipelineOutput, concatenated
+from .tokentrim_partition import partition_chunks  # noqa: F401
 from .tokentrim_plan import RolloutPlan, plan_rollout
 from .tokentrim_policy import TokenTrim  # noqa: F401
+from .tokentrim_prompts import PromptChange  # noqa: F401
 from .tokentrim_quarantine import Quarantine  # noqa: F401
 from .tokentrim_reanchor import Reanchor  # noqa: F401
 from .tokentrim_rollout import Rollout
 from .tokentrim_saving import copy_code, name_our_classes, name_stock_classes
 from .tokentrim_scheduler import lift_scheduler
 from .tokentrim_stability import token_grid  # noqa: F401
+from .tokentrim_state import fingerprint, has_state, load_state, recall, record_call
 from .tokentrim_statistics import quantiles  # noqa: F401
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A finished chunk: its index, latents (B, C, frames, H, W), and one decision for each video."""
-
-    index: int
-    latents: torch.Tensor
-    decisions: list[dict]
+from .tokentrim_stream import Chunk, Stream
+from .tokentrim_video import VideoWriter  # noqa: F401
 
 
 class TokenTrimPipeline(AnyFlowFARPipeline):
@@ -175,6 +171,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
+        prompt_schedule: dict | list[dict] | None = None,
+        prompt_transition: str | dict[int, str] = "keep",
+        blend_chunks: int = 0,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         max_sequence_length: int | None = None,
@@ -243,6 +242,14 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 of `pipe.ContextPolicy`, which is copied for each video. Or a list of these.
             prune_fraction, drift_sensitivity, warmup_chunks, max_regenerations, drift_signal (*optional*):
                 Settings of TokenTrim, see [`TokenTrim`]: by default 0.1, 2.0, 2, 1 and `"final"`.
+            prompt_schedule (`dict` or `list[dict]`, *optional*):
+                Prompts over time, `{chunk: prompt}`, or one such dict for each prompt; a prompt is a text, a list of one
+                for each, or embeddings (B, text, dim). Chunk 0 stands for `prompt`.
+            prompt_transition (`str` or `dict`, defaults to `"keep"`):
+                What becomes of the context at a change, for all or by chunk. `"keep"`: only cross-attention changes.
+                `"recache"`: the window is encoded again under the new prompt (LongLive). `"flush"`: the sink and the
+                last two frames stay (Infinity-RoPE). `"cut"`: flush, and the chunk stands apart from them.
+            blend_chunks (`int`, defaults to `0`): chunks over which the embeddings move from one prompt to the next.
             rollout (`str`, *optional*, defaults to `"self_forcing"`):
                 `"self_forcing"`: chunk after chunk, each through all its steps. `"rolling_forcing"`: as many chunks in
                 flight as there are steps, denoised together, each a step behind the chunk before it.
@@ -285,31 +292,87 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         arguments = {name: value for name, value in locals().items() if name != "self"}
 
         # 1. Complete the arguments from the checkpoint, and check them before any model runs
-        plan = self.plan(**arguments)
+        plan = plan_rollout(self, arguments)
 
-        # 2. Encode the prompt, draw the noise, and roll out chunk by chunk
-        run, chunks = self.begin(plan), []
-        for chunk in self.roll_out(run):
-            chunks.append(chunk)
-            if on_chunk is not None and chunk.index >= plan.num_given_chunks:
-                on_chunk(chunk.index, chunk.latents.clone(), copy.deepcopy(chunk.decisions))
+        # 2. Encode the prompt, and roll out and decode chunk by chunk
+        decodes = output_type != "latent" and not self.vae.use_tiling  # tiles are of all frames
+        with Stream(self, self.begin(plan), make_decoder(self.vae) if decodes else None) as stream:
+            chunks = list(stream)
 
-        # 3. Decode
-        latents = torch.cat([chunk.latents for chunk in chunks] or [run.noise[0][:, :, :0]], dim=2)
-        frames = latents if output_type == "latent" else self.decode_latents(latents, output_type)
-        self.maybe_free_model_hooks()
-        decisions = [list(video_decisions) for video_decisions in zip(*(chunk.decisions for chunk in chunks))]
-        decisions = decisions or [[] for _ in range(plan.num_videos)]
+        # 3. Put the chunks together
+        if decodes and chunks:
+            frames = concatenated([chunk.frames for chunk in chunks])
+        else:
+            num_videos, channels, *size = plan.frame_shape
+            latents = torch.cat(
+                [torch.zeros(num_videos, channels, 0, *size), *(each.latents for each in chunks)], dim=2
+            )
+            frames = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        decisions = [[chunk.decisions[video] for chunk in chunks] for video in range(plan.num_videos)]
         if not return_dict:
             return (frames, decisions)
-        chunk_frames = None if output_type == "latent" else plan.chunk_frames[: len(chunks)]
-        return TokenTrimPipelineOutput(frames, decisions, run.backbone.cache.grid, chunk_frames)
+        chunk_frames = None if output_type == "latent" else [plan.chunk_frames(chunk.index) for chunk in chunks]
+        return TokenTrimPipelineOutput(frames, decisions, stream.grid, chunk_frames)
+
+    def stream(
+        self,
+        *args,
+        preview_vae: Any = None,
+        state_dir: str | os.PathLike | None = None,
+        save_every: int = 10,
+        **kwargs,
+    ) -> Stream:
+        """
+        The same video while it is made: an iterator over finished chunks, each with `index`, `latents`, `frames` and
+        `decisions`, and a context manager. `num_frames=None` goes on until the caller stops.
+
+        Args:
+            args, kwargs: as in [`__call__`].
+            preview_vae (*optional*):
+                Decodes in the place of the VAE: faster, rougher, such as `AutoencoderTinyVideo` or TAEHV.
+            state_dir (`str` or `os.PathLike`, *optional*): where the run is saved, for [`resume`].
+            save_every (`int`, defaults to `10`): chunks between two states.
+        """
+        call = self._bind(*args, **kwargs)
+        check_int("save_every", save_every, 1)
+        if state_dir is not None:
+            valid = "a folder without a state: `pipe.resume(state_dir)` goes on with the run that is there"
+            check(not has_state(state_dir), "state_dir", str(state_dir), valid)
+        run = self.begin(plan_rollout(self, call, may_be_endless=True))
+        decoder = None if run.plan.call["output_type"] == "latent" else make_decoder(self.vae, preview_vae)
+        return Stream(self, run, decoder, state_dir, save_every, record_call(call))
+
+    def resume(self, state_dir: str | os.PathLike, preview_vae: Any = None, **objects) -> Stream:
+        """
+        Go on with the run that a stream saved, to the same bits as if it had not been interrupted.
+
+        Args:
+            state_dir (`str` or `os.PathLike`): the stream's.
+            preview_vae (*optional*): the stream's.
+            objects: arguments that a state cannot hold: callbacks, policies and layouts of one's own.
+
+        Raises:
+            `ValueError`: no whole state, other weights, or other arguments; what differs is in the message.
+        """
+        state = load_state(state_dir)
+        for name, saved in state["weights"].items():
+            ours = fingerprint(getattr(self, name))
+            check(ours == saved, name, f"of fingerprint {ours}", f"the weights that the run began with, {saved}")
+        run = self.begin(plan_rollout(self, recall(state["call"], objects), may_be_endless=True))
+        run.load_state_dict(state["run"])
+        decoder = None if state["decoder"] is None else make_decoder(self.vae, preview_vae)
+        if decoder is not None:
+            decoder.load_state_dict(state["decoder"])
+        return Stream(self, run, decoder, state_dir, state["save_every"], state["call"], state["files"])
 
     def plan(self, *args, **kwargs) -> RolloutPlan:
         """What a call with these arguments would do, completed from the checkpoint and checked; no model runs."""
+        return plan_rollout(self, self._bind(*args, **kwargs))
+
+    def _bind(self, *args, **kwargs) -> dict:
         call = inspect.signature(self.__call__).bind(*args, **kwargs)
         call.apply_defaults()
-        return plan_rollout(self, call.arguments)
+        return dict(call.arguments)
 
     @torch.no_grad()
     def roll_out(self, run: Rollout) -> Iterator[Chunk]:
@@ -319,26 +382,28 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             run ([`Rollout`]): from [`begin`], or one that was cut; the transformer is restored when the iterator ends or
                 is closed.
         """
-        with run.backbone.attached(), self.progress_bar(total=run.num_steps_left()) as run.denoiser.progress:
+        with run.backbone.attached(), run.progress_bar() as run.denoiser.progress:
             for index in run.remaining():
                 if self.interrupt:
                     return
-                run.backbone.make_room(run.noise[index].shape[2])  # the layout says what may leave
-                if index < len(run.given):  # frames to continue are read as they are, not judged
+                run.follow_schedule(index)  # a new prompt, if one is due
+                run.backbone.make_room(run.plan.chunk_size(index))  # the layout says what may leave
+                if index < run.plan.num_given_chunks:  # frames to continue are read as they are, not judged
                     latents = context = run.given[index]
                     run.policies.observe(latents)
                 else:
                     draft = run.denoiser.draft(index, run.in_flight)
-                    while unstable := run.policies.review(draft.judged):  # eq. 4 to 8, at most R times
+                    while unstable := {} if self.interrupt else run.policies.review(draft.judged):  # eq. 4 to 8
                         run.backbone.evict(unstable)  # eq. 9, 10: {video: grid tokens}
                         draft = run.denoiser.redraft(draft, list(unstable))
-                    latents, run.in_flight = run.denoiser.finish(draft)
+                    latents, in_flight = run.denoiser.finish(draft)
                     if self.interrupt:
                         return
+                    run.in_flight = in_flight
                     context = run.policies.commit(latents) if run.goes_on(index) else latents
                 if run.goes_on(index):
                     run.denoiser.commit(index, context, run.policies.entered)  # clean forward at t = 0
-                run.index = index + 1  # from here on the run can be saved and resumed
+                run.advance(index)  # from here on the run can be saved and resumed
                 yield Chunk(index, latents, run.policies.close())
 
     def begin(self, plan: RolloutPlan) -> Rollout:
@@ -349,53 +414,11 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         self._attention_kwargs = call["attention_kwargs"]
         self._interrupt = False
         self._num_timesteps = plan.count_steps(len(self.scheduler.timesteps))
-        prompt = self._encode_prompts(plan, device)
-        noise = self.prepare_latents(
-            *plan.shape[:2],
-            plan.height,
-            plan.width,
-            call["num_frames"],
-            torch.float32,
-            device,
-            call["generator"],
-            call["latents"],
-        )
-        return Rollout(self, plan, prompt, noise, self._given_latents(plan, device))
-
-    def _encode_prompts(self, plan: RolloutPlan, device: torch.device) -> Prompt:
-        call, repeats = plan.call, plan.call["num_videos_per_prompt"]
-        names = ("prompt_embeds", "negative_prompt_embeds")
-        encoded = self.encode_prompt(
-            prompt=call["prompt"],
-            negative_prompt=call["negative_prompt"],
-            do_classifier_free_guidance=self.do_classifier_free_guidance,
-            num_videos_per_prompt=repeats,
-            prompt_embeds=call["prompt_embeds"],
-            negative_prompt_embeds=call["negative_prompt_embeds"],
-            max_sequence_length=plan.max_sequence_length,
-            device=device,
-        )
-        embeds, negative_embeds = (
-            each if each is None or call[name] is None else each.repeat_interleave(repeats, dim=0)
-            for name, each in zip(names, encoded)
-        )
-        return Prompt(embeds, negative_embeds if self.do_classifier_free_guidance else None)
-
-    def _given_latents(self, plan: RolloutPlan, device: torch.device) -> torch.Tensor | None:
-        """Latents of the frames to continue, (B, C, T, H, W)."""
-        video, latents = plan.call["video"], plan.call["video_latents"]
-        if video is not None:
-            latents = self.encode_whole_video(video, plan.height, plan.width)
-        if latents is None:
-            return None
-        latents = latents.to(device, torch.float32).transpose(1, 2)
-        return latents.repeat_interleave(plan.num_videos // len(latents), dim=0)
-
-    def encode_whole_video(self, video: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """`encode_video` for any length: the VAE goes by 1 + 4n frames and drops a rest, so a rest is padded for it."""
-        num_latent_frames = (video.shape[1] - 1) // self.vae_scale_factor_temporal + 1
-        padding = video[:, -1:].expand(-1, (1 - video.shape[1]) % 4, -1, -1, -1)  # never seen by the frames before
-        return self.encode_video(torch.cat([video, padding], dim=1), height, width)[:, :num_latent_frames]
+        prompt, given = encode_prompts(self, plan, device), encode_given(self, plan, device)
+        run = Rollout(self, plan, prompt, device, given)
+        for index, change in plan.prompt_changes.items():
+            run.schedule_change(index, encode_change(self, plan, change, device), change)
+        return run
 
     def decode_latents(self, latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
         """Latents (B, C, T, H, W) to videos as `output_type` asks; none where a run was interrupted in its first chunk."""

@@ -9,6 +9,7 @@ the model's dtype: their rounding would be cached, read again and amplified.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 
-from .tokentrim_cache import RollingKVCache
+from .tokentrim_cache import RollingKVCache, TokenBook
 from .tokentrim_layout import Pass
 
 
@@ -147,6 +148,7 @@ class WanBackbone:
     def __init__(self, transformer: WanTransformer3DModel, grid: tuple[int, int], **context):
         self.transformer = transformer
         self.cache = RollingKVCache(grid, rotary_dims(transformer), **context)
+        self.context: dict[int, torch.Tensor] = {}  # clean latents of each held frame, (B, C, 1, H, W)
 
     def attached(self) -> AbstractContextManager:
         """The transformer reads and writes the cache inside."""
@@ -155,6 +157,7 @@ class WanBackbone:
     def make_room(self, num_frames: int) -> None:
         """Before a chunk of `num_frames` latent frames: what the layout does not keep leaves."""
         self.cache.make_room(num_frames)
+        self.context = {frame: self.context[frame] for frame in self.cache.frames}
 
     def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> None:
         """Hard pruning (eq. 9, 10), as in [`RollingKVCache`]."""
@@ -188,6 +191,9 @@ class WanBackbone:
         if len(chunk_sizes) > 1:  # one for each token, frame-major
             num_tokens = torch.tensor(chunk_sizes, device=timestep.device) * self.cache.tokens_per_frame
             timestep = timestep.repeat_interleave(num_tokens)[None]
+        return self._forward(latents, timestep, text, attention_kwargs)
+
+    def _forward(self, latents, timestep, text, attention_kwargs) -> torch.Tensor:
         return self.transformer(
             hidden_states=latents.to(self.transformer.dtype),
             timestep=timestep.expand(len(latents), *timestep.shape[1:]),
@@ -203,13 +209,33 @@ class WanBackbone:
 
         Returns what is finite if the pass was.
         """
+        frames = range(self.cache.next_frame, self.cache.next_frame + latents.shape[2])
+        self.context.update(zip(frames, latents[: self.cache.num_videos].split(1, dim=2)))
         with self.cache.writing():
             clean, sizes = torch.zeros(1, device=latents.device), [latents.shape[2]]
             return self.predict_flow(latents, sizes, clean, clean, text, attention_kwargs, Pass("commit"))
 
+    def recache(self, text: torch.Tensor, attention_kwargs: dict[str, Any] | None) -> None:
+        """Encode the window again under another prompt, all its frames together, each seeing all (LongLive, arXiv
+        2509.22622). A sink from which frames have left stays as it is, and is read."""
+        cache, sink = self.cache, getattr(self.cache.layout, "num_sink_frames", 0)
+        is_whole = cache.frames == list(range(cache.next_frame))
+        frames = [frame for frame in cache.frames if is_whole or frame >= sink]
+        if not frames:
+            return
+        held = cache.held_table(frames).flatten(1)  # what was evicted stays so
+        cache.truncate(frames[0])
+        book = replace(TokenBook.of_frames(frames, cache.tokens_per_frame, cache.num_videos), held=held)
+        cache.begin_pass(len(frames), Pass("recache"), book)
+        latents = torch.cat([self.context[frame] for frame in frames], dim=2)
+        latents = latents.repeat(len(text) // len(latents), 1, 1, 1, 1)
+        with cache.writing():
+            self._forward(latents, torch.zeros(1, device=latents.device), text, attention_kwargs)
+
     def state_dict(self) -> dict:
         """The past between two chunks: plain values and tensors."""
-        return {"cache": self.cache.state_dict()}
+        return {"cache": self.cache.state_dict(), "context": [[*each] for each in self.context.items()]}
 
     def load_state_dict(self, state: dict) -> None:
         self.cache.load_state_dict(state["cache"])
+        self.context = dict(state["context"])

@@ -120,6 +120,7 @@ class RollingKVCache:
         self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._pending: dict[int, _Layer] | None = None
         self._videos: list[int] | None = None
+        self._is_cut = False  # whether the next chunk follows a cut
         self._memo: dict[str, tuple] = {}  # what follows from the book and the view, until they change
 
     @property
@@ -176,6 +177,21 @@ class RollingKVCache:
         self.drop(self.book.frame >= frame)
         self.frames, self.next_frame = [each for each in self.frames if each < frame], frame
 
+    def flush(self, is_cut: bool = False) -> None:
+        """A change of prompt: what the layout does not keep through it leaves; after a cut, the next chunk stands apart."""
+        kept = set(self.layout.flush(list(self.frames)))
+        self.drop(~torch.isin(self.book.frame, torch.tensor(sorted(kept), dtype=torch.long)))
+        self.frames, self._is_cut = [frame for frame in self.frames if frame in kept], is_cut
+        self._forget_views()
+
+    def held_table(self, frames: Sequence[int]) -> torch.Tensor:
+        """Which tokens of some latent frames are held, (B, frames, tokens of a frame)."""
+        table = torch.zeros(self.num_videos, self.next_frame + 1, self.tokens_per_frame, dtype=torch.bool)
+        video = torch.arange(self.num_videos)[:, None].expand_as(self.book.held)
+        held = self.book.held
+        table[video[held], self.book.frame[held], self.book.token[held]] = True
+        return table[:, list(frames)]
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """A commit: keys and values of the forward inside become context, all layers or none."""
@@ -194,6 +210,7 @@ class RollingKVCache:
         self.book = self.book.appended(replace(self._pass_book, held=torch.ones_like(self._pass_book.held)))
         self.frames = self.frames + self._pass_frames
         self.next_frame += len(self._pass_frames)
+        self._is_cut = False
         self._changed()
         self.drop(gone)
 
@@ -223,7 +240,7 @@ class RollingKVCache:
         """The next forwards carry the `num_frames` latent frames after the context, all their tokens or those of
         `book`."""
         frames = list(range(self.next_frame, self.next_frame + num_frames))
-        view = self.layout.view(list(self.frames), list(frames), pass_)
+        view = self.layout.view(list(self.frames), list(frames), replace(pass_, is_cut=self._is_cut))
         if book is None and (frames, view) == (self._pass_frames, self._view):
             return
         check_view(view, self.layout, self.frames, frames)

@@ -62,21 +62,57 @@ class Draft:
     first_flow: torch.Tensor | None = None
 
 
+class Noise:
+    """The initial noise of each chunk, (B, C, frames, H, W) in fp32: drawn in order, chunk by chunk, or given for all.
+
+    Args:
+        plan ([`RolloutPlan`]): the sizes.
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): source of the draws.
+        device (`torch.device`): where the noise goes.
+        given (`torch.Tensor`, *optional*): of all chunks, (B, C, T, H, W), in the place of draws.
+    """
+
+    def __init__(self, plan: Any, generator: Any, device: Any, given: torch.Tensor | None = None):
+        self.plan = plan
+        self.generator = generator
+        self.device = device
+        self.chunks: dict[int, torch.Tensor] = {}  # those that are drawn and not over
+        if given is not None:
+            chunks = given.to(device, torch.float32).split(plan.chunk_partition, dim=2)
+            self.chunks = dict(enumerate(chunks))
+        self.num_drawn = len(self.chunks)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        while self.num_drawn <= index:
+            num_videos, channels, *size = self.plan.frame_shape
+            shape = (num_videos, channels, self.plan.chunk_size(self.num_drawn), *size)
+            noise = randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+            self.chunks[self.num_drawn] = noise
+            self.num_drawn += 1
+        return self.chunks[index]
+
+    def forget(self, index: int) -> None:
+        """Chunk `index` is over."""
+        self.chunks.pop(index, None)
+
+
 class Renoise:
     """The noise that re-noises each chunk after each step: drawn once, so that a regeneration repeats it.
 
     Args:
         given (`Callable`, *optional*): `given(chunk, step)`, (B, C, frames, H, W), in the place of draws.
         generator (`torch.Generator` or `list[torch.Generator]`, *optional*): source of the draws.
-        shape (`tuple`): of the latents of a frame, (B, C, 1, H, W).
+        frame_shape (`tuple`): of the latents of a frame, (B, C, H, W).
         num_in_flight (`int`): chunks denoised together, whose draws are kept.
         device (`torch.device`): where the noise goes.
     """
 
-    def __init__(self, given: Callable | None, generator: Any, shape: Sequence[int], num_in_flight: int, device: Any):
+    def __init__(
+        self, given: Callable | None, generator: Any, frame_shape: Sequence[int], num_in_flight: int, device: Any
+    ):
         self.given = given
         self.generator = generator
-        self.shape = shape
+        self.frame_shape = frame_shape
         self.num_in_flight = num_in_flight
         self.device = device
         self.drawn: dict[tuple[int, int], torch.Tensor] = {}
@@ -85,7 +121,7 @@ class Renoise:
         """(B, C, num_frames, H, W), in fp32."""
         if (chunk, step) not in self.drawn:
             self.drawn = {key: noise for key, noise in self.drawn.items() if key[0] > chunk - self.num_in_flight}
-            shape = (*self.shape[:2], num_frames, *self.shape[3:])
+            shape = (*self.frame_shape[:2], num_frames, *self.frame_shape[2:])
             if self.given is None:
                 noise = randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
             else:
@@ -107,7 +143,7 @@ class Denoiser:
         backbone ([`WanBackbone`] or [`FARBackbone`]): the model and its past.
         plan ([`RolloutPlan`]): how many chunks are in flight, the method's hooks and its drift signal.
         prompt ([`Prompt`]): what is asked for.
-        noise (`Sequence[torch.Tensor]`): of every chunk, (B, C, frames, H, W).
+        noise ([`Noise`]): of every chunk.
         renoise ([`Renoise`]): see there.
         solver_generators (`list[torch.Generator]`, *optional*): for schedulers that draw inside a step.
     """
@@ -118,7 +154,7 @@ class Denoiser:
         backbone: Any,
         plan: Any,
         prompt: Prompt,
-        noise: Sequence[torch.Tensor],
+        noise: Noise,
         renoise: Renoise,
         solver_generators: list[torch.Generator] | None = None,
     ):
@@ -129,6 +165,7 @@ class Denoiser:
         self.noise = noise
         self.renoise = renoise
         self.solver_generators = solver_generators
+        self.plan = plan
         self.num_in_flight = plan.num_in_flight
         self.first_chunk = plan.num_given_chunks
         self.hooks = plan.method.hooks
@@ -160,7 +197,7 @@ class Denoiser:
                 flow[videos] = self._predict_flow(draft.index, [InFlight(noise)], videos)
                 judged[videos] = self.scheduler.predict_original_sample(flow[videos], noise)
                 return Draft(draft.index, draft.before, draft.after, judged, flow)
-            if self.progress is not None:
+            if self.progress is not None and self.progress.total is not None:
                 self.progress.total += len(self.scheduler.timesteps) - (draft.before[0].step if draft.before else 0)
             again = self._denoise(draft.index, draft.before, videos)
         after = tuple(kept.replaced(videos, new) for kept, new in zip(draft.after, again))
@@ -184,6 +221,10 @@ class Denoiser:
             tokens = dict.fromkeys(rejected, range(cache.tokens_per_frame))
             self.backbone.evict(tokens, since_frame=cache.next_frame - context.shape[2])
 
+    def recache(self) -> None:
+        """Encode the window again under the prompt as it is now."""
+        self.backbone.recache(torch.cat(self.prompt.branches()), self.attention_kwargs)
+
     # 2. Its steps
 
     def _denoise(
@@ -198,7 +239,7 @@ class Denoiser:
         timesteps, flow = self.scheduler.timesteps, first_flow
         chunks = [chunk.rows(videos) for chunk in in_flight]
         while not chunks or chunks[0].step < len(timesteps):
-            if len(chunks) < min(self.num_in_flight, len(self.noise) - index):
+            if len(chunks) < self.num_in_flight and self.plan.has_chunk(index + len(chunks)):
                 chunks.append(InFlight(self.noise[index + len(chunks)]).rows(videos))
             if self.pipe.interrupt:
                 break

@@ -8,17 +8,22 @@ from typing import Any
 from .tokentrim_checks import check, check_bool, check_choice, check_int, check_settings
 
 
+CUT_JUMP = 45  # where the chunk after a cut stands (Infinity-RoPE, arXiv 2511.20649)
+
+
 @dataclass(frozen=True)
 class Pass:
     """A forward of the transformer: one of the denoising steps of a chunk, or the commit that writes it.
 
     Args:
-        kind (`str`): `"denoise"` or `"commit"`.
+        kind (`str`): `"denoise"`, `"commit"`, or `"recache"`: the window is encoded again under another prompt.
         step (`int`): index of the denoising step; of the first chunk, where several are in flight.
+        is_cut (`bool`): whether the chunk follows a cut, so that it stands apart from the past.
     """
 
     kind: str = "denoise"
     step: int = 0
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class Layout:
         """What a pass that carries the frames `new` reads of the frames `held`."""
         return View(held, held, new)
 
+    def flush(self, held: list[int]) -> list[int]:
+        """The frames of `held` that stay when the prompt changes and the context is flushed: the sink, the last two."""
+        recent = set(held[-2:])
+        return [frame for frame in held if frame < self.num_sink_frames or frame in recent]
+
     def check(self, longest: int, carried: str) -> None:
         """Refuse a rollout whose passes carry up to `longest` latent frames, `carried` in words."""
 
@@ -94,12 +104,15 @@ class WindowLayout(Layout):
         return [frame for frame in held if frame in read or frame < self.num_sink_frames]
 
     def view(self, held: list[int], new: list[int], pass_: Pass) -> View:
-        reads_sink = pass_.kind == "denoise" or self.sink_at_commit
+        reads_sink = pass_.kind != "commit" or self.sink_at_commit
         frames = self._read(held, new, self.num_sink_frames if reads_sink else 0)
-        if not self.relative_positions:
-            return View(frames, frames, new)
-        slots = list(range(len(frames) + len(new)))
-        return View(frames, slots[: len(frames)], slots[len(frames) :])
+        positions, own = frames, new
+        if self.relative_positions:
+            slots = list(range(len(frames) + len(new)))
+            positions, own = slots[: len(frames)], slots[len(frames) :]
+        if pass_.is_cut:
+            own = [CUT_JUMP + (offset if self.relative_positions else frame) for offset, frame in enumerate(new)]
+        return View(frames, positions, own)
 
     def _read(self, held: list[int], new: list[int], num_sink: int) -> list[int]:
         if self.window_size is None:

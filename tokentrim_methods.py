@@ -63,7 +63,9 @@ def _list_parts(method: Any, trim_settings: dict) -> list[tuple[str | None, Any]
     for name, value in given.items():
         has_trim = any(part == "tokentrim" for part, _ in parts)
         check(has_trim, name, value, "None for a method without TokenTrim: it is a setting of TokenTrim")
-    return [(name, {**given, **settings} if name == "tokentrim" else settings) for name, settings in parts]
+    return [
+        (name, {**given, **part} if name == "tokentrim" and isinstance(part, dict) else part) for name, part in parts
+    ]
 
 
 def _flatten(method: Any) -> list[tuple[str | None, Any]]:
@@ -96,4 +98,4 @@ def _make_part(name: str | None, part: Any) -> Any:
 
 def _is_hook(part: Any) -> bool:
     """Whether it changes latents before a denoising step: `guides(generated_chunk, step, num_steps)`, and a call."""
-    return callable(part) and callable(getattr(part, "guides", None))
+    return not isinstance(part, type) and callable(part) and callable(getattr(part, "guides", None))

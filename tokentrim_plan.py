@@ -5,6 +5,7 @@ Checks never act: none sets a scheduler, draws from a generator or calls a user'
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from .tokentrim_checks import (
 from .tokentrim_far import check_compression, check_far
 from .tokentrim_layout import Layout, WindowLayout, make_layout
 from .tokentrim_methods import Method, make_method
+from .tokentrim_partition import count_given_chunks, partition_chunks
+from .tokentrim_prompts import PromptChange, check_change, read_schedule
 
 
 ROLLOUTS = ("self_forcing", "rolling_forcing")
@@ -34,6 +37,8 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 TRIM_SETTINGS = ("prune_fraction", "drift_sensitivity", "warmup_chunks", "max_regenerations", "drift_signal")
 WINDOW_SETTINGS = ("window_size", "num_sink_frames", "relative_positions", "sink_at_commit")
 SINK_COLLAPSE = 120  # latent frames from which a sink at absolute positions is known to fail (LoL, arXiv 2601.16914)
+
+REPEATED_CHUNKS = 64  # of a video without an end: as many as checks look ahead
 
 plan_logger = logging.getLogger("tokentrim.plan")
 
@@ -44,25 +49,28 @@ class RolloutPlan:
 
     Args:
         rollout (`str`): `"self_forcing"` or `"rolling_forcing"`.
-        shape (`tuple`): of all latents, (B, C, T, H, W).
+        frame_shape (`tuple`): of the latents of a frame, (B, C, H, W).
         height (`int`), width (`int`): of the video in pixels.
+        temporal_factor (`int`): frames of a latent frame; the first one is one frame.
         chunk_partition (`list[int]`): latent frames of each chunk.
-        chunk_frames (`list[int]`): frames of each chunk, once it is decoded.
+        is_endless (`bool`): whether the last chunk size repeats until the caller stops.
         num_given_chunks (`int`): first chunks that are given, not generated.
         num_protected_frames (`int`): first latent frames that eviction leaves alone.
         num_in_flight (`int`): chunks denoised together.
         method ([`Method`]), layout ([`Layout`]): what later chunks may read, and where it stands.
         num_inference_steps (`int`), sigmas, timesteps: the schedule of a chunk.
         max_sequence_length (`int`): tokens that a prompt is padded to.
+        prompt_changes (`dict[int, PromptChange]`): by chunk.
         call (`dict`): the arguments that pass through as they were given.
     """
 
     rollout: str
-    shape: tuple[int, int, int, int, int]
+    frame_shape: tuple[int, int, int, int]
     height: int
     width: int
+    temporal_factor: int
     chunk_partition: list[int]
-    chunk_frames: list[int]
+    is_endless: bool
     num_given_chunks: int
     num_protected_frames: int
     num_in_flight: int
@@ -72,55 +80,71 @@ class RolloutPlan:
     sigmas: Sequence[float] | None
     timesteps: Sequence[float] | None
     max_sequence_length: int
+    prompt_changes: dict[int, PromptChange]
     call: dict
 
     @property
     def num_videos(self) -> int:
-        return self.shape[0]
+        return self.frame_shape[0]
 
-    def count_steps(self, steps_per_chunk: int, first_chunk: int = 0) -> int:
+    def has_chunk(self, index: int) -> bool:
+        return self.is_endless or index < len(self.chunk_partition)
+
+    def chunk_size(self, index: int) -> int:
+        """Latent frames of a chunk."""
+        return self.chunk_partition[min(index, len(self.chunk_partition) - 1)]
+
+    def chunk_frames(self, index: int) -> int:
+        """Frames of a chunk, once it is decoded."""
+        return self.chunk_size(index) * self.temporal_factor - (self.temporal_factor - 1 if index == 0 else 0)
+
+    def count_steps(self, steps_per_chunk: int, first_chunk: int = 0) -> float:
         """Denoising steps of the run from a chunk on, without regenerations."""
+        if self.is_endless:
+            return math.inf
         num_chunks = len(self.chunk_partition) - max(first_chunk, self.num_given_chunks)
         return num_chunks - 1 + steps_per_chunk if self.num_in_flight > 1 else num_chunks * steps_per_chunk
 
 
-def plan_rollout(pipe: Any, call: dict) -> RolloutPlan:
+def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> RolloutPlan:
     """
     The plan of a call.
 
     Args:
         pipe: the pipeline.
         call (`dict`): all arguments of its call.
+        may_be_endless (`bool`): whether a call that says no length has none, instead of the default.
 
     Raises:
         `TypeError`, `ValueError`: an argument is no good; its name, its value and what is valid are in the message.
     """
     call = dict(call)
     _check_components(pipe, call)
-    _complete(pipe, call)
-    shape, chunk_partition = _plan_shape(pipe, call)
-    temporal, far = pipe.vae_scale_factor_temporal, is_far(pipe)
-    num_given = _count_given_chunks(pipe, call, shape, chunk_partition)
+    _complete(pipe, call, may_be_endless)
+    _take_first_prompt(call)
+    frame_shape, partition, is_endless = _plan_shape(pipe, call)
+    far = is_far(pipe)
+    num_given = count_given_chunks(pipe, call, frame_shape, partition, is_endless)
+    sizes = [*partition, *partition[-1:] * (num_given + REPEATED_CHUNKS if is_endless else 0)]
     _check_schedule(pipe.scheduler, call)
     method = make_method(call["method"], {name: call[name] for name in TRIM_SETTINGS})
     num_in_flight = _count_in_flight(pipe, call, method, far)
     for hook in method.hooks:
         if callable(getattr(hook, "check", None)):
-            hook.check(chunk_partition[num_given:], method.drift_signal)
+            hook.check(sizes[num_given:], method.drift_signal)
     _check_rest(call)
-    layout = _plan_layout(pipe, call, chunk_partition, num_in_flight, far)
-    _check_rejections(method, layout, chunk_partition, num_in_flight)
-    chunk_frames = [num * temporal for num in chunk_partition]
-    chunk_frames[0] -= temporal - 1  # the first latent frame is one frame
+    layout = _plan_layout(pipe, call, sizes, num_in_flight, far)
+    _check_rejections(method, layout, sizes, num_in_flight)
     return RolloutPlan(
         rollout=call["rollout"],
-        shape=shape,
+        frame_shape=frame_shape,
         height=call["height"],
         width=call["width"],
-        chunk_partition=chunk_partition,
-        chunk_frames=chunk_frames,
+        temporal_factor=pipe.vae_scale_factor_temporal,
+        chunk_partition=partition,
+        is_endless=is_endless,
         num_given_chunks=num_given,
-        num_protected_frames=sum(chunk_partition[:num_given]) if call["protect_conditioning"] else 0,
+        num_protected_frames=sum(sizes[:num_given]) if call["protect_conditioning"] else 0,
         num_in_flight=num_in_flight,
         method=method,
         layout=layout,
@@ -128,6 +152,7 @@ def plan_rollout(pipe: Any, call: dict) -> RolloutPlan:
         sigmas=call["sigmas"],
         timesteps=call["timesteps"],
         max_sequence_length=call["max_sequence_length"],
+        prompt_changes=_plan_prompts(call, frame_shape[0], None if is_endless else len(partition), far),
         call=call,
     )
 
@@ -167,7 +192,7 @@ def _check_components(pipe: Any, call: dict) -> None:
     check(text_to_video and transformer.config.patch_size[0] == 1, "transformer", type(transformer).__name__, valid)
 
 
-def _complete(pipe: Any, call: dict) -> None:
+def _complete(pipe: Any, call: dict, may_be_endless: bool) -> None:
     """Take what was not given from the latents, from the checkpoint, or from our defaults."""
     latents = call["latents"]
     if latents is not None:
@@ -186,7 +211,7 @@ def _complete(pipe: Any, call: dict) -> None:
     _fill_in(pipe, call, "height", 480)
     _fill_in(pipe, call, "width", 832)
     _fill_in(pipe, call, "max_sequence_length", 512)
-    _fill_in(pipe, call, "num_frames", 81)
+    _fill_in(pipe, call, "num_frames", None if may_be_endless else 81)
     callback = call["callback_on_step_end"]
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         call["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
@@ -205,8 +230,8 @@ def _fill_in(pipe: Any, call: dict, name: str, fallback: Any) -> None:
 # 2. Sizes, prompts and draws
 
 
-def _plan_shape(pipe: Any, call: dict) -> tuple[tuple[int, ...], list[int]]:
-    """The shape of all latents, (B, C, T, H, W), and the partition of T into chunks."""
+def _plan_shape(pipe: Any, call: dict) -> tuple[tuple[int, ...], list[int], bool]:
+    """The shape of the latents of a frame, (B, C, H, W), the partition of all into chunks, and whether it has no end."""
     config, spatial = pipe.transformer.config, pipe.vae_scale_factor_spatial
     for name, patch in (("height", config.patch_size[1]), ("width", config.patch_size[2])):
         check_int(name, call[name], 1)
@@ -221,12 +246,13 @@ def _plan_shape(pipe: Any, call: dict) -> tuple[tuple[int, ...], list[int]]:
         call["chunk_partition"],
         config.get("chunk_partition"),
     )
+    is_endless = call["num_frames"] is None
     if is_far(pipe):
-        check_compression(call["height"], call["width"], spatial, config, len(chunk_partition))
-    size = (call["height"] // spatial, call["width"] // spatial)
-    shape = (num_videos, config.in_channels, sum(chunk_partition), *size)
-    _check_draws(call["generator"], call["latents"], shape)
-    return shape, chunk_partition
+        num_chunks = math.inf if is_endless else len(chunk_partition)
+        check_compression(call["height"], call["width"], spatial, config, num_chunks)
+    num_frames, size = sum(chunk_partition), (call["height"] // spatial, call["width"] // spatial)
+    _check_draws(call["generator"], call["latents"], (num_videos, config.in_channels, num_frames, *size))
+    return (num_videos, config.in_channels, *size), chunk_partition, is_endless
 
 
 def _check_prompts(pipe: Any, call: dict) -> int:
@@ -259,6 +285,34 @@ def _check_prompts(pipe: Any, call: dict) -> int:
     return batch_size
 
 
+def _take_first_prompt(call: dict) -> None:
+    """The prompt of chunk 0, where the schedule says it."""
+    schedule = call["prompt_schedule"]
+    if schedule is None:
+        return
+    first = schedule.get(0) if isinstance(schedule, dict) else None
+    if isinstance(schedule, (list, tuple)) and all(isinstance(each, dict) for each in schedule):
+        first = [each[0] for each in schedule if 0 in each] or None
+    for name in ("prompt", "prompt_embeds"):
+        check(first is None or call[name] is None, name, call[name], "None where `prompt_schedule` has chunk 0")
+    if first is not None:
+        call["prompt_embeds" if isinstance(first, torch.Tensor) else "prompt"] = first
+
+
+def _plan_prompts(call: dict, num_videos: int, num_chunks: int | None, far: bool) -> dict[int, PromptChange]:
+    """The changes of the prompt schedule, without chunk 0."""
+    if call["prompt_schedule"] is None:
+        return {}
+    num_prompts = num_videos // call["num_videos_per_prompt"]
+    changes = read_schedule(call["prompt_schedule"], call["prompt_transition"], call["blend_chunks"], num_prompts)
+    changes.pop(0, None)
+    for chunk, change in changes.items():
+        check_change(change, far)
+        inside = num_chunks is None or chunk < num_chunks
+        check(inside, "prompt_schedule", chunk, f"a dict of chunks below {num_chunks}, the chunks of the video")
+    return changes
+
+
 def _check_draws(generator: Any, latents: torch.Tensor | None, shape: Sequence[int]) -> None:
     """The initial noise, or what it is drawn from, fits videos of `shape` (B, C, T, H, W)."""
     if latents is not None:
@@ -268,72 +322,6 @@ def _check_draws(generator: Any, latents: torch.Tensor | None, shape: Sequence[i
     check(of_type, "generator", generator, "a torch.Generator or a list of them", TypeError)
     fits = not isinstance(generator, list) or len(generator) == shape[0]
     check(fits, "generator", generator, f"one generator or a list of {shape[0]}, one for each video")
-
-
-def partition_chunks(
-    num_frames: int,
-    temporal_factor: int,
-    num_frames_per_chunk: int | None,
-    chunk_partition: Sequence[int] | None,
-    checkpoint_partition: Sequence[int] | None = None,
-) -> list[int]:
-    """Latent frames of each chunk of a video of `num_frames` frames.
-
-    A checkpoint's own partition gives the size of the first chunk, which may be another, and of those that follow; the
-    last one is what is left.
-    """
-    check_int("num_frames", num_frames, 1)
-    if num_frames_per_chunk is not None:
-        check_int("num_frames_per_chunk", num_frames_per_chunk, 1)
-    num_latent_frames, rest = divmod(num_frames - 1, temporal_factor)
-    num_latent_frames += 1
-    if chunk_partition is not None:
-        check_list("chunk_partition", chunk_partition, int, "a list of ints")
-        fits = min(chunk_partition, default=0) > 0 and not rest and sum(chunk_partition) == num_latent_frames
-        valid = f"positive ints that sum to the {num_latent_frames} latent frames of num_frames={num_frames}"
-        check(fits, "chunk_partition", chunk_partition, valid)
-        return list(chunk_partition)
-    if checkpoint_partition is not None:
-        below = num_frames - rest
-        valid = f"{temporal_factor}n + 1, such as {below} or {below + temporal_factor}"
-        check(not rest, "num_frames", num_frames, valid)
-        if num_frames_per_chunk is None and sum(checkpoint_partition) == num_latent_frames:
-            return list(checkpoint_partition)
-        first, size, *_ = [*checkpoint_partition, *checkpoint_partition]
-        first, size = min(first, num_latent_frames), num_frames_per_chunk or size
-        num_chunks, last = divmod(num_latent_frames - first, size)
-        return [first] + [size] * num_chunks + [last] * (last > 0)
-    num_chunks = max(num_latent_frames // num_frames_per_chunk, 1)
-    below, above = ((n * num_frames_per_chunk - 1) * temporal_factor + 1 for n in (num_chunks, num_chunks + 1))
-    valid = f"whole chunks of {num_frames_per_chunk} latent frames, such as {below} or {above}"
-    check(not rest and num_latent_frames % num_frames_per_chunk == 0, "num_frames", num_frames, valid)
-    return [num_frames_per_chunk] * num_chunks
-
-
-def _count_given_chunks(pipe: Any, call: dict, shape: Sequence[int], chunk_partition: Sequence[int]) -> int:
-    """How many chunks the frames to continue fill: whole chunks, and at least one is left to generate."""
-    num_videos, channels, _, height, width = shape
-    video, video_latents = call["video"], call["video_latents"]
-    if video is not None:
-        name, given, spatial = "video", video, (3, call["height"], call["width"])
-        factor = pipe.vae_scale_factor_temporal
-    elif video_latents is not None:
-        name, given, spatial, factor = "video_latents", video_latents, (channels, height, width), 1
-    else:
-        return 0
-    check(video is None or video_latents is None, "video_latents", video_latents, "None where `video` is given")
-    layout = "(batch, frames, {}, {}, {})".format(*spatial)
-    check_tensor(name, given, 5, layout)
-    check(tuple(given.shape[2:]) == spatial, name, given, layout)
-    check(num_videos % len(given) == 0, name, given, f"a batch that divides the {num_videos} videos")
-    num_frames, rest = divmod(given.shape[1] - 1, factor)
-    num_frames += 1
-    ends = [sum(chunk_partition[: n + 1]) for n in range(len(chunk_partition) - 1)]
-    valid = f"as many latent frames as fill whole chunks and leave one to generate: one of {ends}"
-    check(not rest and num_frames in ends, name, given, valid)
-    if video is not None and not (video.min() >= 0 and video.max() <= 1):
-        raise ValueError(f"`video` has to be in [0, 1], but is in [{video.min():.3g}, {video.max():.3g}].")
-    return ends.index(num_frames) + 1
 
 
 # 3. Schedule, method and layout

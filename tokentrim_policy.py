@@ -62,6 +62,9 @@ class SeverityMonitor(ContextPolicy):
             self.draft = chunk  # as the policies before this one have it
         return chunk
 
+    def prompt_changed(self) -> None:
+        self.previous = None  # the next chunk is meant to differ
+
     def close(self, entered: bool) -> dict:
         facts, self.facts = self.facts, {}
         if entered or self.previous is None:

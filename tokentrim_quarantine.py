@@ -36,6 +36,9 @@ class Quarantine(ContextPolicy):
     def observe(self, chunk: torch.Tensor) -> None:
         self.last_quantiles = quantiles(chunk)
 
+    def prompt_changed(self) -> None:
+        self.last_quantiles = None  # the next chunk is meant to differ
+
     def commit(self, chunk: torch.Tensor) -> torch.Tensor | None:
         """The chunk, or `None` where it is rejected."""
         values = quantiles(chunk)

@@ -1,7 +1,8 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """The session: all that a run is between two chunks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ import torch
 from .tokentrim_attention import WanBackbone
 from .tokentrim_checks import check, check_tensor
 from .tokentrim_context import ContextPolicies
-from .tokentrim_denoising import Denoiser, InFlight, Prompt, Renoise
+from .tokentrim_denoising import Denoiser, InFlight, Noise, Prompt, Renoise
 from .tokentrim_far import FARBackbone
 from .tokentrim_plan import RolloutPlan, is_far
+from .tokentrim_prompts import PromptChange, blended
 from .tokentrim_stability import token_grid
 
 
@@ -22,22 +24,26 @@ class Rollout:
         pipe: the pipeline, whose schedule is set.
         plan ([`RolloutPlan`]): of the call.
         prompt ([`Prompt`]): encoded.
-        noise (`torch.Tensor`): initial noise of all chunks, (B, C, T, H, W).
+        device (`torch.device`): where it runs.
         given (`torch.Tensor`, *optional*): clean latents of the first frames, where they are not generated.
     """
 
     def __init__(
-        self, pipe: Any, plan: RolloutPlan, prompt: Prompt, noise: torch.Tensor, given: torch.Tensor | None = None
+        self, pipe: Any, plan: RolloutPlan, prompt: Prompt, device: torch.device, given: torch.Tensor | None = None
     ):
         self.pipe = pipe
         self.plan = plan
-        self.noise = list(noise.split(plan.chunk_partition, dim=2))  # each (B, C, frames, H, W)
-        self.given = [] if given is None else given.split(plan.chunk_partition[: plan.num_given_chunks], dim=2)
+        self.device = device
+        self.noise = Noise(plan, plan.call["generator"], device, plan.call["latents"])
+        sizes = [plan.chunk_size(index) for index in range(plan.num_given_chunks)]
+        self.given = [] if given is None else list(given.split(sizes, dim=2))
+        self.changes: dict[int, tuple[torch.Tensor, str]] = {}  # embeddings (B, text, dim) and transition, by chunk
+        self.shows_steps = True  # whether a bar of denoising steps is shown
         self.index = 0
         self.in_flight: tuple[InFlight, ...] = ()
 
         call, patch_size = plan.call, pipe.transformer.config.patch_size
-        grid = token_grid(noise, patch_size)
+        grid = token_grid(plan.frame_shape[2:], patch_size)
         context = {"layout": plan.layout, "num_protected_frames": plan.num_protected_frames}
         if is_far(pipe):
             options = {"use_mean_velocity": call["use_mean_velocity"], "pad_keys": call["pad_keys"]}
@@ -45,7 +51,7 @@ class Rollout:
         else:
             backbone = WanBackbone(pipe.transformer, grid, num_videos=plan.num_videos, **context)
         self.policies = ContextPolicies(plan.method.policies, plan.num_videos, grid, patch_size)
-        renoise = Renoise(call["renoise"], call["generator"], plan.shape, plan.num_in_flight, noise.device)
+        renoise = Renoise(call["renoise"], call["generator"], plan.frame_shape, plan.num_in_flight, device)
         solver_generators = _solver_generators(pipe.scheduler, call["generator"], plan.num_videos)
         self.denoiser = Denoiser(pipe, backbone, plan, prompt, self.noise, renoise, solver_generators)
         if call["callback_on_step_end"] is not None:
@@ -57,50 +63,99 @@ class Rollout:
 
     def remaining(self) -> Iterator[int]:
         """The chunks from `index` on."""
-        while self.index < len(self.noise):
+        while self.plan.has_chunk(self.index):
             yield self.index
 
     def goes_on(self, index: int) -> bool:
         """Whether a chunk follows, so that this one has to be committed."""
-        return index + 1 < len(self.noise)
+        return self.plan.has_chunk(index + 1)
 
-    def num_steps_left(self) -> int:
+    def advance(self, index: int) -> None:
+        """Chunk `index` is over: from here on the run can be saved and resumed."""
+        self.noise.forget(index)
+        self.index = index + 1
+
+    def num_steps_left(self) -> float:
         """Denoising steps to go, without regenerations."""
-        per_chunk = len(self.pipe.scheduler.timesteps)
-        if not self.in_flight:
-            return self.plan.count_steps(per_chunk, self.index)
-        return len(self.noise) - self.index  # each step finishes one
+        steps = self.plan.count_steps(len(self.pipe.scheduler.timesteps), self.index)
+        return steps - sum(chunk.step > 0 for chunk in self.in_flight)  # each in flight is a step ahead
+
+    def progress_bar(self) -> Any:
+        """A context that gives a bar of the denoising steps to go, or `None`."""
+        return self.pipe.progress_bar(total=self.num_steps_left()) if self.shows_steps else nullcontext()
 
     def set_prompt(self, prompt: Prompt) -> None:
         """Another prompt serves from the next denoising step on."""
-        self.denoiser.prompt = prompt
+        old, self.denoiser.prompt = self.denoiser.prompt, prompt
         self.backbone.cache.forget_prompt()
-        self.policies.prompt_changed()
+        changed = [video for video, pair in enumerate(zip(old.embeds, prompt.embeds)) if not torch.equal(*pair)]
+        self.policies.prompt_changed(changed)
+
+    def schedule_change(self, index: int, rows: Sequence[torch.Tensor | None], change: PromptChange) -> None:
+        """A change from chunk `index` on, with embeddings (text, dim) for each video, `None` where they stay."""
+        before = [chunk for chunk in self.changes if chunk < index]
+        old = self.changes[max(before)][0] if before else self.denoiser.prompt.embeds
+        new = torch.stack([kept if row is None else row.to(kept) for kept, row in zip(old, rows, strict=True)])
+        for offset, embeds in enumerate(blended(old, new, change.blend_chunks)):
+            again = offset == 0 or change.transition == "recache"
+            self.changes[index + offset] = (embeds, change.transition if again else "keep")
+
+    def follow_schedule(self, index: int) -> None:
+        """Before chunk `index`: a new prompt, if one is due, and what its transition does to the context."""
+        if index not in self.changes:
+            return
+        embeds, transition = self.changes.pop(index)
+        self.set_prompt(Prompt(embeds, self.denoiser.prompt.negative_embeds))
+        if transition == "recache":
+            self.denoiser.recache()
+        elif transition != "keep":
+            self.backbone.cache.flush(is_cut=transition == "cut")
 
     def state_dict(self) -> dict:
         """The run between two chunks, as plain values and tensors that `load_state_dict` of a run of the same call takes."""
         prompt, renoise = self.denoiser.prompt, self.denoiser.renoise
         return {
+            "shape": self._shape(),
             "index": self.index,
             "in_flight": [[chunk.latents, chunk.step] for chunk in self.in_flight],
-            "noise": list(self.noise[self.index :]),
+            "noise": [[index, noise.clone()] for index, noise in self.noise.chunks.items()],
+            "num_drawn": self.noise.num_drawn,
+            "given": self.given[self.index :],
+            "changes": [[chunk, *change] for chunk, change in self.changes.items()],
             "renoise": [[*key, noise] for key, noise in renoise.drawn.items()],
             "prompt": [prompt.embeds, prompt.negative_embeds],
+            "guidance_scale": self.pipe.guidance_scale,
             "generators": [generator.get_state() for generator in self._generators()],
             "policies": self.policies.state_dict(),
             "backbone": self.backbone.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from a saved state, whatever this run has done so far.
+
+        Raises:
+            `ValueError`: the state is of a run of another call.
+        """
+        same_call, ours = "of a run of the same call", self._shape()
+        check(state["shape"] == ours, "state", state["shape"], f"{same_call}, with {ours}")
+        num_saved, num_known = len(state["generators"]), len(self._generators())
+        check(num_saved == num_known, "state", num_saved, f"{same_call}, with {num_known} generators")
+        self.policies.load_state_dict(state["policies"])
         self.index = state["index"]
         self.in_flight = tuple(InFlight(latents, step) for latents, step in state["in_flight"])
-        self.noise[self.index :] = state["noise"]
+        self.noise.chunks, self.noise.num_drawn = dict(state["noise"]), state["num_drawn"]
+        self.given[self.index :] = state["given"]
+        self.changes = {chunk: (embeds, transition) for chunk, embeds, transition in state["changes"]}
         self.denoiser.renoise.drawn = {(chunk, step): noise for chunk, step, noise in state["renoise"]}
         self.denoiser.prompt = Prompt(*state["prompt"])
-        for generator, saved in zip(self._generators(), state["generators"], strict=True):
-            generator.set_state(saved)
-        self.policies.load_state_dict(state["policies"])
+        self.pipe._guidance_scale = state["guidance_scale"]
+        for generator, generator_state in zip(self._generators(), state["generators"]):
+            generator.set_state(generator_state)
         self.backbone.load_state_dict(state["backbone"])
+
+    def _shape(self) -> list:
+        """What runs of one call have in common."""
+        return [list(self.plan.frame_shape), list(self.plan.chunk_partition), self.plan.is_endless]
 
     def _generators(self) -> list[torch.Generator]:
         """All that are drawn from while the run goes on."""

@@ -9,9 +9,9 @@ import math
 import torch
 
 
-def token_grid(latents: torch.Tensor, patch_size: tuple[int, int, int]) -> tuple[int, int]:
-    """The grid of tokens (height, width) that one latent frame of (B, C, T, H, W) makes."""
-    return latents.shape[-2] // patch_size[1], latents.shape[-1] // patch_size[2]
+def token_grid(size: tuple[int, int], patch_size: tuple[int, int, int]) -> tuple[int, int]:
+    """The grid of tokens (height, width) that a latent frame of `size`, (H, W), makes."""
+    return size[0] // patch_size[1], size[1] // patch_size[2]
 
 
 def summarize(latents: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from .controls import CONTROLS, correct_afterwards
 from .defects import Painted, paint_chunk
 from .experiment import Experiment, part
 from .measures import measure_chunks
-from .rollouts import ROOT, counted_calls
+from .rollouts import ROOT, counted_calls, draw_noise
 from .signals import SIGNALS
 
 
@@ -38,7 +38,7 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
         output = pipe(
             prompts,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            num_frames=experiment.num_chunks * per_chunk,
+            latents=draw_noise(pipe, seeds, experiment.num_chunks * per_chunk),
             output_type="latent",
             **arguments,
         )

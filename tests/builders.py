@@ -10,7 +10,8 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from tokentrim import TokenTrimFlowMatchEulerDiscreteScheduler, TokenTrimPipeline
+from tokentrim import RollingKVCache, TokenTrimFlowMatchEulerDiscreteScheduler, TokenTrimPipeline
+from tokentrim.tokentrim_layout import Pass
 
 
 CHANNELS, HEIGHT, WIDTH = 4, 4, 6  # latents
@@ -133,6 +134,12 @@ def triggers(decisions: list[dict]) -> list[int]:
 def processors(transformer: WanTransformer3DModel) -> list[int]:
     """Identities of all attention processors."""
     return [id(attn.processor) for block in transformer.blocks for attn in (block.attn1, block.attn2)]
+
+
+def begin_pass(cache: RollingKVCache, num_frames: int, kind: str = "denoise") -> None:
+    """As the rollout does it before the first forward of a chunk."""
+    cache.make_room(num_frames)
+    cache.begin_pass(num_frames, Pass(kind))
 
 
 # AnyFlow-FAR

@@ -77,7 +77,7 @@ def oracle_rollout(
     renoise=None,
     window_size=None,
     num_sink_frames=0,
-    token_trim=True,
+    method="tokentrim",
     prune_fraction=0.1,
     drift_sensitivity=2.0,
     warmup_chunks=2,
@@ -119,11 +119,11 @@ def oracle_rollout(
                 break
             severity, tokens = severity_of(drift_of(draft, previous), prune_fraction)
             attempts.append((severity, tokens))
-            closed = not token_trim or len(history) < warmup_chunks
+            closed = method == "plain" or len(history) < warmup_chunks
             if closed or len(attempts) > max_regenerations or severity <= threshold_of(history, drift_sensitivity):
                 break
-            condemned = torch.isin(torch.arange(len(held)) % per_frame, torch.tensor(tokens))
-            held = held & ~(condemned & (frame >= num_sink_frames))
+            unstable = torch.isin(torch.arange(len(held)) % per_frame, torch.tensor(tokens))
+            held = held & ~(unstable & (frame >= num_sink_frames))
         history += [severity] if previous is not None else []
         log.append(attempts)
         previous, chunk = draft, denoise(index, len(sigmas))
@@ -183,7 +183,7 @@ def oracle_rolling(
     num_sink_frames=None,
     relative_positions=True,
     given=(),
-    token_trim=True,
+    method="tokentrim",
     prune_fraction=0.1,
     drift_sensitivity=2.0,
     warmup_chunks=2,
@@ -194,7 +194,7 @@ def oracle_rolling(
     """Rolling Forcing with algorithm 1 for one video: latents, and for each chunk its attempts' (severity, evicted
     tokens). `noise_chunks` of the chunks that are `given` are not looked at.
 
-    Every forward carries all of the past. The anchor, which the window sees elsewhere than the context passes saw it,
+    Every forward carries all of the past. The sink, which the window sees elsewhere than the context passes saw it,
     is there twice: once in its place, and once as a copy that only the window sees, directly before the recent frames.
     """
     per_frame = noise_chunks[0].shape[-2] * noise_chunks[0].shape[-1] // 4
@@ -261,11 +261,11 @@ def oracle_rolling(
         while previous is not None:
             severity, tokens = severity_of(drift_of(after[0], previous), prune_fraction)
             attempts.append((severity, tokens))
-            closed = not token_trim or len(history) < max(warmup_chunks, 1)
+            closed = method == "plain" or len(history) < max(warmup_chunks, 1)
             if closed or len(attempts) > max_regenerations or severity <= threshold_of(history, drift_sensitivity):
                 break
-            condemned = torch.isin(torch.arange(len(held)) % per_frame, torch.tensor(tokens))
-            held = held & ~(condemned & (frames() >= num_sink_frames))
+            unstable = torch.isin(torch.arange(len(held)) % per_frame, torch.tensor(tokens))
+            held = held & ~(unstable & (frames() >= num_sink_frames))
             after = forward(window, steps)
         history += [severity] if previous is not None else []
         log.append(attempts)

@@ -44,7 +44,7 @@ def oracle_far(
     window_size=None,
     num_sink_frames=0,
     pad_keys=True,
-    token_trim=True,
+    trims=True,
     prune_fraction=0.1,
     drift_sensitivity=2.0,
     warmup_chunks=2,
@@ -154,7 +154,7 @@ def oracle_far(
                         break
                     severity, unstable = severity_of(drift_of(chunk, previous), prune_fraction)
                     attempts.append((severity, unstable))
-                    closed = not token_trim or len(history) < max(warmup_chunks, 1)
+                    closed = not trims or len(history) < max(warmup_chunks, 1)
                     if closed or len(attempts) > max_regenerations:
                         break
                     if severity <= threshold_of(history, drift_sensitivity):

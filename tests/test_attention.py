@@ -2,11 +2,22 @@
 
 import pytest
 import torch
-from builders import GRID, NUM_TOKENS, embeds, latent_pipeline, noise, processors, randn, roll, tiny_transformer
+from builders import (
+    GRID,
+    NUM_TOKENS,
+    begin_pass,
+    embeds,
+    latent_pipeline,
+    noise,
+    processors,
+    randn,
+    roll,
+    tiny_transformer,
+)
 from oracle import masked_flow
 from torch.overrides import TorchFunctionMode
 
-from tokentrim import RollingKVCache
+from tokentrim import RollingKVCache, WindowLayout
 from tokentrim.tokentrim_attention import cached_attention, rotary_dims
 
 
@@ -22,7 +33,7 @@ def forward(transformer, chunk, timestep, text):
 
 
 def commit(transformer, cache, chunk, text):
-    cache.begin_chunk(chunk.shape[2])
+    begin_pass(cache, chunk.shape[2], "commit")
     with cache.writing():
         forward(transformer, chunk, 0.0, text)
 
@@ -52,7 +63,7 @@ def test_cached_rollout_equals_block_causal_forward(sizes, head_dim):
             seen = torch.ones(sum(each.shape[2] for each in past) * NUM_TOKENS, dtype=torch.bool)
             for timestep in TIMES:
                 expected = masked_flow(transformer, past, noisy, timestep, text, [*sees, seen])
-                cache.begin_chunk(chunk.shape[2])
+                begin_pass(cache, chunk.shape[2])
                 with cached_attention(transformer, cache):
                     flow = forward(transformer, noisy, timestep, text)
                 torch.testing.assert_close(flow, expected, atol=1e-5, rtol=0)
@@ -69,12 +80,12 @@ def test_eviction_equals_attention_at_minus_infinity(branches, num_sink_frames):
     transformer, batch = tiny_transformer(), 3
     past, noisy, text = chunks_of(3, 3, batch=batch), noise(1, batch), embeds(branches * batch)
     evictions = {0: [1, 4, 5], 2: list(range(NUM_TOKENS))}
-    cache = RollingKVCache(GRID, rotary_dims(transformer), batch, num_sink_frames=num_sink_frames)
+    cache = RollingKVCache(GRID, rotary_dims(transformer), batch, layout=WindowLayout(num_sink_frames=num_sink_frames))
     with torch.no_grad(), cached_attention(transformer, cache):
         for chunk in past:
             commit(transformer, cache, chunk.repeat(branches, 1, 1, 1, 1), text)
         cache.evict(evictions)
-        cache.begin_chunk(3)
+        begin_pass(cache, 3)
         flow = forward(transformer, noisy.repeat(branches, 1, 1, 1, 1), 700.0, text)
 
     for row in range(branches * batch):
@@ -96,7 +107,7 @@ def test_eviction_shrinks_what_attention_reads():
     with torch.no_grad(), cached_attention(transformer, cache):
         for chunk in chunks_of(3, 3, batch=2):
             commit(transformer, cache, chunk, text)
-        cache.begin_chunk(3)
+        begin_pass(cache, 3)
         for evictions in ({}, {0: [0, 2]}, {1: [1, 2, 3]}):
             cache.evict(evictions)
             with KeyLengths() as keys:
@@ -109,7 +120,7 @@ def test_eviction_shrinks_what_attention_reads():
 @pytest.mark.parametrize("settings", [{"window_size": 9}, {"window_size": 7, "num_sink_frames": 1}])
 def test_attention_never_reads_beyond_the_window(settings):
     with KeyLengths() as keys:
-        roll(latent_pipeline(), noise(8), token_trim=False, **settings)
+        roll(latent_pipeline(), noise(8), method="plain", **settings)
     assert max(keys.lengths) == settings["window_size"] * NUM_TOKENS
 
 
@@ -123,14 +134,14 @@ def test_prompt_is_projected_once_and_again_when_it_changes():
         seen.append(step)
         return {"prompt_embeds": embeds(seed=99)} if len(seen) == 3 else {}
 
-    roll(pipe, noise(4), token_trim=False)
+    roll(pipe, noise(4), method="plain")
     assert len(projections) == len(pipe.transformer.blocks)
     seen = []
-    roll(pipe, noise(4), token_trim=False, callback_on_step_end=change_once)
+    roll(pipe, noise(4), method="plain", callback_on_step_end=change_once)
     assert len(projections) == 3 * len(pipe.transformer.blocks)
 
 
-def test_processors_come_back_whatever_happens_inside():
+def test_processors_are_restored_after_an_exception():
     transformer = tiny_transformer()
     before = processors(transformer)
     cache = RollingKVCache(GRID, rotary_dims(transformer), 1)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from builders import CHUNK, NUM_TOKENS, latent_pipeline, randn, roll, tiny_transformer
+from builders import CHUNK, NUM_TOKENS, begin_pass, latent_pipeline, randn, roll, tiny_transformer
 
-from tokentrim import RollingKVCache
+from tokentrim import RollingKVCache, WindowLayout
 from tokentrim.tokentrim_attention import rotary_dims
 
 
@@ -13,15 +13,15 @@ HEAD_DIM = 12
 ROPE_DIMS = (4, 4, 4)
 
 
-def new_cache(num_videos=1, **settings):
-    return RollingKVCache(GRID, ROPE_DIMS, num_videos, **settings)
+def new_cache(num_videos=1, num_protected_frames=0, **window):
+    return RollingKVCache(GRID, ROPE_DIMS, num_videos, WindowLayout(**window), num_protected_frames)
 
 
 def write(cache, num_frames=CHUNK, rows=None, seed=0):
     """Commit a chunk of random keys and values in one layer; returns them."""
     rows = cache.num_videos if rows is None else rows
     key, value = randn(2, rows, num_frames * NUM_TOKENS, 2, HEAD_DIM, seed=seed)
-    cache.begin_chunk(num_frames)
+    begin_pass(cache, num_frames, "commit")
     with cache.writing():
         cache.update(0, key, value)
     return key, value
@@ -63,7 +63,7 @@ def test_window_and_sink(window_size, num_sink_frames, kept_for_chunk_4):
     cache = new_cache(window_size=window_size, num_sink_frames=num_sink_frames)
     for _ in range(4):
         write(cache)
-    cache.begin_chunk(CHUNK)
+    begin_pass(cache, CHUNK)
     assert cache.held_tokens() == [(frame, token) for frame in kept_for_chunk_4 for token in range(NUM_TOKENS)]
 
 
@@ -71,12 +71,12 @@ def test_window_counts_the_chunk_at_hand():
     cache = new_cache(window_size=6)
     for num_frames in (2, 3, 1):
         write(cache, num_frames)
-    cache.begin_chunk(4)
+    begin_pass(cache, 4)
     assert frames_held(cache) == [4, 5]
     cache = new_cache(window_size=6)
     for num_frames in (2, 3, 1):
         write(cache, num_frames)
-    cache.begin_chunk(1)
+    begin_pass(cache, 1)
     assert frames_held(cache) == [1, 2, 3, 4, 5]
 
 
@@ -109,7 +109,7 @@ def test_update_returns_exactly_the_held_keys_and_values_in_order():
     cache = new_cache(num_videos=2, window_size=8, num_sink_frames=1)
     written = [write(cache, rows=4, seed=seed) for seed in range(3)]  # two videos in two guidance branches
     cache.evict({0: [1, 2], 1: [5]})
-    cache.begin_chunk(CHUNK)
+    begin_pass(cache, CHUNK)
     key, value = randn(2, 4, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
     keys, values, mask = cache.update(0, key, value)
     for row in range(4):
@@ -142,14 +142,14 @@ def test_relative_positions(num_chunks, window_size, num_sink_frames, held, posi
     """The sink directly before the recent frames, these directly before the chunk, all counted from 0."""
     cache = new_cache(window_size=window_size, num_sink_frames=num_sink_frames, relative_positions=True)
     written = torch.cat([write(cache, seed=seed)[0] for seed in range(num_chunks)], dim=1)
-    cache.begin_chunk(CHUNK)
+    begin_pass(cache, CHUNK)
     assert frames_held(cache) == list(held)
     key, value = randn(2, 1, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
     keys, _, _ = cache.update(0, key, value)
     of_held = written.unflatten(1, (-1, NUM_TOKENS))[:, list(held)].flatten(1, 2)
     expected = torch.cat([rope(of_held, list(positions)), rope(key, list(chunk_positions))], dim=1)
     torch.testing.assert_close(keys, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(cache.rotate_chunk(key), rope(key, list(chunk_positions)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(cache.rotate_queries(key), rope(key, list(chunk_positions)), atol=1e-5, rtol=0)
 
 
 def test_relative_positions_do_not_close_up_over_evicted_tokens():
@@ -158,7 +158,7 @@ def test_relative_positions_do_not_close_up_over_evicted_tokens():
     key, _ = write(cache)
     cache.evict({0: range(NUM_TOKENS)})
     later, _ = write(cache, seed=1)
-    cache.begin_chunk(CHUNK)
+    begin_pass(cache, CHUNK)
     keys, _, _ = cache.update(0, *randn(2, 1, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9))
     torch.testing.assert_close(keys[:, : later.shape[1]], rope(later, [3, 4, 5]), atol=1e-5, rtol=0)
 
@@ -172,10 +172,10 @@ def test_only_distances_between_positions_matter(offset):
         cache.next_frame = start
         for seed in range(3):
             write(cache, seed=seed)
-        cache.begin_chunk(CHUNK)
+        begin_pass(cache, CHUNK)
         query, key, value = randn(3, 1, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
         keys, _, _ = cache.update(0, key, value)
-        products.append(torch.einsum("bqhd,bkhd->bhqk", cache.rotate_chunk(query), keys))
+        products.append(torch.einsum("bqhd,bkhd->bhqk", cache.rotate_queries(query), keys))
     torch.testing.assert_close(*products, atol=1e-5, rtol=0)
 
 
@@ -199,11 +199,11 @@ def test_version_changes_when_and_only_when_the_context_does():
         versions.append(cache.version)
         return versions[-1] != versions[-2]
 
-    assert not changed(cache.begin_chunk, CHUNK)
+    assert not changed(begin_pass, cache, CHUNK)
     assert changed(write, cache)
     assert not changed(cache.evict, {0: [1, 2]})  # all of it is sink
     assert changed(write, cache)
-    assert not changed(cache.begin_chunk, CHUNK)  # still fits the window
+    assert not changed(begin_pass, cache, CHUNK)  # still fits the window
     assert not changed(cache.update, 0, *randn(2, 2, CHUNK * NUM_TOKENS, 2, HEAD_DIM))
     assert not changed(cache.evict, {})
     assert not changed(cache.evict, {0: []})
@@ -211,7 +211,7 @@ def test_version_changes_when_and_only_when_the_context_does():
     assert not changed(cache.evict, {0: [1, 2]})  # already gone
     assert not changed(cache.forget_prompt)
     assert changed(write, cache)
-    assert changed(cache.begin_chunk, CHUNK)  # the window rolls
+    assert changed(begin_pass, cache, CHUNK)  # the window rolls
     assert len(set(versions)) == 6
 
 
@@ -219,7 +219,7 @@ def test_writing_is_all_or_nothing():
     cache = new_cache()
     write(cache)
     before = cache.held_tokens(), cache.version, cache.next_frame
-    cache.begin_chunk(CHUNK)
+    begin_pass(cache, CHUNK)
     probe = randn(2, 1, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
     keys_before = cache.update(0, *probe)[0]
     with pytest.raises(KeyboardInterrupt):
@@ -234,7 +234,7 @@ def test_reading_for_some_videos_reads_their_rows():
     cache = new_cache(num_videos=3)
     write(cache, rows=6)
     cache.evict({0: [1], 2: [1, 2]})
-    cache.begin_chunk(CHUNK)
+    begin_pass(cache, CHUNK)
     key, value = randn(2, 6, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
     everything = cache.update(0, key, value)
     rows = [0, 2, 3, 5]  # videos 0 and 2 in both branches
@@ -244,11 +244,24 @@ def test_reading_for_some_videos_reads_their_rows():
         torch.testing.assert_close(part, whole[rows], atol=0, rtol=0)
 
 
-def test_reset_forgets_everything():
-    cache = new_cache(num_videos=2)
-    write(cache)
-    cache.evict({0: [1]})
-    cache.reset()
-    assert cache.held_tokens(0) == cache.held_tokens(1) == [] and cache.next_frame == 0
-    write(cache)
-    assert frames_held(cache, 1) == [0, 1, 2]
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+def test_loaded_context_reads_the_same_bits(used, tmp_path):
+    """Also where it replaces another context."""
+    settings = {"window_size": 8, "num_sink_frames": 1, "relative_positions": True}
+    cache, other = (new_cache(num_videos=2, **settings) for _ in range(2))
+    for seed in range(3):
+        write(cache, rows=4, seed=seed)
+    cache.evict({0: [1, 2], 1: [5]})
+    if used:
+        write(other, rows=4, seed=5)
+        begin_pass(other, CHUNK)
+        other.update(0, *randn(2, 4, CHUNK * NUM_TOKENS, 2, HEAD_DIM))
+    torch.save(cache.state_dict(), tmp_path / "cache.pt")
+    other.load_state_dict(torch.load(tmp_path / "cache.pt", weights_only=True))
+    probe = randn(2, 4, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
+    for each in (cache, other):
+        begin_pass(each, CHUNK)
+    assert [other.held_tokens(video) for video in range(2)] == [cache.held_tokens(video) for video in range(2)]
+    assert (other.frames, other.next_frame) == (cache.frames, cache.next_frame)
+    for ours, theirs in zip(other.update(0, *probe), cache.update(0, *probe)):
+        assert torch.equal(ours, theirs)

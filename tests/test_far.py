@@ -46,7 +46,7 @@ def compare(transformer=None, batch=1, atol=1e-5, **arguments):
         **arguments,
     }
     theirs = upstream(transformer)(generator=generators(*range(batch)), **arguments).frames
-    frames = ours(transformer)(generator=generators(*range(batch)), token_trim=False, **arguments).frames
+    frames = ours(transformer)(generator=generators(*range(batch)), method="plain", **arguments).frames
     torch.testing.assert_close(frames, theirs, atol=atol, rtol=0)
     return frames
 
@@ -113,7 +113,7 @@ def test_several_videos_of_a_prompt_equal_upstream():
     arguments = {**SIZE, "num_frames": 29, "chunk_partition": PARTITION, "num_videos_per_prompt": 2}
     arguments |= {"prompt": PROMPTS[:2], "guidance_scale": 2.0, "output_type": "latent"}
     theirs = upstream(transformer)(generator=generators(*range(4)), **arguments).frames
-    frames = ours(transformer)(generator=generators(*range(4)), token_trim=False, **arguments).frames
+    frames = ours(transformer)(generator=generators(*range(4)), method="plain", **arguments).frames
     torch.testing.assert_close(frames, theirs, atol=1e-5, rtol=0)
 
 
@@ -130,7 +130,7 @@ def test_padding_keys_makes_no_difference_where_there_is_none():
 def far_pad(partition, height, width, pad_keys):
     latents = far_noise(sum(partition), height=height, width=width)
     arguments = {"latents": latents, "prompt_embeds": embeds(), "chunk_partition": partition, "output_type": "latent"}
-    return far_pipeline()(**arguments, num_inference_steps=2, token_trim=False, pad_keys=pad_keys).frames
+    return far_pipeline()(**arguments, num_inference_steps=2, method="plain", pad_keys=pad_keys).frames
 
 
 def training_flow(transformer, chunks, noisy, timestep, next_timestep, text):
@@ -158,9 +158,9 @@ def cached_flow(transformer, chunks, noisy, timestep, next_timestep, text, pad_k
     backbone = FARBackbone(transformer, True, pad_keys, grid=(4, 6), num_videos=1)
     with torch.no_grad(), backbone.attached():
         for chunk in chunks:
-            backbone.cache.begin_chunk(chunk.shape[2])
+            backbone.make_room(chunk.shape[2])
             backbone.commit(chunk, text, None)
-        backbone.cache.begin_chunk(noisy.shape[2])
+        backbone.make_room(noisy.shape[2])
         times = torch.tensor([[timestep], [next_timestep]])
         return backbone.predict_flow(noisy, [noisy.shape[2]], *times, text, None)
 
@@ -239,13 +239,13 @@ def tokens_read(num_chunks, **settings):
 
     def watch(module, args, kwargs):
         if kwargs["kv_cache_flag"]["is_cache_step"]:
-            cache = pipe.transformer.blocks[0].attn1.processor.cache
-            encoded.append(sum(cache.pass_sizes))
-            read.append(len(cache.held_tokens()) + len(cache.held_compressed_tokens()))
+            backbone = pipe.transformer.blocks[0].attn1.processor.backbone
+            encoded.append(sum(backbone.pass_sizes))
+            read.append(len(backbone.cache.held_tokens()))  # full and compressed ones
 
     pipe.transformer.register_forward_pre_hook(watch, with_kwargs=True)
     arguments = {"prompt_embeds": embeds(), "chunk_partition": [2] * num_chunks, "num_inference_steps": 1}
-    pipe(latents=far_noise(2 * num_chunks), output_type="latent", token_trim=False, **arguments, **settings)
+    pipe(latents=far_noise(2 * num_chunks), output_type="latent", method="plain", **arguments, **settings)
     return encoded, read
 
 
@@ -278,10 +278,11 @@ def test_a_wide_window_changes_no_bit():
 
 def test_flowmo_guides_the_first_chunk_that_is_generated():
     arguments = {"prompt_embeds": embeds(), "chunk_partition": [3, 3, 3, 3], "num_inference_steps": 2}
-    arguments |= {"latents": far_noise(12), "output_type": "latent", "token_trim": False}
+    arguments |= {"latents": far_noise(12), "output_type": "latent", "method": "plain"}
     arguments |= {"video_latents": randn(1, 3, 4, 8, 12)}
     plain = far_pipeline()(**arguments).frames
-    guided = far_pipeline()(**arguments, flowmo_iterations=1, flowmo_learning_rate=0.05).frames
+    flowmo = {"flowmo": {"iterations": 1, "learning_rate": 0.05}}
+    guided = far_pipeline()(**{**arguments, "method": flowmo}).frames
     assert torch.equal(guided[:, :, :3], plain[:, :, :3])
     assert (guided[:, :, 3:6] - plain[:, :, 3:6]).abs().max() > 1e-3
 
@@ -299,7 +300,7 @@ def test_other_schedulers_serve(stock):
 def test_backend_of_the_transformer_is_used():
     """Upstream's flex attention is only what it starts with."""
     arguments = {"prompt_embeds": embeds(), "chunk_partition": [1, 2, 2, 2], "num_inference_steps": 1}
-    arguments |= {"latents": far_noise(7), "output_type": "latent", "token_trim": False}
+    arguments |= {"latents": far_noise(7), "output_type": "latent", "method": "plain"}
     transformer = tiny_far()
     expected = far_pipeline(transformer)(**arguments).frames
     for backend in ("native", "_native_math", "flex"):

@@ -59,7 +59,7 @@ BAD = [
     ({"rollout": "rolling_forcing"}, ValueError, "rollout", "self_forcing.*AnyFlowFAR"),
     ({"use_mean_velocity": None}, TypeError, "use_mean_velocity", "None"),
     ({"pad_keys": 0}, TypeError, "pad_keys", "0"),
-    ({"flowmo_iterations": 1}, ValueError, "flowmo_iterations", "3 latent frames"),
+    ({"method": "paper"}, ValueError, "flowmo: iterations", "3 latent frames"),
     # Sizes
     ({"height": 72}, ValueError, "height", "16"),
     ({"height": 16}, ValueError, "height", ">= 32.*3 chunks"),

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from builders import embeds, far_noise, far_pipeline, randn, tiny_far, triggers
+from builders import embeds, far_noise, far_pipeline, tiny_far, triggers
 from oracle_far import oracle_far
 
-from tokentrim.tokentrim_far import FARBackbone, FARKVCache
+from tokentrim.tokentrim_far import FARBackbone
 
 
 PARTITION = [1, 2, 2, 2, 2, 2, 2, 1]
@@ -17,13 +17,18 @@ def shifted(sigmas, shift=5.0):
     return [shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas]
 
 
+def held_parts(backbone):
+    """The full and the compressed tokens that video 0 can attend to."""
+    full = [(frame, token) for frame, token in backbone.cache.held_tokens() if token < backbone.cache.tokens_per_frame]
+    return [full, backbone.held_compressed_tokens()]
+
+
 def roll_far(pipe, partition, latents, text=None, **settings):
     """The output, and after each generated chunk what the cache of video 0 holds: full and compressed tokens."""
     held = []
 
     def on_chunk(index, chunk, decisions):
-        cache = pipe.transformer.blocks[0].attn1.processor.cache
-        held.append([cache.held_tokens(), cache.held_compressed_tokens()])
+        held.append(held_parts(pipe.transformer.blocks[0].attn1.processor.backbone))
 
     text = embeds(len(latents)) if text is None else text
     output = pipe(
@@ -37,7 +42,7 @@ def compare(transformer, partition=PARTITION, num_given=0, protect=True, guided=
     if num_given:
         settings |= {"video_latents": given.transpose(1, 2), "protect_conditioning": protect}
     output, held = roll_far(far_pipeline(transformer), partition, latents, **settings)
-    oracle_only = {k: v for k, v in settings.items() if k not in ("video_latents", "protect_conditioning")}
+    shared = {k: v for k, v in settings.items() if k not in ("video_latents", "protect_conditioning", "method")}
     protected = max(sum(partition[:num_given]) * protect, settings.get("num_sink_frames", 0))
     expected, attempts, left = oracle_far(
         transformer,
@@ -46,7 +51,8 @@ def compare(transformer, partition=PARTITION, num_given=0, protect=True, guided=
         shifted([1.0, 0.5]),
         given=given.split(partition[:num_given], dim=2) if num_given else (),
         num_protected_frames=protected,
-        **oracle_only,
+        trims=settings.get("method") != "plain",
+        **shared,
     )
     torch.testing.assert_close(output.frames, expected, atol=1e-5, rtol=0)
     evicted = [sorted({t for _, tokens in tries[:-1] for t in tokens}) for tries in attempts]
@@ -58,21 +64,21 @@ def compare(transformer, partition=PARTITION, num_given=0, protect=True, guided=
 @pytest.mark.parametrize(
     "settings",
     [
-        {"token_trim": False},
-        {},
-        {"max_regenerations": 2},
-        {"pad_keys": False},
-        {"num_sink_frames": 3},
-        {"window_size": 8},
-        {"window_size": 9, "num_sink_frames": 2},
-        {"num_given": 2},
-        {"num_given": 2, "protect": False},
+        {"method": "plain"},
+        EAGER,
+        {**EAGER, "max_regenerations": 2},
+        {**EAGER, "pad_keys": False},
+        {**EAGER, "num_sink_frames": 3},
+        {**EAGER, "window_size": 8},
+        {**EAGER, "window_size": 9, "num_sink_frames": 2},
+        {**EAGER, "num_given": 2},
+        {**EAGER, "num_given": 2, "protect": False},
     ],
     ids=str,
 )
 def test_rollout_equals_the_whole_history_written_out(settings):
-    output, held = compare(tiny_far(), **{**EAGER, **settings})
-    assert bool(triggers(output.decisions[0])) == settings.get("token_trim", True)
+    output, held = compare(tiny_far(), **settings)
+    assert bool(triggers(output.decisions[0])) == ("method" not in settings)
 
 
 @pytest.mark.parametrize(
@@ -139,25 +145,27 @@ def test_a_corrupt_region_is_evicted_from_both_parts_of_the_cache():
 
 def test_evictions_of_a_compressed_token_add_up():
     """One full token of four is evicted, later another: then half are gone."""
-    cache = FARKVCache((4, 6), (4, 4, 4), 1, scale=(2, 2), full_chunk_limit=2)
-    for _ in range(2):
-        cache.begin_chunk(1)
-        with cache.writing():
-            num_tokens = sum(cache.pass_sizes)
-            cache.update(0, randn(1, num_tokens, 1, 12), randn(1, num_tokens, 1, 12))
-    cache.evict({0: [2]})
-    assert cache.held_compressed_tokens() == [(0, token) for token in range(6)]
-    assert cache.held_tokens() == [(1, token) for token in range(24) if token != 2]
-    cache.evict({0: [9]})
-    assert cache.held_compressed_tokens() == [(0, token) for token in range(6) if token != 1]
-    cache.begin_chunk(1)
-    with cache.writing():
-        num_tokens = sum(cache.pass_sizes)
-        cache.update(0, randn(1, num_tokens, 1, 12), randn(1, num_tokens, 1, 12))
-    gone = [(frame, 1) for frame in (0, 1)]
-    everything = [(frame, token) for frame in (0, 1) for token in range(6)]
-    assert cache.held_compressed_tokens() == [token for token in everything if token not in gone]
-    assert cache.held_tokens() == [(2, token) for token in range(24)]
+    backbone = FARBackbone(tiny_far(full_chunk_limit=2), True, True, grid=(4, 6), num_videos=1)
+
+    def commit():
+        backbone.make_room(1)
+        with torch.no_grad(), backbone.attached():
+            backbone.commit(far_noise(1), embeds(), None)
+
+    commit()
+    commit()
+    backbone.evict({0: [2]})
+    assert held_parts(backbone) == [
+        [(1, token) for token in range(24) if token != 2],
+        [(0, token) for token in range(6)],
+    ]
+    backbone.evict({0: [9]})
+    assert backbone.held_compressed_tokens() == [(0, token) for token in range(6) if token != 1]
+    commit()
+    assert held_parts(backbone) == [
+        [(2, token) for token in range(24)],
+        [(frame, token) for frame in (0, 1) for token in range(6) if token != 1],
+    ]
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
@@ -209,7 +217,7 @@ def test_a_batch_equals_single_runs(settings):
 def test_a_gate_that_never_triggers_changes_no_bit():
     shut, open_ = (
         roll_far(far_pipeline(), PARTITION, far_noise(14), **settings)[0]
-        for settings in ({"token_trim": False}, {"drift_sensitivity": 1e6})
+        for settings in ({"method": "plain"}, {"drift_sensitivity": 1e6})
     )
     assert torch.equal(shut.frames, open_.frames)
 
@@ -217,8 +225,8 @@ def test_a_gate_that_never_triggers_changes_no_bit():
 def test_a_regeneration_with_nothing_to_evict_repeats_the_chunk():
     """All frames are sink: the same noise meets the same context."""
     trimmed, plain = (
-        roll_far(far_pipeline(), PARTITION, far_noise(14, seed=3), num_sink_frames=14, token_trim=trim, **EAGER)[0]
-        for trim in (True, False)
+        roll_far(far_pipeline(), PARTITION, far_noise(14, seed=3), num_sink_frames=14, **settings)[0]
+        for settings in (EAGER, {"method": "plain"})
     )
     assert triggers(trimmed.decisions[0])
     assert torch.equal(trimmed.frames, plain.frames)
@@ -234,10 +242,10 @@ def test_a_context_without_any_token_is_as_if_there_was_none():
         backbone = FARBackbone(transformer, True, True, grid=(4, 6), num_videos=2)
         with torch.no_grad(), backbone.attached():
             for chunk in past:
-                backbone.cache.begin_chunk(2)
+                backbone.make_room(2)
                 assert torch.isfinite(backbone.commit(chunk, text, None)).all()
-                backbone.cache.evict({video: range(24) for video in evicting})
-            backbone.cache.begin_chunk(2)
+                backbone.evict({video: range(24) for video in evicting})
+            backbone.make_room(2)
             return backbone.predict_flow(noisy, [2], *times, text, None)
 
     alone, whole = flow([], []), flow(chunks, [])

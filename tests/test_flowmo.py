@@ -1,5 +1,7 @@
 """FlowMo's objective against the paper's formulas written out, and its gradient steps on a real transformer."""
 
+import re
+
 import pytest
 import torch
 from builders import (
@@ -8,6 +10,7 @@ from builders import (
     GRID,
     HEIGHT,
     WIDTH,
+    begin_pass,
     embeds,
     latent_pipeline,
     noise,
@@ -223,11 +226,11 @@ def test_checkpointed_gradients_through_the_cache_are_the_same(videos, num_past)
         cache = RollingKVCache(GRID, rotary_dims(transformer), 2)
         with torch.no_grad(), cached_attention(transformer, cache):
             for past in range(num_past):
-                cache.begin_chunk(3)
+                begin_pass(cache, 3, "commit")
                 with cache.writing():
                     transformer(noise(1, 2, 5 + past), torch.zeros(2), text)
                 cache.evict({0: [1, 2]})
-            cache.begin_chunk(3)
+            begin_pass(cache, 3)
             with cache.only(videos):
                 result = guided(latents, transformer, text[videos])
         return result
@@ -238,7 +241,7 @@ def test_checkpointed_gradients_through_the_cache_are_the_same(videos, num_past)
 
 
 @pytest.mark.parametrize("enabled", [False, True])
-def test_checkpointed_restores_what_it_found(enabled):
+def test_checkpointed_restores_the_transformer(enabled):
     transformer = tiny_transformer()
     transformer.proj_out.requires_grad_(True)
     if enabled:
@@ -263,7 +266,12 @@ ROLLOUTS = {
     "guided by a negative prompt": {"guidance_scale": 2.0, "negative_prompt_embeds": embeds(2, seed=8)},
 }
 every_rollout = pytest.mark.parametrize("settings", ROLLOUTS.values(), ids=ROLLOUTS)
-STRONG = {"flowmo_iterations": 5, "flowmo_learning_rate": 0.02}
+STRONG = {"iterations": 5, "learning_rate": 0.02}
+
+
+def flowmo(trim=None, **settings):
+    """The argument `method`: FlowMo before TokenTrim."""
+    return {"flowmo": settings, "tokentrim": {} if trim is None else trim}
 
 
 def chunk_variances(latents):
@@ -276,8 +284,10 @@ def test_the_first_chunk_moves_more_evenly(settings):
     pipe = latent_pipeline()
     pipe.transformer.requires_grad_(True)
     weights = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
-    plain, guided = (roll(pipe, noise(3, 2), **settings, **flowmo).frames for flowmo in ({}, STRONG))
-    assert (chunk_variances(guided)[0] < 0.95 * chunk_variances(plain)[0]).all()
+    unguided, guided = (
+        roll(pipe, noise(3, 2), method=method, **settings).frames for method in ("tokentrim", flowmo(**STRONG))
+    )
+    assert (chunk_variances(guided)[0] < 0.95 * chunk_variances(unguided)[0]).all()
     assert all(torch.equal(value, weights[name]) for name, value in pipe.transformer.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in pipe.transformer.parameters())
     assert not pipe.transformer.is_gradient_checkpointing and not guided.requires_grad
@@ -285,61 +295,63 @@ def test_the_first_chunk_moves_more_evenly(settings):
 
 @every_rollout
 def test_zero_iterations_change_no_bit(settings):
-    plain, off = (
-        roll(latent_pipeline(), noise(3, 2), **settings, **flowmo).frames
-        for flowmo in ({}, {"flowmo_iterations": 0, "flowmo_chunks": "all", "flowmo_learning_rate": 1.0})
+    unguided, off = (
+        roll(latent_pipeline(), noise(3, 2), method=method, **settings).frames
+        for method in ("tokentrim", flowmo(iterations=0, chunks="all", learning_rate=1.0))
     )
-    assert torch.equal(plain, off)
+    assert torch.equal(unguided, off)
 
 
 @pytest.mark.parametrize("rollout", ["self_forcing", "rolling_forcing"])
-def test_every_chunk_on_request(rollout):
-    plain, first, every = (
-        chunk_variances(roll(latent_pipeline(), noise(4, 2), rollout=rollout, **flowmo).frames)
-        for flowmo in ({}, STRONG, {**STRONG, "flowmo_chunks": "all"})
+def test_guides_every_chunk_on_request(rollout):
+    unguided, first, every = (
+        chunk_variances(roll(latent_pipeline(), noise(4, 2), rollout=rollout, method=method).frames)
+        for method in ("tokentrim", flowmo(**STRONG), flowmo(**STRONG, chunks="all"))
     )
     assert rollout == "rolling_forcing" or torch.equal(first[0], every[0])
-    assert every[1:].mean() < 0.95 * first[1:].mean() and every[1:].mean() < 0.95 * plain[1:].mean()
+    assert every[1:].mean() < 0.95 * first[1:].mean() and every[1:].mean() < 0.95 * unguided[1:].mean()
 
 
-def test_the_steps_that_were_asked_for():
+def test_guides_only_the_given_steps():
     pipe = latent_pipeline()
     output = [
-        roll(pipe, noise(1), num_inference_steps=5, flowmo_iterations=1, flowmo_steps=steps).frames
+        roll(pipe, noise(1), num_inference_steps=5, method=flowmo(steps=steps)).frames
         for steps in (None, [0, 1], [0], [4], [], [7])
     ]
     plain = roll(pipe, noise(1), num_inference_steps=5).frames
+    paper = roll(pipe, noise(1), num_inference_steps=5, method="paper").frames
     assert torch.equal(output[0], output[1])  # the first quarter of five steps, rounded up
+    assert torch.equal(output[0], paper)
     assert torch.equal(output[4], plain) and torch.equal(output[5], plain)
     assert len({tuple(each.flatten().tolist()) for each in output}) == 4
 
 
 @pytest.mark.parametrize("rollout", ["self_forcing", "rolling_forcing"])
 def test_trimming_on_top_of_flowmo_in_a_batch_equals_single_runs(rollout):
-    settings = {**STRONG, "flowmo_chunks": "all", "rollout": rollout, "drift_sensitivity": 1.0}
+    settings = {"method": flowmo({"drift_sensitivity": 1.0}, **STRONG, chunks="all"), "rollout": rollout}
     latents, text = steady_noise(7, [3, 4]), embeds(2)
-    together = roll(latent_pipeline(), latents, prompt_embeds=text, **settings)
+    batch = roll(latent_pipeline(), latents, prompt_embeds=text, **settings)
     for video in range(2):
-        alone = roll(latent_pipeline(), latents[video : video + 1], prompt_embeds=text[video : video + 1], **settings)
-        torch.testing.assert_close(together.frames[video], alone.frames[0], atol=1e-3, rtol=0)
-        assert triggers(together.decisions[video]) == triggers(alone.decisions[0]) != []
+        single = roll(latent_pipeline(), latents[video : video + 1], prompt_embeds=text[video : video + 1], **settings)
+        torch.testing.assert_close(batch.frames[video], single.frames[0], atol=1e-3, rtol=0)
+        assert triggers(batch.decisions[video]) == triggers(single.decisions[0]) != []
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "settings"),
+    ("settings", "name", "arguments"),
     [
-        ("flowmo_iterations", -1, {}),
-        ("flowmo_iterations", 1, {"chunk_partition": [2, 4]}),
-        ("flowmo_learning_rate", 0.0, {}),
-        ("flowmo_learning_rate", float("nan"), {}),
-        ("flowmo_steps", [-1], {}),
-        ("flowmo_chunks", "last", {}),
-        ("flowmo_chunks", "all", {"flowmo_iterations": 1, "drift_signal": "first_step"}),
+        ({"iterations": -1}, "method['flowmo']: `iterations`", {}),
+        ({"iterations": 1}, "`flowmo: iterations`", {"chunk_partition": [2, 4]}),
+        ({"learning_rate": 0.0}, "method['flowmo']: `learning_rate`", {}),
+        ({"learning_rate": float("nan")}, "method['flowmo']: `learning_rate`", {}),
+        ({"steps": [-1]}, "method['flowmo']: `steps`", {}),
+        ({"chunks": "last"}, "method['flowmo']: `chunks`", {}),
+        ({"chunks": "all"}, "`flowmo: chunks`", {"drift_signal": "first_step"}),
     ],
 )
-def test_bad_input(name, value, settings):
-    with pytest.raises(ValueError, match=f"`{name}` has to be"):
-        roll(latent_pipeline(), noise(2), **{**settings, name: value})
+def test_bad_input(settings, name, arguments):
+    with pytest.raises(ValueError, match=re.escape(f"{name} has to be")):
+        roll(latent_pipeline(), noise(2), method=flowmo(**settings), **arguments)
 
 
 def test_a_failing_guidance_leaves_nothing_behind():
@@ -347,6 +359,6 @@ def test_a_failing_guidance_leaves_nothing_behind():
     before = processors(pipe.transformer)
     with pytest.raises(RuntimeError, match="not finite"):
         pipe.transformer.proj_out.bias.fill_(float("inf"))
-        roll(pipe, noise(2), flowmo_iterations=1)
+        roll(pipe, noise(2), method="paper")
     assert processors(pipe.transformer) == before
     assert not pipe.transformer.is_gradient_checkpointing

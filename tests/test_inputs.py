@@ -16,8 +16,28 @@ EMBEDS = {"prompt_embeds": embeds(), "num_frames": 21}
 # (arguments, error, argument that the message names, more of the message)
 BAD = [
     # The method
-    ({"token_trim": 1}, TypeError, "token_trim", "1"),
-    ({"token_trim": None}, TypeError, "token_trim", "None"),
+    ({"method": 1}, TypeError, "method", "'plain', 'tokentrim', 'paper', 'tokentrim_plus'.*1"),
+    ({"method": None}, TypeError, "method", "None"),
+    ({"method": True}, TypeError, "method", "True"),
+    ({"method": "token_trim"}, ValueError, "method", "'tokentrim'.*'token_trim'"),
+    ({"method": "plain", "prune_fraction": 0.1}, ValueError, "prune_fraction", "without TokenTrim.*0.1"),
+    ({"method": "plain", "drift_sensitivity": 2.0}, ValueError, "drift_sensitivity", "without TokenTrim.*2.0"),
+    ({"method": "plain", "warmup_chunks": 2}, ValueError, "warmup_chunks", "without TokenTrim.*2"),
+    ({"method": "plain", "max_regenerations": 0}, ValueError, "max_regenerations", "without TokenTrim.*0"),
+    ({"method": "plain", "drift_signal": "first_step"}, ValueError, "drift_signal", "without TokenTrim"),
+    ({"method": {"tokentrim": {"prune_fraction": 2}}}, ValueError, "prune_fraction", "2"),
+    (
+        {"method": {"flowmo": {}, "tokentrim": {}}, "chunk_partition": [2, 4]},
+        ValueError,
+        "flowmo: iterations",
+        "3 lat",
+    ),
+    (
+        {"method": {"flowmo": {"chunks": "all"}, "tokentrim": {}}, "drift_signal": "first_step"},
+        ValueError,
+        "flowmo: chunks",
+        "first_step.*'all'",
+    ),
     ({"prune_fraction": 0}, ValueError, "prune_fraction", "0"),
     ({"prune_fraction": 1}, ValueError, "prune_fraction", "1"),
     ({"prune_fraction": -0.1}, ValueError, "prune_fraction", "-0.1"),
@@ -26,13 +46,13 @@ BAD = [
     ({"prune_fraction": True}, TypeError, "prune_fraction", "True"),
     ({"drift_sensitivity": -1}, ValueError, "drift_sensitivity", "-1"),
     ({"drift_sensitivity": math.inf}, ValueError, "drift_sensitivity", "inf"),
-    ({"drift_sensitivity": None}, TypeError, "drift_sensitivity", "None"),
+    ({"drift_sensitivity": "2"}, TypeError, "drift_sensitivity", "'2'"),
     ({"warmup_chunks": -1}, ValueError, "warmup_chunks", "-1"),
     ({"warmup_chunks": 2.0}, TypeError, "warmup_chunks", "2.0"),
     ({"max_regenerations": -1}, ValueError, "max_regenerations", "-1"),
     ({"max_regenerations": True}, TypeError, "max_regenerations", "True"),
     ({"drift_signal": "last"}, ValueError, "drift_signal", "'last'.*|.*'first_step'"),
-    ({"drift_signal": None}, TypeError, "drift_signal", "None"),
+    ({"drift_signal": 1}, TypeError, "drift_signal", "1"),
     # The rollout
     ({"rollout": "self-forcing"}, ValueError, "rollout", "'self-forcing'"),
     ({"rollout": 1}, TypeError, "rollout", "1"),
@@ -46,7 +66,11 @@ BAD = [
     ({"num_sink_frames": -1}, ValueError, "num_sink_frames", "-1"),
     ({"num_sink_frames": "3"}, TypeError, "num_sink_frames", "'3'"),
     ({"relative_positions": 1}, TypeError, "relative_positions", "1"),
+    ({"sink_at_commit": 1}, TypeError, "sink_at_commit", "1"),
     ({"use_kv_cache": False}, ValueError, "use_kv_cache", "False"),
+    ({"protect_conditioning": 1}, TypeError, "protect_conditioning", "1"),
+    ({"use_mean_velocity": None}, TypeError, "use_mean_velocity", "None"),
+    ({"pad_keys": 0}, TypeError, "pad_keys", "0"),
     # Sizes
     ({"num_frames": 0}, ValueError, "num_frames", "0"),
     ({"num_frames": 20}, ValueError, "num_frames", "20.*|.*21"),
@@ -254,16 +278,43 @@ BAD_NOISE = [(noise(2), ValueError), (noise(1)[0], ValueError), (noise(1) * math
 
 
 @pytest.mark.parametrize("value, error", BAD_NOISE, ids=["frames", "ndim", "nan", "None"])
-@pytest.mark.parametrize("at", [(0, 0), (1, 0)], ids=str)
-def test_renoise_that_returns_no_fitting_noise(at, value, error):
-    """At its first draw already refused before any model runs; at a later one the processors are back."""
-    pipe = latent_pipeline(scheduler=FlowMatchLCMScheduler(shift=5.0))
-    forwards, before = count_forwards(pipe), processors(pipe.transformer)
-    with pytest.raises(error, match="renoise"):
+@pytest.mark.parametrize("at, expected_forwards", [((0, 0), 1), ((1, 0), 4)], ids=str)
+def test_renoise_that_returns_no_fitting_noise(at, expected_forwards, value, error):
+    """Refused when it is drawn, after the forward of that step and before another; then the processors are back."""
+    pipe, forwards = latent_pipeline(scheduler=FlowMatchLCMScheduler(shift=5.0)), []
+    pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    before = processors(pipe.transformer)
+    with pytest.raises(error, match=rf"`renoise\({at[0]}, {at[1]}\)` has to be"):
         roll(pipe, noise(3), renoise=lambda chunk, step: value if (chunk, step) == at else noise(1))
     assert processors(pipe.transformer) == before
-    if at == (0, 0):
-        assert not forwards
+    assert len(forwards) == expected_forwards
+
+
+def test_checks_draw_nothing_set_nothing_and_call_nothing():
+    """A call that is refused leaves generator and schedule as they were, and asks no function of its user."""
+    pipe, called, generator = full_pipeline(FlowMatchLCMScheduler(shift=5.0)), [], torch.Generator().manual_seed(0)
+    before, timesteps = generator.get_state(), pipe.scheduler.timesteps
+    functions = {name: lambda *_: called.append(1) for name in ("renoise", "on_chunk", "callback_on_step_end")}
+    with pytest.raises(ValueError, match="`window_size`"):
+        pipe(**PROMPT, **functions, generator=generator, window_size=2)
+    assert not called and torch.equal(generator.get_state(), before)
+    assert pipe.scheduler.timesteps is timesteps
+
+
+def test_trim_settings_left_out_are_the_papers():
+    latents = noise(5)
+    paper = {
+        "prune_fraction": 0.1,
+        "drift_sensitivity": 2.0,
+        "warmup_chunks": 2,
+        "max_regenerations": 1,
+        "drift_signal": "final",
+    }
+    default, given, in_dict = (
+        roll(latent_pipeline(), latents, **settings) for settings in ({}, paper, {"method": {"tokentrim": paper}})
+    )
+    assert default.decisions == given.decisions == in_dict.decisions
+    assert torch.equal(default.frames, given.frames) and torch.equal(default.frames, in_dict.frames)
 
 
 def test_arguments_at_the_edge_are_fine():

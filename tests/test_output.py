@@ -29,6 +29,7 @@ def decision(chunk, tokens=(), quarantined=False):
         "drift": None if chunk == 0 else [0.5] * 8,
         "regenerated_severity": 0.5 if tokens else None,
         "quarantined": quarantined,
+        "reanchored": None,
     }
 
 

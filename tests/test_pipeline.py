@@ -29,6 +29,7 @@ from diffusers import FlowMatchLCMScheduler, UniPCMultistepScheduler, WanPipelin
 from diffusers.callbacks import PipelineCallback
 
 from tokentrim import RollingKVCache, TokenTrimFlowMapEulerDiscreteScheduler, TokenTrimPipeline
+from tokentrim.tokentrim_policy import SeverityMonitor
 
 
 PROMPT = "a red circle moving right over a blue background"
@@ -182,14 +183,14 @@ def test_model_cpu_offload():
 @pytest.mark.parametrize("drift_signal", ["final", "first_step"])
 def test_latents_of_a_video_are_continued(drift_signal):
     """Given the first chunks of a rollout, the rest comes out bit for bit."""
-    whole = roll(latent_pipeline(), noise(5), token_trim=False, drift_signal=drift_signal)
+    method = [SeverityMonitor(drift_signal)]
+    whole = roll(latent_pipeline(), noise(5), method=method)
     called = []
     rest = roll(
         latent_pipeline(),
         noise(5),
         video_latents=whole.frames[:, :, : 2 * CHUNK].transpose(1, 2),
-        token_trim=False,
-        drift_signal=drift_signal,
+        method=method,
         on_chunk=lambda index, latents, decisions: called.append(index),
     )
     assert torch.equal(rest.frames, whole.frames)
@@ -270,7 +271,7 @@ def test_callback_may_change_the_prompt():
         new = {"prompt_embeds": embeds(seed=50), "negative_prompt_embeds": embeds(seed=51)}
         return new if len(calls) == 2 else {}
 
-    settings = {"guidance_scale": 2.0, "token_trim": False}
+    settings = {"guidance_scale": 2.0, "method": "plain"}
     changed = roll(
         latent_pipeline(), noise(4), negative_prompt_embeds=embeds(seed=9), callback_on_step_end=callback, **settings
     ).frames
@@ -299,6 +300,22 @@ def test_callback_of_a_regeneration_sees_its_videos_alone():
     assert torch.equal(watched.frames, roll(latent_pipeline(), steady_noise(5, [9, 3])).frames)
 
 
+def test_on_chunk_gets_copies():
+    """Of latents and decisions: what it does to them changes neither the output nor what later chunks read."""
+
+    def spoil(index, latents, decisions):
+        latents.fill_(7.0)
+        for decision in decisions:
+            decision["tokens"].append(99)
+            decision.clear()
+
+    expected = roll(latent_pipeline(), steady_noise(5, [3, 4]))
+    output = roll(latent_pipeline(), steady_noise(5, [3, 4]), on_chunk=spoil)
+    assert triggers(expected.decisions[0]) == [3]
+    assert torch.equal(output.frames, expected.frames)
+    assert output.decisions == expected.decisions
+
+
 def test_on_chunk_is_called_once_for_each_accepted_chunk():
     calls = []
     output = roll(
@@ -311,27 +328,91 @@ def test_on_chunk_is_called_once_for_each_accepted_chunk():
     assert [index for index, _, _ in calls] == list(range(5))
     for index, latents, decisions in calls:
         assert torch.equal(latents, output.frames[:, :, index * CHUNK : (index + 1) * CHUNK])
-        assert decisions == [of_video[index] for of_video in output.decisions]
+        assert decisions == [video_decisions[index] for video_decisions in output.decisions]
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
-def test_interrupt_stops_at_once(at):
-    """After that many of the 2 x 4 steps; what is there of the chunk at hand is the last that comes out."""
-    steps, forwards = [], []
+def interrupter(at):
+    """A callback that interrupts after so many denoising steps."""
 
     def callback(pipe, step, timestep, tensors):
-        steps.append(forwards[-1])
+        steps.append(step)
         pipe._interrupt = len(steps) == at
         return {}
 
-    pipe = latent_pipeline()
+    steps = []
+    return callback
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "plain"}, {"warmup_chunks": 4}, {"warmup_chunks": 4, "drift_signal": "first_step"}],
+    ids=str,
+)
+@pytest.mark.parametrize("at", range(1, 9))
+def test_interrupt_stops_at_once_and_drops_the_unfinished_chunk(at, settings):
+    """After that many of the 2 x 4 steps. A chunk whose last step has run is not accepted yet: it is dropped too."""
+    pipe, forwards, called, latents = latent_pipeline(), [], [], noise(4, 2)
     before = processors(pipe.transformer)
-    pipe.transformer.register_forward_hook(lambda *_: forwards.append(len(forwards)))
-    output = roll(pipe, noise(4), callback_on_step_end=callback)
-    assert len(steps) == at and forwards[-1] == steps[-1]
-    assert output.frames.shape[2] == (at + 1) // 2 * CHUNK
+    pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
+    output = roll(
+        pipe,
+        latents,
+        callback_on_step_end=interrupter(at),
+        on_chunk=lambda index, latents, decisions: called.append(index),
+        **settings,
+    )
+    num_chunks = (at - 1) // 2
+    assert len(forwards) == at + num_chunks  # and a context pass of each finished chunk
+    assert called == list(range(num_chunks))
+    expected = roll(latent_pipeline(), latents, **settings)
+    assert output.frames.shape == (2, 4, num_chunks * CHUNK, *latents.shape[3:])
+    assert torch.equal(output.frames, expected.frames[:, :, : num_chunks * CHUNK])
+    assert output.decisions == [video_decisions[:num_chunks] for video_decisions in expected.decisions]
     assert processors(pipe.transformer) == before
-    assert torch.equal(roll(pipe, noise(4)).frames, roll(latent_pipeline(), noise(4)).frames)
+    assert torch.equal(roll(pipe, latents, **settings).frames, expected.frames)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+def test_frames_chunk_frames_and_decisions_agree_after_an_interrupt(at):
+    output = full_pipeline()(PROMPT, num_frames=33, callback_on_step_end=interrupter(at), generator=generators(0))
+    num_chunks = (at - 1) // 2
+    assert output.chunk_frames == [9, 12, 12][:num_chunks]
+    assert output.frames.shape == (1, sum(output.chunk_frames), 32, 48, 3)
+    assert [len(video_decisions) for video_decisions in output.decisions] == [num_chunks]
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
+def test_interrupt_in_the_first_chunk_gives_videos_without_frames(output_type):
+    output = full_pipeline()(PROMPT, num_frames=21, callback_on_step_end=interrupter(1), output_type=output_type)
+    assert len(output.frames) == 1 and len(output.frames[0]) == 0
+    assert output.chunk_frames == [] and output.decisions == [[]]
+
+
+def test_interrupt_in_a_regeneration_drops_the_chunk():
+    """Chunk 3 would be generated again: its 2 steps are the 9th and 10th."""
+    output = roll(latent_pipeline(), steady_noise(5, [3]), callback_on_step_end=interrupter(9))
+    expected = roll(latent_pipeline(), steady_noise(5, [3]))
+    assert triggers(expected.decisions[0]) == [3]
+    assert torch.equal(output.frames, expected.frames[:, :, : 3 * CHUNK])
+    assert output.decisions == [expected.decisions[0][:3]]
+
+
+def test_interrupt_drops_the_chunks_in_flight():
+    """Rolling Forcing with 3 steps: the third forward finishes the first chunk."""
+    settings = {"rollout": "rolling_forcing", "num_inference_steps": 3, "window_size": 12}
+    expected = roll(latent_pipeline(), noise(5), **settings)
+    for at, num_chunks in ((2, 0), (3, 0), (4, 1), (6, 3)):
+        output = roll(latent_pipeline(), noise(5), callback_on_step_end=interrupter(at), **settings)
+        assert torch.equal(output.frames, expected.frames[:, :, : num_chunks * CHUNK])
+        assert output.decisions == [expected.decisions[0][:num_chunks]]
+
+
+def test_interrupt_keeps_the_chunks_that_were_given():
+    given = noise(2, seed=5)
+    output = roll(
+        latent_pipeline(), noise(4), video_latents=given.transpose(1, 2), callback_on_step_end=interrupter(1)
+    )
+    assert torch.equal(output.frames, given) and len(output.decisions[0]) == 2
 
 
 def test_interrupt_between_chunks_adds_no_chunk():
@@ -346,7 +427,7 @@ def test_interrupt_between_chunks_adds_no_chunk():
     assert len(output.decisions[0]) == 2
 
 
-@pytest.mark.parametrize("settings", [{"token_trim": False}, {}, {"drift_signal": "first_step"}], ids=str)
+@pytest.mark.parametrize("settings", [{"method": "plain"}, {}, {"drift_signal": "first_step"}], ids=str)
 def test_progress_bar_ends_full(settings, capfd):
     pipe = latent_pipeline()
     pipe.set_progress_bar_config(disable=False)

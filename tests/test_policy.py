@@ -1,33 +1,51 @@
 """Drift, severity, gate and decision against the paper's formulas written out."""
 
 import json
-import math
 
 import pytest
 import torch
 from builders import noise, randn
 from oracle import drift_of, severity_of, threshold_of
 
-from tokentrim import TokenTrimPolicy
+from tokentrim import ContextPolicy, TokenTrim
+from tokentrim.tokentrim_context import ContextPolicies
+from tokentrim.tokentrim_policy import SeverityMonitor
 from tokentrim.tokentrim_stability import severity, summarize, token_drift, unstable_tokens
 
 
 PATCH = (1, 2, 2)
-KEYS = {"chunk", "severity", "threshold", "trim", "tokens", "drift", "regenerated_severity", "quarantined"}
+GRID = (2, 3)
+KEYS = {
+    "chunk",
+    "severity",
+    "threshold",
+    "trim",
+    "tokens",
+    "drift",
+    "regenerated_severity",
+    "quarantined",
+    "reanchored",
+}
 
 
 def play(policy, severities):
     """Accept chunks that drift by these severities; a pair is (first attempt, attempt after the eviction, ...)."""
-    decisions, level, previous = [], 0.0, None
+    policies = ContextPolicies([policy], 1, GRID, PATCH)
+    decisions, level = [], 0.0
     for attempts in [0.0, *severities]:
         attempts = attempts if isinstance(attempts, tuple) else (attempts,)
         for attempt in attempts:
             chunk = torch.full((1, 1, 1, 4, 6), (level + attempt) / 2)  # a patch has 4 values: norm 2
-            if not policy.review(previous, chunk):
+            if not policies.review(chunk):
                 break
-        previous, level = chunk, level + attempt
-        decisions += policy.accept()
+        level += attempt
+        assert torch.equal(policies.commit(chunk), chunk)
+        decisions += policies.close()
     return decisions
+
+
+def values(decisions, name):
+    return [decision[name] for decision in decisions]
 
 
 def test_drift_and_severity_equal_the_loops():
@@ -42,6 +60,18 @@ def test_drift_and_severity_equal_the_loops():
         assert severity(drift, worst)[video].item() == pytest.approx(expected_severity, abs=1e-5)
 
 
+def test_policy_of_one_video_measures_what_the_loops_do():
+    now, before = noise(1, seed=1), noise(1, seed=2)
+    policy = TokenTrim(prune_fraction=0.4, warmup_chunks=0)
+    assert policy.review(before[0]) == []
+    assert policy.close(True) == {}
+    assert policy.review(now[0]) == []
+    facts, drift = policy.close(True), drift_of(now, before)
+    assert facts["drift"] == pytest.approx(drift, abs=1e-5)
+    assert facts["severity"] == pytest.approx(severity_of(drift, 0.4)[0], abs=1e-5)
+    assert facts["threshold"] is None and "regenerated_severity" not in facts
+
+
 def test_summary_of_half_precision_is_fp32():
     assert summarize(noise(1).bfloat16(), PATCH).dtype == torch.float32
 
@@ -54,65 +84,131 @@ def test_unstable_tokens_are_ceil_p_n(prune_fraction, num_tokens, expected):
     assert unstable_tokens(randn(1, num_tokens), prune_fraction).shape == (1, expected)
 
 
-@pytest.mark.parametrize("warmup_chunks, opens_at", [(0, 2), (1, 2), (2, 3), (4, 5), (math.inf, None)])
+@pytest.mark.parametrize("warmup_chunks, opens_at", [(0, 2), (1, 2), (2, 3), (4, 5), (6, None)])
 def test_gate_opens_after_the_warmup(warmup_chunks, opens_at):
     """The first chunk has no severity and the second no statistics to be compared with."""
-    decisions = play(TokenTrimPolicy(PATCH, 1, warmup_chunks=warmup_chunks), [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    assert [d.chunk for d in decisions if d.threshold is not None] == list(range(opens_at or 7, 7))
-    assert decisions[0].severity is None and all(d.severity == pytest.approx(1.0) for d in decisions[1:])
+    decisions = play(TokenTrim(warmup_chunks=warmup_chunks), [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    assert [d["chunk"] for d in decisions if d["threshold"] is not None] == list(range(opens_at or 7, 7))
+    assert decisions[0]["severity"] is None and values(decisions[1:], "severity") == pytest.approx([1.0] * 6)
 
 
 @pytest.mark.parametrize("drift_sensitivity", [0.0, 1.5, 2.0])
 def test_threshold_is_mean_and_population_deviation_of_accepted_severities(drift_sensitivity):
     """What enters is the accepted attempt's severity: 1.5 here, not the 9.0 that was thrown away."""
-    policy = TokenTrimPolicy(PATCH, 1, drift_sensitivity=drift_sensitivity)
-    decisions = play(policy, [1.0, 2.0, (9.0, 1.5), 1.0, 0.5])
-    assert [d.trim for d in decisions[:4]] == [False, False, False, True]
-    assert (decisions[3].severity, decisions[3].regenerated_severity) == pytest.approx((9.0, 1.5))
+    decisions = play(TokenTrim(drift_sensitivity=drift_sensitivity), [1.0, 2.0, (9.0, 1.5), 1.0, 0.5])
+    assert values(decisions[:4], "trim") == [False, False, False, True]
+    assert (decisions[3]["severity"], decisions[3]["regenerated_severity"]) == pytest.approx((9.0, 1.5))
     for decision, history in zip(decisions[3:], ([1.0, 2.0], [1.0, 2.0, 1.5], [1.0, 2.0, 1.5, 1.0])):
-        assert decision.threshold == pytest.approx(threshold_of(history, drift_sensitivity))
+        assert decision["threshold"] == pytest.approx(threshold_of(history, drift_sensitivity))
 
 
 def test_severity_at_the_threshold_is_not_above_it():
-    decisions = play(TokenTrimPolicy(PATCH, 1), [1.0, 1.0, 1.0])
-    assert decisions[3].severity == decisions[3].threshold and not decisions[3].trim
+    decisions = play(TokenTrim(), [1.0, 1.0, 1.0])
+    assert decisions[3]["severity"] == decisions[3]["threshold"] and not decisions[3]["trim"]
 
 
 @pytest.mark.parametrize("max_regenerations, attempts", [(0, 1), (1, 2), (2, 3), (3, 4)])
 def test_regenerations_are_limited_and_the_last_is_accepted(max_regenerations, attempts):
-    policy = TokenTrimPolicy(PATCH, 1, max_regenerations=max_regenerations)
-    *_, decision = play(policy, [1.0, 1.0, (9.0, 8.0, 7.0, 6.0)])
-    assert decision.severity == pytest.approx(9.0)
-    assert decision.trim == (max_regenerations > 0)
+    *_, decision = play(TokenTrim(max_regenerations=max_regenerations), [1.0, 1.0, (9.0, 8.0, 7.0, 6.0)])
+    assert decision["severity"] == pytest.approx(9.0)
+    assert decision["trim"] == (max_regenerations > 0)
     last = (9.0, 8.0, 7.0, 6.0)[attempts - 1]
-    assert decision.regenerated_severity == (pytest.approx(last) if max_regenerations else None)
+    assert decision["regenerated_severity"] == (pytest.approx(last) if max_regenerations else None)
 
 
 def test_regeneration_stops_once_normal():
-    policy = TokenTrimPolicy(PATCH, 1, max_regenerations=3)
-    *_, decision = play(policy, [1.0, 1.0, (9.0, 1.0, 9.0)])
-    assert decision.regenerated_severity == pytest.approx(1.0)
+    *_, decision = play(TokenTrim(max_regenerations=3), [1.0, 1.0, (9.0, 1.0, 9.0)])
+    assert decision["regenerated_severity"] == pytest.approx(1.0)
 
 
 def test_each_video_has_a_gate_of_its_own():
-    policy = TokenTrimPolicy(PATCH, 2)
+    policies = ContextPolicies([TokenTrim()], 2, GRID, PATCH)
     batch = torch.zeros(2, 1, 1, 4, 6)
-    previous = None
     for chunk in range(4):
         attempt = batch + chunk
         attempt[1, ..., :2, :2] += 20 * (chunk == 3)
-        assert policy.review(previous, attempt) == ({1: [0]} if chunk == 3 else {})
+        assert policies.review(attempt) == ({1: [0]} if chunk == 3 else {})
         if chunk == 3:
-            assert policy.review(previous, batch + chunk) == {}
-        decisions = policy.accept()
-        previous = batch + chunk
-    assert [d.trim for d in decisions] == [False, True]
-    assert [d.tokens for d in decisions] == [[], [0]]
-    assert decisions[0].regenerated_severity is None
+            assert policies.review(batch + chunk) == {}
+        policies.commit(batch + chunk)
+        decisions = policies.close()
+    assert values(decisions, "trim") == [False, True]
+    assert values(decisions, "tokens") == [[], [0]]
+    assert decisions[0]["regenerated_severity"] is None
+
+
+def test_monitor_measures_as_tokentrim_does_and_accepts_everything():
+    severities = [1.0, 1.0, 9.0, 1.0]
+    watched, trimmed = play(SeverityMonitor(), severities), play(TokenTrim(max_regenerations=0), severities)
+    for name in ("severity", "drift"):
+        assert values(watched, name) == values(trimmed, name)
+    assert not any(values(watched, "trim")) and values(watched, "threshold") == [None] * 5
+
+
+@pytest.mark.parametrize(("drift_signal", "severity"), [("final", 2.0), ("first_step", None)])
+def test_frames_that_were_given_are_compared_with_where_the_signal_is_of_finished_chunks(drift_signal, severity):
+    """Given frames have no x0 prediction of a first step."""
+    policy = TokenTrim(drift_signal=drift_signal)
+    policy.observe(torch.zeros(1, 1, 4, 6))
+    assert policy.close(True) == {}
+    policy.review(torch.ones(1, 1, 4, 6))
+    assert policy.close(True).get("severity") == severity
+
+
+def test_the_next_chunk_is_not_compared_with_one_that_did_not_enter():
+    policy = TokenTrim()
+    for level, entered, expected in ((0.0, True, None), (5.0, False, 10.0), (1.0, True, 2.0), (2.0, True, 2.0)):
+        policy.review(torch.full((1, 1, 4, 6), level))
+        assert policy.close(entered).get("severity") == expected
 
 
 def test_decisions_are_plain_json():
-    decisions = [vars(d) for d in play(TokenTrimPolicy(PATCH, 1), [1.0, 1.0, (9.0, 1.0), 1.0])]
+    decisions = play(TokenTrim(), [1.0, 1.0, (9.0, 1.0), 1.0])
     assert json.loads(json.dumps(decisions)) == decisions
     assert all(set(decision) == KEYS for decision in decisions)
     assert decisions[0]["drift"] is None and all(len(d["drift"]) == 6 for d in decisions[1:])
+
+
+def test_policies_by_default_accept_everything():
+    policy, chunk = ContextPolicy(), randn(4, 3, 4, 6)
+    assert policy.observe(chunk) is None and policy.prompt_changed() is None
+    assert list(policy.review(chunk)) == [] and policy.commit(chunk) is chunk and policy.close(True) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"prune_fraction": 1.0}, ValueError, "`prune_fraction` .*1.0"),
+        ({"drift_sensitivity": -1}, ValueError, "`drift_sensitivity` .*-1"),
+        ({"warmup_chunks": -1}, ValueError, "`warmup_chunks` .*-1"),
+        ({"max_regenerations": 0.5}, TypeError, "`max_regenerations` .*0.5"),
+        ({"drift_signal": "last"}, ValueError, "`drift_signal` .*'first_step'.*'last'"),
+    ],
+)
+def test_bad_settings(settings, error, message):
+    with pytest.raises(error, match=message):
+        TokenTrim(**settings)
+
+
+def test_state_continues_a_chain_of_policies():
+    """Between two chunks; plain values, tensors and lists, so that a run can be saved."""
+    chunks = [randn(2, 4, 3, 4, 6, seed=seed) for seed in range(6)]
+
+    def advance(policies, chunks):
+        outcomes = []
+        for chunk in chunks:
+            unstable = policies.review(chunk)
+            if unstable:
+                policies.review(0.5 * chunk)
+            outcomes += [unstable, policies.commit(chunk).tolist(), policies.close()]
+        return outcomes
+
+    def chain():
+        return ContextPolicies([TokenTrim(drift_sensitivity=0.0)], 2, GRID, PATCH)
+
+    one, other = chain(), chain()
+    advance(one, chunks[:3])
+    other.load_state_dict(one.state_dict())
+    after = advance(one, chunks[3:])
+    assert advance(other, chunks[3:]) == after
+    assert any(after[0::3])

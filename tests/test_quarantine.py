@@ -1,4 +1,4 @@
-"""Quarantine: a chunk that breaks with the one before it is shown and never read; what stays is let in."""
+"""Quarantine: a chunk unlike the one before it is shown and never read; a change that stays enters."""
 
 import pytest
 import torch
@@ -16,13 +16,14 @@ from builders import (
     steady_noise,
 )
 
-from tokentrim.tokentrim_anchor import quantiles
-from tokentrim.tokentrim_quarantine import WARMUP_CHUNKS, Quarantine, jump
+from tokentrim import Quarantine
+from tokentrim.tokentrim_quarantine import WARMUP_JUMPS
+from tokentrim.tokentrim_statistics import jump, quantiles
 
 
-BROKEN = WARMUP_CHUNKS + 2  # the chunk that jumps, the first that can be told by a margin
+BROKEN = WARMUP_JUMPS + 2  # the chunk that jumps, the first that can be told by a margin
 NUM_CHUNKS = BROKEN + 3
-ON = {"token_trim": False, "quarantine_sensitivity": 6.0}
+ON = {"method": {"quarantine": {"sensitivity": 6.0}}}
 
 
 def quarantined(decisions: list[dict]) -> list[int]:
@@ -33,10 +34,10 @@ def chunks_of(latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return latents.split(CHUNK, dim=2)
 
 
-# The judgement
+# The decision
 
 
-def test_jump_is_blind_to_places_and_says_how_far_values_are():
+def test_jump_ignores_places_and_measures_how_far_values_are():
     latents = randn(CHANNELS, CHUNK, HEIGHT, WIDTH)
     values = quantiles(latents)
     assert jump(quantiles(latents.flip(1, 2, 3).roll((1, 2), (2, 3))), values) == 0
@@ -44,28 +45,54 @@ def test_jump_is_blind_to_places_and_says_how_far_values_are():
     assert jump(values, quantiles(latents.repeat(1, 2, 1, 1))) < 0.05  # of another length
 
 
-def play(shifts: list[float], sensitivity: float | None = 6.0) -> list[int]:
-    """Which chunks of a video are broken, the values of each shifted by so much against the first one's."""
-    quarantine, chunk = Quarantine(1, sensitivity), randn(1, CHANNELS, CHUNK, HEIGHT, WIDTH)
-    return [index for index, shift in enumerate(shifts) if quarantine.judge(chunk + shift)]
+def play(shifts: list[float], sensitivity: float = 6.0) -> list[int]:
+    """Which chunks of a video are rejected, the values of each shifted by so much against the first one's."""
+    quarantine, first, rejected = Quarantine(sensitivity), randn(CHANNELS, CHUNK, HEIGHT, WIDTH), []
+    for index, shift in enumerate(shifts):
+        chunk = first + shift
+        context = quarantine.commit(chunk)
+        assert context is None or context is chunk  # as it was generated, or nothing of it
+        rejected += [index] if context is None else []
+        assert quarantine.close(context is not None) == {}
+    return rejected
 
 
-CALM = [0.01 * index for index in range(WARMUP_CHUNKS + 1)]
+CALM = [0.01 * index for index in range(WARMUP_JUMPS + 1)]
 
 
-def test_what_is_gone_again_is_a_defect_and_what_stays_was_meant():
+def test_quarantine_never_rejects_twice_in_a_row():
+    """A defect is gone again, a change that stays enters one chunk later."""
     later = CALM[-1]
     assert play([*CALM, later + 1, later + 0.01, later + 0.02]) == [len(CALM)]
     assert play([*CALM, later + 1, later + 1.01, later + 1.02]) == [len(CALM)]
-    assert play([*CALM, later + 1], None) == []
+    assert play([*CALM, later + 1, later + 9, later + 9.01]) == [len(CALM)]
 
 
-def test_nothing_is_told_before_the_warm_up_and_slow_change_never():
+def test_a_sensitivity_high_enough_rejects_nothing():
+    assert play([*CALM, CALM[-1] + 1], 1e6) == []
+
+
+def test_nothing_is_rejected_before_the_warm_up_and_slow_change_never():
     assert play([*CALM[:-1], 1.0]) == []
     assert play([0.01 * index for index in range(40)]) == []
 
 
-def test_the_floor_holds_where_jumps_are_all_alike():
+def test_rejected_jumps_do_not_enter_the_statistics():
+    """The jump back from a defect is measured from the chunk before it."""
+    later = CALM[-1]
+    assert play([*CALM, later + 1, later + 0.01, later + 1.01, later + 0.02]) == [len(CALM), len(CALM) + 2]
+
+
+def test_given_chunks_are_compared_with_but_give_no_jumps():
+    quarantine, first = Quarantine(), randn(CHANNELS, CHUNK, HEIGHT, WIDTH)
+    for shift in (0.0, 5.0, 0.0):
+        quarantine.observe(first + shift)
+    assert quarantine.jumps == []
+    quarantine.commit(first + 0.1)
+    assert quarantine.jumps == [pytest.approx(0.1, abs=1e-5)]
+
+
+def test_spread_floor_holds_where_jumps_are_all_alike():
     """Even jumps have no spread; six floors of a tenth above their mean is the least that counts."""
     last, step = CALM[-1], 0.01
     assert play([*CALM, last + 1.5 * step]) == []
@@ -75,15 +102,16 @@ def test_the_floor_holds_where_jumps_are_all_alike():
 # In the rollout
 
 
-@pytest.mark.parametrize("token_trim", [False, True])
-def test_no_later_chunk_depends_on_a_quarantined_one(token_trim):
+@pytest.mark.parametrize("others", [{}, {"tokentrim": {"max_regenerations": 0}}], ids=["alone", "with TokenTrim"])
+def test_no_later_chunk_depends_on_a_quarantined_one(others):
     """Two defects: with quarantine the same future, without it two."""
     one = steady_noise(NUM_CHUNKS, [BROKEN])
     other = one.clone()
     other[:, :, BROKEN * CHUNK : (BROKEN + 1) * CHUNK] *= -1
-    settings = {"token_trim": token_trim, "max_regenerations": 0}
-    guarded = [roll(latent_pipeline(), each, quarantine_sensitivity=6.0, **settings) for each in (one, other)]
-    bare = [roll(latent_pipeline(), each, **settings) for each in (one, other)]
+    guarded, bare = (
+        [roll(latent_pipeline(), each, method=method) for each in (one, other)]
+        for method in ({**others, "quarantine": {"sensitivity": 6.0}}, others)
+    )
     assert [quarantined(each.decisions[0]) for each in guarded] == [[BROKEN], [BROKEN]]
     assert [quarantined(each.decisions[0]) for each in bare] == [[], []]
     broken, after = slice(BROKEN, BROKEN + 1), slice(BROKEN + 1, None)
@@ -109,7 +137,8 @@ def test_a_change_that_stays_is_read():
 @pytest.mark.parametrize("rollout", ["self_forcing", "rolling_forcing"])
 def test_a_batch_equals_single_runs(rollout):
     latents, text = steady_noise(NUM_CHUNKS, [BROKEN, BROKEN + 1]), embeds(2)
-    settings = {"rollout": rollout, "window_size": 15, "reanchor": "distribution", **ON}
+    method = {"quarantine": {"sensitivity": 6.0}, "reanchor": {"match": "distribution"}}
+    settings = {"rollout": rollout, "window_size": 15, "method": method}
     batch = roll(latent_pipeline(), latents, prompt_embeds=text, **settings)
     for index in range(2):
         single = roll(latent_pipeline(), latents[[index]], prompt_embeds=text[[index]], **settings)
@@ -119,22 +148,21 @@ def test_a_batch_equals_single_runs(rollout):
         assert [quarantined(each) for each in batch.decisions] == [[BROKEN], [BROKEN + 1]]
 
 
-def test_a_broken_chunk_does_not_move_the_anchor():
+def test_a_rejected_chunk_does_not_move_the_reference():
     """However far away it is: a tolerance that lets it through without quarantine changes nothing with it."""
     latents = steady_noise(NUM_CHUNKS, [BROKEN])
-    settings = {"token_trim": False, "reanchor": "moments", "reanchor_patience": 1}
-    for sensitivity, same in ((6.0, True), (None, False)):
+    for quarantine, same in ({"quarantine": {"sensitivity": 6.0}}, True), ({}, False):
         strict, tolerant = (
             roll(
                 latent_pipeline(),
                 latents,
-                quarantine_sensitivity=sensitivity,
-                reanchor_tolerance=tolerance,
-                **settings,
-            ).frames
+                method={**quarantine, "reanchor": {"match": "moments", "patience": 1, "tolerance": tolerance}},
+            )
             for tolerance in (None, 0.4)
         )
-        assert torch.equal(strict, tolerant) == same
+        assert quarantined(strict.decisions[0]) == quarantined(tolerant.decisions[0]) == [BROKEN] * same
+        assert torch.equal(strict.frames, tolerant.frames) == same
+        assert (strict.decisions[0][BROKEN]["reanchored"] is None) == same
 
 
 def test_given_frames_are_never_quarantined():
@@ -170,9 +198,10 @@ def test_a_quarantined_chunk_of_any_flow_far_is_never_read_in_full_or_compressed
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"quarantine_sensitivity": -1}, ValueError, "`quarantine_sensitivity` .*>= 0.*-1"),
-        ({"quarantine_sensitivity": "6"}, TypeError, "`quarantine_sensitivity` .*>= 0.*'6'"),
-        ({"quarantine_sensitivity": 6, "window_size": 6}, ValueError, "`quarantine_sensitivity` .*window of 9.*6"),
+        ({"method": {"quarantine": {"sensitivity": -1}}}, ValueError, "'quarantine'.*`sensitivity` .*>= 0.*-1"),
+        ({"method": {"quarantine": {"sensitivity": "6"}}}, TypeError, "'quarantine'.*`sensitivity` .*>= 0.*'6'"),
+        ({"window_size": 6, **ON}, ValueError, "`method` .*Quarantine with `window_size` 6 and no sink.* 9 latent"),
+        ({"window_size": 6, "method": "tokentrim_plus"}, ValueError, "`method` .*Quarantine with `window_size` 6"),
     ],
 )
 def test_bad_input(arguments, error, message):

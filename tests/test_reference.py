@@ -47,7 +47,7 @@ def test_self_forcing_reference(case):
         renoise=renoise,
         window_size=None if meta["local_attn_size"] < 0 else meta["local_attn_size"],
         num_sink_frames=meta["sink_size"],
-        token_trim=False,
+        method="plain",
         output_type="latent",
         callback_on_step_end=lambda pipe, step, timestep, tensors: steps.append(tensors["latents"]) or {},
     )
@@ -74,7 +74,7 @@ def test_rolling_forcing_reference(case):
         rollout="rolling_forcing",
         num_inference_steps=num_steps,
         window_size=meta["max_attention_frames"],
-        token_trim=False,
+        method="plain",
         output_type="latent",
         callback_on_step_end=lambda pipe, step, timestep, tensors: windows.append(tensors["latents"]) or {},
     )

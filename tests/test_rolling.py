@@ -36,6 +36,7 @@ from diffusers import (
 from oracle import oracle_rolling
 
 from tokentrim import TokenTrimPipeline
+from tokentrim.tokentrim_layout import Pass
 
 
 STEPS = 3
@@ -46,7 +47,9 @@ SCHEDULERS = {
     "LCM": lambda: FlowMatchLCMScheduler(shift=5.0),
 }
 every_scheduler = pytest.mark.parametrize("stock", SCHEDULERS.values(), ids=SCHEDULERS)
+PLAIN = {"method": "plain"}
 EAGER = {"drift_sensitivity": 0.0, "prune_fraction": 0.4, "warmup_chunks": 1}
+both_methods = pytest.mark.parametrize("method", [PLAIN, EAGER], ids=["plain", "eager"])
 
 
 def rolling(latents, stock=SCHEDULERS["FlowMatchEuler"], pipe=None, **settings):
@@ -77,7 +80,7 @@ def windows_of(latents, **settings):
 # Against forwards over all of the past
 
 
-def compare(num_chunks, lcm, num_steps=STEPS, sizes=None, num_given=0, **settings):
+def compare(num_chunks, lcm, num_steps=STEPS, sizes=None, num_given=0, method="tokentrim", **settings):
     sizes = [CHUNK] * num_chunks if sizes is None else sizes
     transformer, latents = tiny_transformer(), noise(num_chunks, seed=8)[:, :, : sum(sizes)]
     renoise = draws(sizes) if lcm else None
@@ -90,6 +93,7 @@ def compare(num_chunks, lcm, num_steps=STEPS, sizes=None, num_given=0, **setting
         chunk_partition=sizes,
         video_latents=given.transpose(1, 2) if num_given else None,
         protect_conditioning=False,
+        method=method,
         renoise=renoise,
         negative_prompt_embeds=negative,
         **settings,
@@ -102,6 +106,7 @@ def compare(num_chunks, lcm, num_steps=STEPS, sizes=None, num_given=0, **setting
         renoise=renoise,
         negative_text=negative,
         given=given.split(sizes[:num_given], dim=2) if num_given else (),
+        token_trim=method != "plain",
         **settings,
     )
     torch.testing.assert_close(output.frames, expected, atol=1e-5, rtol=0)
@@ -122,7 +127,7 @@ both_rules = pytest.mark.parametrize("lcm", [False, True], ids=["euler", "lcm"])
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 6, 9])
 def test_plain_rollout_equals_placed_forwards(num_chunks, window_size, lcm):
     """From fewer chunks than steps to more than the window holds."""
-    compare(num_chunks, lcm, window_size=window_size, token_trim=False)
+    compare(num_chunks, lcm, window_size=window_size, **PLAIN)
 
 
 @both_rules
@@ -160,8 +165,8 @@ def test_an_outlier_triggers_where_it_is():
     assert output.decisions[0][4]["tokens"] == [0]
 
 
-def test_defaults_are_the_first_chunk_as_anchor_directly_before_the_recent_frames():
-    settings = {"window_size": 15, "chunk_partition": [2, 3, 3, 3, 3, 3, 3, 3, 1], "token_trim": False}
+def test_default_sink_is_the_first_chunk_directly_before_the_recent_frames():
+    settings = {"window_size": 15, "chunk_partition": [2, 3, 3, 3, 3, 3, 3, 3, 1], **PLAIN}
     default = rolling(noise(8), **settings).frames
     assert torch.equal(rolling(noise(8), num_sink_frames=2, relative_positions=True, **settings).frames, default)
     for other in ({"num_sink_frames": 3}, {"num_sink_frames": 0}, {"relative_positions": False}):
@@ -193,7 +198,7 @@ def test_a_gate_that_never_triggers_changes_no_bit(stock):
             **settings,
         )
         for settings in (
-            {"token_trim": False},
+            PLAIN,
             {"drift_sensitivity": 1e6},
             {"warmup_chunks": 7, "drift_sensitivity": 0.0},
             {"max_regenerations": 0, "drift_sensitivity": 0.0},
@@ -215,10 +220,9 @@ def test_trimmed_and_plain_part_at_the_first_trigger(stock):
             stock=stock,
             window_size=15,
             generator=torch.Generator().manual_seed(0),
-            token_trim=token_trim,
-            **EAGER,
+            **method,
         )
-        for token_trim in (False, True)
+        for method in (PLAIN, EAGER)
     )
     first = triggers(trimmed.decisions[0])[0]
     assert 2 < first < 6
@@ -265,21 +269,21 @@ def test_a_callback_of_a_regeneration_sees_its_videos_alone():
     assert [triggers(decisions) for decisions in watched.decisions] == [[], [3]]
     num_forwards = 3 + STEPS
     assert [len(window) for window in windows] == [2] * num_forwards + [1] + [2] * (6 + STEPS - 1 - num_forwards)
-    plain = rolling(latents, token_trim=False, **settings).frames
+    plain = rolling(latents, **PLAIN, **settings).frames
     assert torch.equal(watched.frames[:1], plain[:1]) and not torch.equal(watched.frames[1:], plain[1:])
 
 
-# The anchor
+# The sink
 
 
 @pytest.mark.parametrize("num_sink_frames", [3, 1, 4])
-def test_the_anchor_is_never_evicted_and_never_changes(num_sink_frames):
+def test_sink_is_never_evicted_and_never_changes(num_sink_frames):
     """And what was evicted stays away, though it is still inside the window."""
     pipe, seen = latent_pipeline(), []
 
     def on_chunk(index, latents, decisions):
         cache = copy.deepcopy(pipe.transformer.blocks[1].attn1.processor.cache)
-        cache.begin_pass(CHUNK)
+        cache.begin_pass(CHUNK, Pass("denoise"))
         blank = torch.zeros(1, CHUNK * NUM_TOKENS, 2, 12)
         keys, values, _ = cache.update(1, blank, blank)
         seen.append((decisions[0], cache.held_tokens(), keys, values))
@@ -288,12 +292,12 @@ def test_the_anchor_is_never_evicted_and_never_changes(num_sink_frames):
         noise(14, seed=8), pipe=pipe, window_size=18, num_sink_frames=num_sink_frames, on_chunk=on_chunk, **EAGER
     )
     assert len(triggers(output.decisions[0])) > 2
-    anchor = [(frame, token) for frame in range(num_sink_frames) for token in range(NUM_TOKENS)]
-    num_anchor = len(anchor)
+    sink = [(frame, token) for frame in range(num_sink_frames) for token in range(NUM_TOKENS)]
+    num_sink = len(sink)
     complete = [each for each in seen if each[1][-1][0] + 1 >= num_sink_frames]
     evicted, missed = set(), 0
     for decision, held, keys, values in seen:
-        assert held[:num_anchor] == anchor[: len(held)]
+        assert held[:num_sink] == sink[: len(held)]
         before = range(num_sink_frames, decision["chunk"] * CHUNK)
         evicted |= {(frame, token) for frame in before for token in decision["tokens"]}
         assert not evicted & set(held)
@@ -301,16 +305,16 @@ def test_the_anchor_is_never_evicted_and_never_changes(num_sink_frames):
     assert missed  # young enough that the window alone would have kept them
     for _, _, keys, values in complete:
         for now, first in ((keys, complete[0][2]), (values, complete[0][3])):
-            assert first[:, :num_anchor].abs().min() > 0
-            assert torch.equal(now[:, :num_anchor], first[:, :num_anchor])
+            assert first[:, :num_sink].abs().min() > 0
+            assert torch.equal(now[:, :num_sink], first[:, :num_sink])
 
 
 # Random numbers
 
 
 @pytest.mark.parametrize("num_chunks, num_given", [(7, 0), (2, 0), (7, 2)])
-@pytest.mark.parametrize("token_trim", [False, True])
-def test_renoise_is_asked_once_for_each_chunk_and_step(num_chunks, num_given, token_trim):
+@both_methods
+def test_renoise_is_asked_once_for_each_chunk_and_step(num_chunks, num_given, method):
     """And never after the last step; a regeneration replays what it gave."""
     asked = []
 
@@ -319,9 +323,9 @@ def test_renoise_is_asked_once_for_each_chunk_and_step(num_chunks, num_given, to
         return draws()(chunk, step)
 
     given = noise(num_chunks, seed=5)[:, :, : num_given * CHUNK].transpose(1, 2) if num_given else None
-    settings = {"video_latents": given, "token_trim": token_trim, "window_size": 15, **EAGER}
+    settings = {"video_latents": given, "window_size": 15, **method}
     output = rolling(noise(num_chunks, seed=8), SCHEDULERS["LCM"], renoise=renoise, **settings)
-    assert bool(triggers(output.decisions[0])) == (token_trim and num_chunks == 7)
+    assert bool(triggers(output.decisions[0])) == (method == EAGER and num_chunks == 7)
     assert sorted(asked) == [(chunk, step) for chunk in range(num_given, num_chunks) for step in range(STEPS - 1)]
 
 
@@ -329,9 +333,9 @@ def test_renoise_is_asked_once_for_each_chunk_and_step(num_chunks, num_given, to
 @pytest.mark.parametrize("many", [False, True], ids=["one generator", "a list"])
 def test_trimming_draws_no_more_random_numbers(stock, many):
     states = []
-    for token_trim in (False, True):
+    for method in (PLAIN, EAGER):
         generator = generators(0) if many else torch.Generator().manual_seed(0)
-        output = rolling(noise(8, seed=8), stock, generator=generator, token_trim=token_trim, **EAGER)
+        output = rolling(noise(8, seed=8), stock, generator=generator, **method)
         states.append((generator[0] if many else generator).get_state())
     assert triggers(output.decisions[0])
     assert torch.equal(*states)
@@ -342,13 +346,13 @@ def test_trimming_draws_no_more_random_numbers(stock, many):
 def test_default_draws_follow_the_seed_and_repeat_in_a_regeneration(stock, many):
     """Where all of the context is sink, nothing can be evicted: a regeneration is the same forward again."""
 
-    def run(seed, **settings):
+    def run(seed, method=EAGER, **settings):
         generator = generators(seed, seed + 1) if many else torch.Generator().manual_seed(seed)
-        return rolling(noise(8, 2, seed=8), stock, generator=generator, **EAGER, **settings)
+        return rolling(noise(8, 2, seed=8), stock, generator=generator, **method, **settings)
 
     first, again, other = run(0), run(0), run(2)
     assert torch.equal(first.frames, again.frames) and not torch.equal(first.frames, other.frames)
-    plain, trimmed = (run(0, num_sink_frames=24, token_trim=token_trim) for token_trim in (False, True))
+    plain, trimmed = (run(0, method, num_sink_frames=24) for method in (PLAIN, EAGER))
     assert set(triggers(trimmed.decisions[0])) != set(triggers(trimmed.decisions[1]))
     torch.testing.assert_close(trimmed.frames, plain.frames, atol=1e-5, rtol=0)
 
@@ -425,16 +429,16 @@ def test_on_chunk_is_called_once_for_each_accepted_chunk():
     assert [index for index, _, _ in calls] == list(range(6))
     for index, latents, decisions in calls:
         assert torch.equal(latents, output.frames[:, :, index * CHUNK : (index + 1) * CHUNK])
-        assert decisions == [of_video[index] for of_video in output.decisions]
+        assert decisions == [video_decisions[index] for video_decisions in output.decisions]
 
 
 @pytest.mark.parametrize("at", range(1, 8))
 def test_interrupt_stops_at_once(at):
-    """After that many of the 7 windows: the finished chunks, or what is there of the first."""
+    """After that many of the 7 windows: the chunks that were finished before it come out, and nothing else."""
     windows, forwards = [], []
 
     def callback(pipe, step, timestep, tensors):
-        windows.append((forwards[-1], tensors["latents"]))
+        windows.append(forwards[-1])
         pipe._interrupt = len(windows) == at
         return {}
 
@@ -442,14 +446,12 @@ def test_interrupt_stops_at_once(at):
     before = processors(pipe.transformer)
     pipe.transformer.register_forward_hook(lambda *_: forwards.append(len(forwards)))
     output = rolling(noise(5), pipe=pipe, callback_on_step_end=callback)
-    assert len(windows) == at and forwards[-1] == windows[-1][0]
-    num_chunks = max(at - STEPS + 1, 1)
-    assert output.frames.shape[2] == num_chunks * CHUNK
-    assert torch.equal(output.frames[:, :, -CHUNK:], windows[-1][1][:, :, :CHUNK])
+    assert len(windows) == at and forwards[-1] == windows[-1]
+    num_chunks = max(at - STEPS, 0)
+    assert output.frames.shape[2] == num_chunks * CHUNK and len(output.decisions[0]) == num_chunks
     assert processors(pipe.transformer) == before
     whole = rolling(noise(5)).frames
-    finished = (num_chunks if at >= STEPS else 0) * CHUNK
-    assert torch.equal(output.frames[:, :, :finished], whole[:, :, :finished])
+    assert torch.equal(output.frames, whole[:, :, : num_chunks * CHUNK])
     assert torch.equal(rolling(noise(5), pipe=pipe).frames, whole)
 
 
@@ -488,7 +490,7 @@ def refuse(pipe, error, message, **arguments):
     ],
     ids=str,
 )
-def test_window_too_short_for_the_anchor_and_a_chunk_for_each_step(arguments, minimum):
+def test_window_too_short_for_the_sink_and_a_chunk_for_each_step(arguments, minimum):
     message = f"`window_size` .* >= {minimum}: .* sink frames and .* is {minimum - 1}"
     refuse(latent_pipeline(), ValueError, message, window_size=minimum - 1, **arguments)
     rolling(noise(6), window_size=minimum, **arguments)
@@ -528,16 +530,16 @@ def test_bad_argument(arguments, error, message):
     refuse(latent_pipeline(), error, message, **arguments)
 
 
-@pytest.mark.parametrize("at", [(0, 0), (3, 1)], ids=str)
-def test_renoise_that_returns_no_fitting_noise(at):
-    """At its first draw already refused before any model runs."""
+@pytest.mark.parametrize("at, num_forwards", [((0, 0), 1), ((3, 1), 5 + 2)], ids=str)
+def test_renoise_that_returns_no_fitting_noise(at, num_forwards):
+    """Refused when it is drawn; the second after five windows and two context passes."""
     pipe = latent_pipeline(scheduler=FlowMatchLCMScheduler(shift=5.0))
     forwards, before = [], processors(pipe.transformer)
     pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
     with pytest.raises(ValueError, match=re.escape(f"renoise{at}")):
         rolling(noise(6), pipe=pipe, renoise=lambda chunk, step: noise(2 if (chunk, step) == at else 1))
     assert processors(pipe.transformer) == before
-    assert bool(forwards) == (at != (0, 0))
+    assert len(forwards) == num_forwards
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])

@@ -20,9 +20,9 @@ def draws(chunk, step):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"token_trim": False},
-        {"token_trim": False, "window_size": 6},
-        {"token_trim": False, "window_size": 8, "num_sink_frames": 2},
+        {"method": "plain"},
+        {"method": "plain", "window_size": 6},
+        {"method": "plain", "window_size": 8, "num_sink_frames": 2},
         {},
         {"drift_signal": "first_step"},
         {"drift_sensitivity": 0.0},
@@ -48,7 +48,7 @@ def test_rollout_equals_masked_forwards(settings, lcm):
     )
 
     torch.testing.assert_close(output.frames, expected, atol=1e-5, rtol=0)
-    assert bool(triggers(output.decisions[0])) == settings.get("token_trim", True)
+    assert bool(triggers(output.decisions[0])) == (settings.get("method") != "plain")
     for decision, tried in zip(output.decisions[0], attempts):
         assert decision["trim"] == (len(tried) > 1)
         assert decision["tokens"] == sorted({token for _, tokens in tried[:-1] for token in tokens})

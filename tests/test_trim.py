@@ -33,6 +33,8 @@ from diffusers import (
 
 from tokentrim import RollingKVCache, lift_scheduler
 from tokentrim.tokentrim_attention import cached_attention, rotary_dims
+from tokentrim.tokentrim_layout import Pass
+from tokentrim.tokentrim_policy import SeverityMonitor
 
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
@@ -48,6 +50,11 @@ every_scheduler = pytest.mark.parametrize("stock", SCHEDULERS.values(), ids=SCHE
 both_signals = pytest.mark.parametrize("drift_signal", ["final", "first_step"])
 
 
+def eager(**settings):
+    """TokenTrim that trims at the least excuse."""
+    return {"tokentrim": {"drift_sensitivity": 0.0, **settings}}
+
+
 def same_draws(seed=5):
     """Re-noising draws that are nearly the same for every chunk: what drifts is the context's doing."""
     return lambda chunk, step: randn(1, CHANNELS, CHUNK, HEIGHT, WIDTH, seed=seed + step)
@@ -61,14 +68,13 @@ def test_a_gate_that_never_triggers_changes_no_bit(stock, drift_signal):
             latent_pipeline(scheduler=stock()),
             steady_noise(5, [3, 4]),
             generator=torch.Generator().manual_seed(0),
-            drift_signal=drift_signal,
-            **settings,
+            method=method,
         )
-        for settings in (
-            {"token_trim": False},
-            {"drift_sensitivity": 1e6},
-            {"warmup_chunks": 5, "drift_sensitivity": 0.0},
-            {"max_regenerations": 0, "drift_sensitivity": 0.0},
+        for method in (
+            [SeverityMonitor(drift_signal)],
+            {"tokentrim": {"drift_signal": drift_signal, "drift_sensitivity": 1e6}},
+            eager(drift_signal=drift_signal, warmup_chunks=5),
+            eager(drift_signal=drift_signal, max_regenerations=0),
         )
     )
     for other in others:
@@ -88,8 +94,9 @@ def by_hand(transformer, stock, latents, text, decisions, generator, num_steps):
 
     with torch.no_grad(), cached_attention(transformer, cache):
         for sample, decision in zip(latents.split(CHUNK, dim=2), decisions):
-            cache.begin_chunk(CHUNK)
+            cache.make_room(CHUNK)
             cache.evict({0: decision["tokens"]})
+            cache.begin_pass(CHUNK, Pass())
             scheduler = lift_scheduler(stock())
             scheduler.set_rollout_timesteps(num_steps)
             scheduler.begin_chunk(generator)
@@ -97,6 +104,7 @@ def by_hand(transformer, stock, latents, text, decisions, generator, num_steps):
                 renoise = scheduler.renoises and step + 1 < num_steps
                 eps = torch.randn(sample.shape, generator=generator[0]) if renoise else None
                 sample = scheduler.step(forward(sample, timestep), timestep, sample, eps, return_dict=False)[0]
+            cache.begin_pass(CHUNK, Pass("commit"))
             with cache.writing():
                 forward(sample, torch.zeros(()))
             chunks.append(sample)
@@ -131,11 +139,9 @@ def test_trimmed_and_plain_part_at_the_first_trigger(stock, drift_signal):
             latent_pipeline(scheduler=stock()),
             noise(9, seed=3),
             generator=torch.Generator().manual_seed(0),
-            token_trim=token_trim,
-            drift_sensitivity=0.0,
-            drift_signal=drift_signal,
+            method=method,
         )
-        for token_trim in (False, True)
+        for method in ([SeverityMonitor(drift_signal)], eager(drift_signal=drift_signal))
     )
     first = triggers(trimmed.decisions[0])[0] * CHUNK
     assert torch.equal(plain.frames[:, :, :first], trimmed.frames[:, :, :first])
@@ -164,7 +170,7 @@ def test_a_defect_of_one_attempt_is_gone_after_the_next():
     decision = output.decisions[0][4]
     assert triggers(output.decisions[0]) == [4] and decision["tokens"] == [0]
     assert decision["severity"] > 15 > decision["threshold"] > decision["regenerated_severity"]
-    unspoilt = roll(latent_pipeline(), latents, token_trim=False).frames
+    unspoilt = roll(latent_pipeline(), latents, method="plain").frames
     assert (output.frames - unspoilt).abs().max() < 1
 
 
@@ -217,14 +223,13 @@ def test_renoise_is_asked_once_for_each_chunk_and_step():
 @pytest.mark.parametrize("many", [False, True], ids=["one generator", "a list"])
 def test_trimming_draws_no_more_random_numbers(stock, many):
     states = []
-    for token_trim in (False, True):
+    for method in ("plain", eager()):
         generator = generators(0)[:1] if many else torch.Generator().manual_seed(0)
         output = roll(
             latent_pipeline(scheduler=stock()),
             noise(8, seed=3),
             generator=generator,
-            token_trim=token_trim,
-            drift_sensitivity=0.0,
+            method=method,
         )
         states.append((generator[0] if many else generator).get_state())
     assert triggers(output.decisions[0])
@@ -241,12 +246,10 @@ def test_regeneration_with_nothing_to_evict_repeats_the_chunk(stock, drift_signa
             latent_pipeline(scheduler=stock()),
             noise(9, 2, seed=7),
             generator=generators(0, 1) if many else torch.Generator().manual_seed(0),
-            token_trim=token_trim,
-            drift_sensitivity=0.0,
-            drift_signal=drift_signal,
+            method=method,
             num_sink_frames=9 * CHUNK,
         )
-        for token_trim in (False, True)
+        for method in ([SeverityMonitor(drift_signal)], eager(drift_signal=drift_signal))
     )
     alone = [set(triggers(ours)) - set(triggers(theirs)) for ours, theirs in permutations(trimmed.decisions)]
     assert any(alone)
@@ -335,7 +338,7 @@ def test_decisions_serialise_to_json(drift_signal):
     decisions = roll(latent_pipeline(), steady_noise(5, [3, 4]), drift_signal=drift_signal).decisions
     assert json.loads(json.dumps(decisions)) == decisions
     keys = {"chunk", "severity", "threshold", "trim", "tokens", "drift", "regenerated_severity", "quarantined"}
-    for of_video in decisions:
-        assert [decision["chunk"] for decision in of_video] == list(range(5))
-        assert all(set(decision) == keys for decision in of_video)
-        assert [decision["threshold"] is None for decision in of_video] == [True, True, True, False, False]
+    for video_decisions in decisions:
+        assert [decision["chunk"] for decision in video_decisions] == list(range(5))
+        assert all(set(decision) == keys | {"reanchored"} for decision in video_decisions)
+        assert [decision["threshold"] is None for decision in video_decisions] == [True, True, True, False, False]

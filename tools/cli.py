@@ -183,7 +183,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
 def add_publish(commands) -> None:
     details = """\
-The model card's snippet pins the revision; its results and limits are those of this project's README. Nothing is
+The model card's snippet pins the revision; its text about your weights is that of the checkpoint's own card. Nothing is
 uploaded: the commands that do so are printed.
 
 examples:

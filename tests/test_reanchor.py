@@ -1,0 +1,286 @@
+"""Re-anchoring: what becomes context is held to the first chunk, unless the change is meant."""
+
+import pytest
+import torch
+from builders import CHANNELS, CHUNK, GRID, HEIGHT, WIDTH, embeds, latent_pipeline, noise, randn, roll
+
+from tokentrim import ContextPolicy, Reanchor
+from tokentrim.tokentrim_context import ContextPolicies
+from tokentrim.tokentrim_statistics import MATCHINGS, MatchMoments
+
+
+KINDS = sorted(MATCHINGS)
+
+
+def video(seed: int, shift: float = 0.0, num_frames: int = CHUNK) -> torch.Tensor:
+    return randn(CHANNELS, num_frames, HEIGHT, WIDTH, seed=seed) + shift
+
+
+def steady(*offsets: float) -> list[torch.Tensor]:
+    """Chunks of one video, so many standard deviations away from the first."""
+    first = video(0)
+    return [first + each * first.std((1, 2, 3), keepdim=True) for each in (0.0, *offsets)]
+
+
+def is_held(policy: Reanchor, chunks: list[torch.Tensor]) -> list[bool]:
+    """Whether each chunk enters the context changed. Its decision says so; a watched chunk is not touched."""
+    held = []
+    for chunk in chunks:
+        is_first = policy.reference is None
+        context = policy.commit(chunk)
+        held.append(not torch.allclose(context, chunk, atol=1e-5))
+        outcome = policy.close(True)["reanchored"]
+        is_reference = policy.reference is chunk  # where it has just settled, it is held to itself
+        assert outcome == (
+            None if is_first else "held" if held[-1] or (is_reference and not policy.watched) else "watched"
+        )
+        assert outcome == "held" or context is chunk
+    return held
+
+
+# The policy
+
+
+def test_drift_is_held_and_a_change_is_followed_and_held_where_it_settles():
+    drift = steady(*[0.15] * 40)
+    assert is_held(Reanchor("mean", 0.2, 3), drift) == [False] * 3 + [True] * 38  # watched first
+    assert is_held(Reanchor("mean", None, 3), drift) == [False] + [True] * 40
+    # Settled with the third; resists with 0.31; moves until 1.2; settled three chunks later.
+    change = steady(0.1, 0.11, 0.12, 0.13, 0.3, 0.31, 0.32, 0.6, 0.9, 1.2, 1.21, 1.22, 1.23, 1.24)
+    policy = Reanchor("mean", 0.2, 3)
+    assert is_held(policy, change) == [False] * 3 + [True] * 3 + [False] * 7 + [True] * 2
+    torch.testing.assert_close(policy.commit(change[-1]), change[10], atol=1e-5, rtol=0)
+
+
+def test_a_change_from_the_start_is_never_held_back():
+    change = steady(*[0.3 * index for index in range(1, 20)])
+    assert not any(is_held(Reanchor("mean", 0.2, 3), change))
+
+
+def test_one_chunk_far_away_does_not_stop_holding():
+    chunks = steady(0.1, 0.11, 0.12, 0.9, 0.1, 0.12, 0.9, 0.11)
+    assert is_held(Reanchor("mean", 0.2, 3), chunks) == [False] * 3 + [True] * 6
+
+
+class Reject(ContextPolicy):
+    """Rejects the chunks of some indices."""
+
+    def __init__(self, rejected):
+        self.rejected, self.index = list(rejected), -1
+
+    def commit(self, chunk):
+        self.index += 1
+        return None if self.index in self.rejected else chunk
+
+
+@pytest.mark.parametrize(("rejected", "reference"), [([2, 3, 4], 0), ([], -1)], ids=["rejected", "entered"])
+def test_a_rejected_chunk_is_no_change_that_is_meant(rejected, reference):
+    """Behind a policy that rejects them, defects are not even watched; without it the reference follows them."""
+    chunks = steady(0.1, 3.0, 3.0, 3.0, 0.1, 0.12, 0.13)
+    policies = ContextPolicies([Reject(rejected), Reanchor("mean", 0.2, 3)], 1, GRID)
+    for index, chunk in enumerate(chunks):
+        context = policies.commit(chunk[None])[0]
+        decision = policies.close()[0]
+        assert decision["quarantined"] == (index in rejected)
+        assert (decision["reanchored"] is None) == (index in [0, *rejected])
+    torch.testing.assert_close(context, chunks[reference], atol=1e-5, rtol=0)
+
+
+def test_a_first_chunk_that_is_rejected_is_no_reference():
+    policies = ContextPolicies([Reject([0]), Reanchor("moments")], 1, GRID)
+    for seed in range(3):
+        context = policies.commit(video(seed)[None])[0]
+        policies.close()
+    torch.testing.assert_close(context, MatchMoments(video(1))(video(2)))
+
+
+def test_videos_of_a_batch_are_held_one_by_one():
+    policies = ContextPolicies([Reanchor("moments", 0.2, 2)], 2, GRID)
+    for quiet, loud in zip(steady(*[0.1] * 3), steady(0.5, 1.0, 1.5)):
+        context = policies.commit(torch.stack([quiet, loud]))
+        decisions = policies.close()
+    torch.testing.assert_close(context[0], video(0), atol=1e-5, rtol=0)
+    assert torch.equal(context[1], loud)
+    assert [decision["reanchored"] for decision in decisions] == ["held", "watched"]
+
+
+@pytest.mark.parametrize(("tolerance", "before", "settled"), [(None, 1, 7), (0.2, 3, 5)])
+def test_after_a_change_of_prompt_a_video_is_held_where_it_settles(tolerance, before, settled):
+    """Where it is after the patience, or with a tolerance where it has been since then."""
+    policy, chunks = Reanchor("mean", tolerance, 3), steady(0.1, 0.11, 0.12, 0.13, 0.8, 0.81, 0.82, 0.83, 0.84)
+    assert is_held(policy, chunks[:5]) == [False] * before + [True] * (5 - before)
+    policy.prompt_changed()
+    assert is_held(policy, chunks[5:]) == [False] * 3 + [True] * 2
+    torch.testing.assert_close(policy.commit(chunks[-1]), chunks[settled], atol=1e-5, rtol=0)
+
+
+def test_a_change_of_prompt_before_the_first_chunk_changes_nothing():
+    policy = Reanchor("mean")
+    policy.prompt_changed()
+    assert is_held(policy, steady(0.1, 0.2)) == [False, True, True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_references_of_a_batch_may_be_of_different_lengths(kind):
+    """FAR begins with a chunk of one frame: the video that goes away is held to a longer one."""
+    policies = ContextPolicies([Reanchor(kind, 1.0, 1)], 2, GRID)
+    policies.commit(torch.stack([video(0, num_frames=1), video(1, num_frames=1)]))
+    second = torch.stack([video(2), video(3, shift=2.0)])
+    assert torch.equal(policies.commit(second)[1], second[1])
+    policies.commit(second)  # settled
+    third = torch.stack([video(5), video(5, shift=2.0)])
+    context = policies.commit(third)
+    torch.testing.assert_close(context[0], MATCHINGS[kind](video(0, num_frames=1))(third[0]))
+    torch.testing.assert_close(context[1], MATCHINGS[kind](second[1])(third[1]))
+
+
+def test_derived_state_is_left_out_of_what_is_saved():
+    """A matching is learned again from the reference."""
+    one, other = (ContextPolicies([Reanchor()], 1, GRID) for _ in range(2))
+    for seed in range(2):
+        one.commit(video(seed)[None])
+        one.close()
+    state = one.state_dict()
+    assert not [name for name in state["chains"][0][0] if name.startswith("_")]
+    other.load_state_dict(state)
+    assert torch.equal(one.commit(video(5)[None]), other.commit(video(5)[None]))
+    assert one.close() == other.close()
+
+
+# In the rollout
+
+
+def reanchor(match: str, **settings) -> dict:
+    """TokenTrim as always, and its context held."""
+    return {"method": {"tokentrim": {}, "reanchor": {"match": match, **settings}}}
+
+
+def outcomes(output, index: int = 0) -> list[str | None]:
+    return [decision["reanchored"] for decision in output.decisions[index]]
+
+
+class Record(ContextPolicy):
+    """Behind another policy in the chain: whether what it is given differs from what was generated."""
+
+    def __init__(self):
+        self.draft, self.changed = None, None
+
+    def review(self, draft):
+        self.draft = draft
+        return ()
+
+    def commit(self, chunk):
+        self.changed = not torch.allclose(chunk, self.draft, atol=1e-5)
+        return chunk
+
+    def close(self, entered):
+        changed, self.changed = self.changed, None
+        return {"changed": changed}
+
+
+def test_a_prompt_that_a_callback_changes_stops_holding():
+    """In chunk 3: the two chunks from there on are not changed, without that they are. The last is not committed."""
+    latents, calls = noise(7), []
+
+    def change(pipe, step, timestep, tensors):
+        calls.append(step)
+        return {"prompt_embeds": tensors["prompt_embeds"] + 1} if len(calls) == 2 * 3 + 1 else {}
+
+    def same(pipe, step, timestep, tensors):
+        calls.append(step)
+        return {"prompt_embeds": tensors["prompt_embeds"]}
+
+    for callback, changed, reanchored in (
+        # Chunk 4 is where the video has settled: it is held to itself.
+        (
+            change,
+            [False, True, True, False, False, True, None],
+            [None, "held", "held", "watched", "held", "held", None],
+        ),
+        (same, [False, *[True] * 5, None], [None, *["held"] * 5, None]),
+    ):
+        calls.clear()
+        output = roll(
+            latent_pipeline(),
+            latents,
+            method=[Reanchor("mean", patience=2), Record()],
+            callback_on_step_end=callback,
+            callback_on_step_end_tensor_inputs=["prompt_embeds"],
+        )
+        assert [decision["changed"] for decision in output.decisions[0]] == changed
+        assert outcomes(output) == reanchored
+
+
+def test_off_by_default():
+    pipe, latents = latent_pipeline(), noise(4)
+    default = roll(pipe, latents)
+    assert outcomes(default) == [None] * 4
+    assert torch.equal(default.frames, roll(pipe, latents, method="tokentrim").frames)
+    assert not torch.equal(default.frames, roll(pipe, latents, **reanchor("mean")).frames)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_later_chunks_read_the_held_chunk_and_the_video_shows_the_generated_one(kind):
+    """The same as continuing from the first chunk and the held second one."""
+    latents = noise(3)
+    plain, held = roll(latent_pipeline(), latents).frames, roll(latent_pipeline(), latents, **reanchor(kind)).frames
+    assert torch.equal(held[:, :, : 2 * CHUNK], plain[:, :, : 2 * CHUNK])
+    first, second, third = held.split(CHUNK, dim=2)
+    context = torch.cat([first, MATCHINGS[kind](first[0])(second[0])[None]], dim=2)
+    continued = roll(latent_pipeline(), latents, video_latents=context.transpose(1, 2)).frames
+    torch.testing.assert_close(third, continued[:, :, 2 * CHUNK :], atol=1e-5, rtol=0)
+    assert not torch.allclose(third, plain[:, :, 2 * CHUNK :], atol=1e-3)
+
+
+def test_a_given_video_is_read_as_it_is_and_its_last_chunk_is_the_reference():
+    latents, given = noise(4), noise(2, seed=5)
+    plain, held = (
+        roll(latent_pipeline(), latents, video_latents=given.transpose(1, 2), **settings)
+        for settings in ({}, reanchor("moments"))
+    )
+    assert outcomes(held) == [None, None, "held", None]
+    plain, held = plain.frames, held.frames
+    assert torch.equal(held[:, :, : 3 * CHUNK], plain[:, :, : 3 * CHUNK])
+    third, last = held[:, :, 2 * CHUNK : 3 * CHUNK], given[:, :, CHUNK:]
+    context = torch.cat([given, MatchMoments(last[0])(third[0])[None]], dim=2)
+    continued = roll(latent_pipeline(), latents, video_latents=context.transpose(1, 2)).frames
+    torch.testing.assert_close(held[:, :, 3 * CHUNK :], continued[:, :, 3 * CHUNK :], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rollout", ["self_forcing", "rolling_forcing"])
+def test_a_batch_equals_single_runs(rollout):
+    latents, text = noise(5, 2), embeds(2)
+    settings = {"rollout": rollout, "window_size": 12, **reanchor("histogram", patience=1, tolerance=0.6)}
+    batch = roll(latent_pipeline(), latents, prompt_embeds=text, **settings)
+    for index in range(2):
+        single = roll(latent_pipeline(), latents[[index]], prompt_embeds=text[[index]], **settings)
+        torch.testing.assert_close(batch.frames[[index]], single.frames, atol=1e-5, rtol=0)
+        assert outcomes(batch, index) == outcomes(single)
+
+
+def test_a_tolerance_lets_a_change_through():
+    latents = noise(4)
+    latents[:, :, 2 * CHUNK :] += 3
+    plain, held, tolerant = (
+        roll(latent_pipeline(), latents, **settings).frames[:, :, 3 * CHUNK :]
+        for settings in ({}, reanchor("moments"), reanchor("moments", patience=1, tolerance=0.3))
+    )
+    assert (tolerant - plain).abs().mean() < 0.5 * (held - plain).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"match": "median"}, ValueError, "`match` .*'histogram'.*'median'"),
+        ({"match": True}, TypeError, "`match` .*'mean'.*True"),
+        ({"tolerance": 0}, ValueError, "`tolerance` .*> 0.*0"),
+        ({"tolerance": "1"}, TypeError, "`tolerance` .*> 0.*'1'"),
+        ({"patience": 0}, ValueError, "`patience` .*>= 1.*0"),
+        ({"patience": 1.5}, TypeError, "`patience` .*>= 1.*1.5"),
+        ({"strength": 1.0}, ValueError, "'match', 'tolerance', 'patience'.*'strength'"),
+    ],
+)
+def test_bad_input(settings, error, message):
+    """The message names the policy and the setting."""
+    with pytest.raises(error, match=f"'reanchor'.*{message}"):
+        roll(latent_pipeline(), noise(2), method={"reanchor": settings})

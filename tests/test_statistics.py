@@ -1,0 +1,147 @@
+"""Statistics of latents against their formulas, and what each matching takes and keeps."""
+
+import math
+
+import pytest
+import torch
+from builders import CHANNELS, CHUNK, HEIGHT, WIDTH, randn
+from oracle import threshold_of
+
+from tokentrim.tokentrim_statistics import (
+    MATCHINGS,
+    MatchDistribution,
+    MatchHistogram,
+    MatchMean,
+    MatchMoments,
+    mean_offset,
+    outlier_threshold,
+    quantiles,
+    resampled,
+)
+
+
+KINDS = sorted(MATCHINGS)
+
+
+def video(seed: int, scale: float = 1.0, shift: float = 0.0, num_frames: int = CHUNK) -> torch.Tensor:
+    return scale * randn(CHANNELS, num_frames, HEIGHT, WIDTH, seed=seed) + shift
+
+
+# The gate
+
+
+@pytest.mark.parametrize("sensitivity", [0.0, 2.0, 6.0])
+def test_threshold_is_mean_and_population_deviation(sensitivity):
+    history = [1.0, 2.0, 1.5, 1.0]
+    for count in range(1, 5):
+        expected = threshold_of(history[:count], sensitivity)
+        assert outlier_threshold(history[:count], sensitivity, 1) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("warmup", "opens_with"), [(0, 1), (1, 1), (2, 2), (4, 4)])
+def test_threshold_is_none_during_the_warmup(warmup, opens_with):
+    thresholds = [outlier_threshold([1.0] * count, 2.0, warmup) for count in range(6)]
+    assert [threshold is None for threshold in thresholds] == [count < opens_with for count in range(6)]
+
+
+def test_spread_floor_is_a_share_of_the_mean_and_the_least_spread():
+    even, wide = [2.0, 2.0, 2.0], [1.0, 3.0]
+    assert outlier_threshold(even, 6.0, 1) == 2.0
+    assert outlier_threshold(even, 6.0, 1, 0.1) == pytest.approx(2.0 + 6 * 0.2)
+    assert outlier_threshold(wide, 6.0, 1, 0.1) == outlier_threshold(wide, 6.0, 1) == pytest.approx(2.0 + 6 * 1.0)
+
+
+def test_threshold_is_computed_in_float64():
+    """Values that differ by less than fp32 can tell at their size."""
+    history = [1e8, 1e8 + 1]
+    assert outlier_threshold(history, 2.0, 1) == pytest.approx(1e8 + 0.5 + 2 * 0.5, rel=1e-15)
+
+
+# Values
+
+
+def test_quantiles_are_the_sorted_values_of_each_channel():
+    latents = video(0)
+    assert quantiles(latents).tolist() == [sorted(channel.flatten().tolist()) for channel in latents]
+    assert torch.equal(
+        quantiles(torch.stack([latents, video(1)])), torch.stack([quantiles(latents), quantiles(video(1))])
+    )
+
+
+def test_resampled_values_are_interpolated_between_the_ends():
+    assert resampled(torch.tensor([[0.0, 1.0, 4.0]]), 5).tolist() == [[0.0, 0.5, 1.0, 2.5, 4.0]]
+    values = quantiles(video(0))
+    assert resampled(values, values.shape[-1]) is values
+
+
+def test_mean_offset_is_in_standard_deviations_of_the_reference():
+    reference = video(0, 2.0, 0.7)
+    assert mean_offset(reference, reference) == 0
+    assert mean_offset(reference + reference.std((1, 2, 3), keepdim=True), reference) == pytest.approx(1.0, abs=1e-5)
+    one_channel = reference.clone()
+    one_channel[0] += 3 * reference[0].std()
+    assert mean_offset(one_channel, reference) == pytest.approx(3 / math.sqrt(CHANNELS), abs=1e-5)
+
+
+# Matchings
+
+
+@pytest.mark.parametrize("num_frames", [1, 3, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_take_the_mean_of_the_reference(kind, num_frames):
+    reference = video(1, 2.0, 0.7, num_frames)
+    matched = MATCHINGS[kind](reference)(video(0))
+    assert matched.shape == (CHANNELS, CHUNK, HEIGHT, WIDTH)
+    # A histogram of another size is interpolated: its mean is close, not the same.
+    tolerance = 0.15 if kind in ("histogram", "distribution") and num_frames != CHUNK else 1e-5
+    torch.testing.assert_close(matched.mean((1, 2, 3)), reference.mean((1, 2, 3)), atol=tolerance, rtol=0)
+
+
+def test_mean_keeps_the_rest():
+    latents = video(0)
+    difference = MatchMean(video(1, 2.0, 0.7))(latents) - latents
+    torch.testing.assert_close(difference, difference[:, :1, :1, :1].expand_as(difference))
+
+
+def test_moments_take_the_spread_and_keep_the_form():
+    latents, reference = video(0), video(1, 2.0, 0.7)
+    matched = MatchMoments(reference)(latents)
+    torch.testing.assert_close(matched.std((1, 2, 3)), reference.std((1, 2, 3)))
+    for after, before in zip(matched, latents):
+        assert torch.corrcoef(torch.stack([after.flatten(), before.flatten()]))[0, 1] > 1 - 1e-5
+    assert torch.isfinite(MatchMoments(reference)(torch.zeros(CHANNELS, CHUNK, HEIGHT, WIDTH))).all()
+
+
+def test_histogram_takes_all_values_and_keeps_their_order():
+    latents, reference = video(0), video(1, 2.0, 0.7)
+    matched = MatchHistogram(reference)(latents)
+    assert torch.equal(matched.flatten(1).sort().values, reference.flatten(1).sort().values)
+    assert torch.equal(matched.flatten(1).argsort(), latents.flatten(1).argsort())
+
+
+def test_distribution_takes_what_the_channels_have_in_common_too():
+    """Channels that go together in the reference alone: histograms leave that, the joint distribution does not."""
+    latents, reference = video(0), video(1)
+    reference[1] = reference[0] + 0.1 * reference[1]
+    spread = torch.cov(reference.flatten(1))
+    apart, joint = (
+        (torch.cov(match(reference)(latents).flatten(1)) - spread).abs().max()
+        for match in (MatchHistogram, MatchDistribution)
+    )
+    assert joint < 0.2 < 0.8 < apart
+    again = MatchDistribution(reference)(MatchDistribution(reference)(latents))
+    torch.testing.assert_close(torch.cov(again.flatten(1)), spread, atol=0.2, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_with_the_statistics_of_the_reference_stay(kind):
+    torch.testing.assert_close(MATCHINGS[kind](video(0))(video(0)), video(0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_is_matched_as_each_video_by_itself(kind):
+    references, latents = (torch.stack([video(seed, 2.0, 0.7), video(seed + 1)]) for seed in (1, 5))
+    batch = MATCHINGS[kind](references)(latents)
+    for index in range(2):
+        single = MATCHINGS[kind](references[index])(latents[index])
+        torch.testing.assert_close(batch[index], single, atol=1e-5, rtol=0)

@@ -1,0 +1,180 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""A folder that holds the state of a run: written whole or not at all, and read only if it is whole."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .tokentrim_checks import check
+
+
+STATE_VERSION = 1  # of the format
+STATE, TENSORS = "state.json", "tensors.safetensors"
+
+
+def save_state(folder: str | os.PathLike, number: int, state: dict) -> Path:
+    """
+    Write a state as `folder/state-<number>`, then remove the ones before it.
+
+    Args:
+        folder (`str` or `os.PathLike`): made where it does not exist.
+        number (`int`): orders the states of a folder.
+        state (`dict`): nested dicts and lists of numbers, strings, `None` and tensors.
+
+    Returns:
+        `Path`: the state's folder.
+
+    Raises:
+        `OSError`: it cannot be written, as on a full disk; the last state is still there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"state-{number:08}"
+    unfinished = folder / f".{target.name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        tensors: dict[str, torch.Tensor] = {}
+        plain = _without_tensors(state, tensors)
+        save_file(tensors, unfinished / TENSORS)
+        record = {"version": STATE_VERSION, "tensors_sha256": _sha256(unfinished / TENSORS), "state": plain}
+        (unfinished / STATE).write_text(json.dumps(record))
+        for path in (unfinished / TENSORS, unfinished / STATE, unfinished):
+            _sync(path)
+        os.replace(unfinished, target)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    for older in _states(folder):
+        if older != target:
+            shutil.rmtree(older, ignore_errors=True)
+    return target
+
+
+def load_state(folder: str | os.PathLike) -> dict:
+    """
+    The newest whole state of a folder.
+
+    Raises:
+        `ValueError`: there is none, all are damaged, or it was written by a newer version.
+    """
+    damaged = []
+    for path in reversed(_states(Path(folder))):
+        try:
+            record = json.loads((path / STATE).read_text())
+            whole = _sha256(path / TENSORS) == record["tensors_sha256"]
+        except (OSError, KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            damaged.append(path.name)
+            continue
+        version = record["version"]
+        check(
+            version <= STATE_VERSION, "state_dir", f"{path}, version {version}", f"of version {STATE_VERSION} or older"
+        )
+        return _with_tensors(record["state"], load_file(path / TENSORS))
+    valid = "a folder with a whole state" + (f", but {', '.join(damaged)} are damaged" if damaged else "")
+    raise ValueError(f"`state_dir` has to be {valid}; it is {str(folder)!r}.")
+
+
+def has_state(folder: str | os.PathLike) -> bool:
+    return bool(_states(Path(folder)))
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Of a model's weights: names, shapes, dtypes, and 4,096 values of each, evenly spaced."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(module.state_dict().items()):
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.float32)
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def record_call(call: dict) -> dict:
+    """A call's arguments as a state can hold them: values, and the names of those that have to be given again."""
+    values, objects = {}, []
+    for name, value in call.items():
+        if name == "generator":
+            value = [each.device.type for each in value] if isinstance(value, list) else value and value.device.type
+        try:
+            _without_tensors(value, {})
+            values[name] = value
+        except TypeError:
+            objects.append(name)
+    return {"values": values, "objects": objects}
+
+
+def recall(record: dict, objects: dict) -> dict:
+    """
+    The arguments of a recorded call.
+
+    Args:
+        record (`dict`): of [`record_call`].
+        objects (`dict`): those that it names.
+
+    Raises:
+        `ValueError`: one is missing, or one is given that the record holds.
+    """
+    missing, unknown = set(record["objects"]) - set(objects), set(objects) - set(record["objects"])
+    valid = f"given again: the state cannot hold {sorted(record['objects'])}"
+    check(not missing, ", ".join(sorted(missing)), None, valid)
+    check(not unknown, ", ".join(sorted(unknown)), "given", "left out: a resumed run keeps its arguments")
+    call = {**record["values"], **objects}
+    devices = call["generator"]
+    if isinstance(devices, list):
+        call["generator"] = [torch.Generator(device) for device in devices]
+    elif devices is not None:
+        call["generator"] = torch.Generator(devices)
+    return call
+
+
+def _states(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(path for path in folder.glob("state-*") if path.is_dir())
+
+
+def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The same, with references in the place of tensors, which go to `tensors`."""
+    if isinstance(value, torch.Tensor):
+        name = f"{len(tensors):06}"
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": name, "device": value.device.type}
+    if isinstance(value, dict):
+        return {"dict": [[_without_tensors(each, tensors) for each in item] for item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(each, tensors) for each in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"A state cannot hold {value!r}: numbers, strings, tensors, and lists and dicts of them.")
+
+
+def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_with_tensors(each, tensors) for each in value]
+    if isinstance(value, dict) and "tensor" in value:
+        return tensors[value["tensor"]].to(value["device"] if value["device"] != "meta" else "cpu")
+    if isinstance(value, dict):
+        return {_with_tensors(key, tensors): _with_tensors(each, tensors) for key, each in value["dict"]}
+    return value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
