@@ -171,8 +171,10 @@ def test_latents_are_those_of_the_weights(layout, tmp_path, base):
     ours, expected = (TokenTrimPipeline.from_pretrained(tmp_path / folder) for folder in ("out", "direct"))
     assert torch.equal(latents(ours), latents(expected))
     ours, expected = (tmp_path / folder / "transformer" for folder in ("out", "direct"))
-    file = "diffusion_pytorch_model.safetensors"
-    assert (ours / file).read_bytes() == (expected / file).read_bytes()
+    for file in ("diffusion_pytorch_model.safetensors", "config.json", "../scheduler/scheduler_config.json"):
+        assert (ours / file).read_bytes() == (expected / file).read_bytes()
+    ours, expected = (json.loads((tmp_path / folder / "model_index.json").read_text()) for folder in ("out", "direct"))
+    assert ours == expected | {"height": None, "width": None, "max_sequence_length": None}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -41,49 +42,52 @@ class OriginalTransformer:
     Args are those of [`load_original_transformer`].
     """
 
-    def __init__(self, path, ema=None, dtype=None, attention_head_dim=128, lora=None, **config):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        ema: bool | None = None,
+        dtype: torch.dtype | None = None,
+        attention_head_dim: int = 128,
+        lora: str | os.PathLike | None = None,
+        **config: Any,
+    ):
         self.original = read_original(Path(path), ema)
-        self.config = infer_config(self.original.path, self.original.tensors, attention_head_dim) | config
+        tensors = self.original.tensors
+        self.config = infer_config(self.original.path, tensors, attention_head_dim) | config
         check_whole(self.original, self.config)
         self.lora = None if lora is None else read_lora(Path(lora), list_shapes(self.config))
         with init_empty_weights():
             self.model = WanTransformer3DModel(**self.config)
-        expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        self.names = {}  # original ones, by Diffusers' names
-        for name, tensor in self.original.tensors.items():
-            (renamed,) = convert_wan_transformer_to_diffusers({name: tensor})
-            if expected.pop(renamed, None) != tensor.shape:
-                raise RuntimeError(
-                    f"Diffusers renames {name} to {renamed}, which its WanTransformer3DModel does not have."
-                )
-            self.names[renamed] = name
+        self.names = {key: name for name in tensors for key in convert_wan_transformer_to_diffusers({name: None})}
+        self.shapes = {key: tensors[name].shape for key, name in self.names.items()}
+        if self.shapes != {key: tuple(tensor.shape) for key, tensor in self.model.state_dict().items()}:
+            raise RuntimeError(
+                "This version of Diffusers has other names or shapes for the tensors of Wan transformers."
+            )
         in_fp32 = set(self.model._keep_in_fp32_modules)
         self.dtypes = {}
-        for name, original in self.names.items():
-            stored = getattr(torch, self.original.tensors[original].dtype)
-            self.dtypes[name] = stored if dtype is None else torch.float32 if in_fp32 & set(name.split(".")) else dtype
-        self._log()
+        for key, name in self.names.items():
+            stored = getattr(torch, tensors[name].dtype)
+            self.dtypes[key] = stored if dtype is None else torch.float32 if in_fp32 & set(key.split(".")) else dtype
+        dtypes = ", ".join(sorted({tensor.dtype for tensor in tensors.values()}))
+        num_parameters = sum(map(prod, self.shapes.values()))
+        logger.info("tensors   %d, each in its place: %s parameters, %s", len(tensors), f"{num_parameters:,}", dtypes)
+        logger.info("config    %s", {name: self.config[name] for name in sorted(self.config)})
 
     def reader(self) -> Callable[[str], torch.Tensor]:
-        """A function that reads a weight by its name."""
+        """A function that reads a weight by Diffusers' name, with the LoRA merged into it."""
         original, lora = self.original, self.lora
         read = TensorReader(original.path, original.chosen, original.tensors, original.keys)
         read_matrix = lora and TensorReader(lora.path, lora.chosen, lora.tensors)
 
-        def read_weight(name: str) -> torch.Tensor:
-            weight = read(self.names[name])
-            if lora is not None and (pair := lora.pairs.get(self.names[name])):
-                weight = merge_pair(weight, pair, read_matrix)
-            return weight.to(self.dtypes[name])
+        def read_weight(key: str) -> torch.Tensor:
+            name = self.names[key]
+            weight = read(name)
+            if lora is not None and name in lora.pairs:
+                weight = merge_pair(weight, lora.pairs[name], read_matrix)
+            return weight.to(self.dtypes[key])
 
         return read_weight
-
-    def _log(self) -> None:
-        tensors = self.original.tensors.values()
-        dtypes = ", ".join(sorted({tensor.dtype for tensor in tensors}))
-        num_parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors)
-        logger.info("tensors   %d, each in its place: %s parameters, %s", len(tensors), f"{num_parameters:,}", dtypes)
-        logger.info("config    %s", {name: self.config[name] for name in sorted(self.config)})
 
 
 def load_original_transformer(
@@ -157,29 +161,25 @@ def convert_checkpoint(
         require((base / name).is_dir(), "base", valid, f"{base} has no {name}/")
 
     source = OriginalTransformer(path, ema, dtype, lora=lora, **_base_config(base))
-    config = source.config
     tokenizer, text_width, channels = (_check_part(base, name) for name in BASE_PARTS)
-    needs, gives = (
-        (config["text_dim"], config["in_channels"], config["out_channels"]),
-        (text_width, channels, channels),
-    )
+    needs = tuple(source.config[name] for name in ("text_dim", "in_channels", "out_channels"))
+    gives = (text_width, channels, channels)
     valid = f"a folder that fits the text width, latent channels in and out {needs} of {path}"
     require(needs == gives, "base", valid, f"{base} is for {gives}")
 
+    scheduler = FlowMatchLCMScheduler(**SCHEDULES[preset])
+    pipe = TokenTrimPipeline(tokenizer, None, source.model, None, scheduler, **PRESETS[preset])
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as partial:
         folder = Path(partial) / out.name
         for name in BASE_PARTS:
             shutil.copytree(base / name, folder / name, ignore=shutil.ignore_patterns(".*"))
-        scheduler = FlowMatchLCMScheduler(**SCHEDULES[preset])
-        scheduler.save_pretrained(folder / "scheduler")
-        source.model.save_config(folder / "transformer")
-        weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-        shapes = {name: source.original.tensors[original].shape for name, original in source.names.items()}
-        write_safetensors(weights, source.dtypes, shapes, source.reader())
-        pipe = TokenTrimPipeline(tokenizer, None, source.model, None, scheduler, **PRESETS[preset])
         pipe.save_config(folder)
         _name_parts(folder / INDEX, tokenizer)
+        pipe.scheduler.save_pretrained(folder / "scheduler")
+        source.model.save_config(folder / "transformer")
+        weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        write_safetensors(weights, source.dtypes, source.shapes, source.reader())
         if out.exists():
             out.rmdir()
         os.replace(folder, out)
