@@ -5,39 +5,18 @@ import torch
 from builders import (
     CHUNK,
     embeds,
-    far_pipeline,
     full_pipeline,
     generators,
     latent_pipeline,
     noise,
     processors,
     steady_noise,
-    tiny_far,
     triggers,
 )
+from contract import EAGER, METHODS, ROLLOUTS
 from diffusers import DPMSolverMultistepScheduler, FlowMatchLCMScheduler, UniPCMultistepScheduler
 
 
-EAGER = {"drift_sensitivity": 0.0, "prune_fraction": 0.3, "warmup_chunks": 1}
-METHODS = {
-    "plain": {"method": "plain"},
-    "tokentrim": EAGER,
-    "paper": {"method": "paper", **EAGER},
-    "tokentrim_plus": {"method": {"quarantine": {"sensitivity": 0.0}, "reanchor": {}}},
-    "reanchor with tolerance": {
-        "method": {"quarantine": {"sensitivity": 1.0}, "reanchor": {"tolerance": 0.2, "patience": 2}}
-    },
-    "trimmed and reanchored": {"method": {"tokentrim": EAGER, "reanchor": {"match": "moments"}}},
-    "first_step": {"drift_signal": "first_step", **EAGER},
-}
-ROLLOUTS = {
-    "self_forcing": (latent_pipeline, {"window_size": 15}),
-    "rolling_forcing": (
-        latent_pipeline,
-        {"rollout": "rolling_forcing", "num_inference_steps": 3, "window_size": 18},
-    ),
-    "far": (lambda: far_pipeline(tiny_far(chunk_partition=(CHUNK,))), {}),
-}
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
 SCHEDULERS = {
     "LCM": lambda: FlowMatchLCMScheduler(shift=5.0),
