@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 
 from tokentrim import TokenTrimPipeline
+from tokentrim.tokentrim_policy import SeverityMonitor
 
 from .controls import CONTROLS, correct_afterwards
 from .defects import Painted, paint_chunk
@@ -31,7 +32,7 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
     if control is not None:
         arguments = CONTROLS[control](pipe, arguments)
     if experiment.defects:
-        arguments["method"] = [painted, arguments["method"]]
+        arguments["method"] = [painted, SeverityMonitor(), arguments["method"]]  # severities are of painted chunks
 
     start = time.perf_counter()
     with counted_calls(pipe) as calls:

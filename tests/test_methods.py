@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from builders import CHANNELS, CHUNK, GRID, NUM_TOKENS, embeds, latent_pipeline, noise, processors, roll, steady_noise
+from builders import (
+    CHANNELS,
+    CHUNK,
+    GRID,
+    NUM_TOKENS,
+    case_id,
+    embeds,
+    latent_pipeline,
+    noise,
+    processors,
+    roll,
+    steady_noise,
+)
 
 from tokentrim import ContextPolicy, FlowMo, Quarantine, Reanchor, TokenTrim, TokenTrimPipeline
 from tokentrim.tokentrim_context import ContextPolicies
@@ -175,7 +187,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=[str(case[0])[:60] for case in BAD])
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=[case_id(case[0]) for case in BAD])
 def test_bad_method_is_refused_before_any_model_runs(arguments, error, message):
     pipe, forwards = latent_pipeline(), []
     pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
