@@ -119,6 +119,7 @@ def test_noise_is_hardly_drift():
 # Drifts of known size
 
 
+@pytest.mark.slow
 def test_brightness():
     drifts = [measure(0.8 * clip() + over_time(size / 2)).measures() for size in SIZES]
     slopes = [each["brightness_slope"] for each in drifts]
@@ -200,6 +201,7 @@ def test_the_worst_segment_is_found_although_the_end_is_as_the_start():
     assert measures["color_similarity"] == pytest.approx(100) and measures["worst_similarity"] < 60
 
 
+@pytest.mark.slow
 def test_convergence():
     """Videos that go a share of the way to one colour lose that share of their distance."""
 
@@ -274,6 +276,7 @@ def test_large_frames_are_reduced_by_whole_factors():
     ]
 
 
+@pytest.mark.slow
 def test_long_videos_are_held_in_bounded_memory():
     drift = measure_video("long", (np.full((16, 16, 3), number % 256, np.uint8) for number in range(3000)))
     assert drift.num_frames == 3000 and drift.ends[-1] == 3000
@@ -301,6 +304,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_kind_of_file_has_the_same_measures(folder):
     paths = find_videos([folder])
     assert [path.name for path in paths] == ["clip.gif", "clip.mp4", "clip.webm", "pictures"]
@@ -320,6 +324,7 @@ def test_pictures_are_sorted_by_number(tmp_path):
     assert [path.stem for path in list_pictures(tmp_path)] == ["frame1", "frame9", "frame10"]
 
 
+@pytest.mark.slow
 def test_the_command(folder, tmp_path, capsys):
     arguments = ["drift", str(folder / "clip.mp4"), str(folder / "pictures"), str(folder / "other")]
     options = {name: tmp_path / f"drift.{name}" for name in ("json", "csv", "png")}

@@ -161,6 +161,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_conversion_needs_memory_for_some_tensors(tmp_path):
     """400 MB in files of 80 MB add less than 160 MB to what Python and PyTorch take."""
     config = {**CONFIG, "attention_head_dim": 12, "num_attention_heads": 64, "ffn_dim": 3000, "text_dim": 32}

@@ -74,7 +74,7 @@ end, and the rest goes on. `accelerate launch` and `torchrun` split the prompts 
 
 examples:
   tokentrim generate "a red fox trots through snow" --checkpoint self-forcing-diffusers --out fox.mp4
-  tokentrim generate --prompts prompts.txt --checkpoint self-forcing-diffusers --config paper.json --out videos
+  tokentrim generate --prompts prompts.txt --checkpoint self-forcing-diffusers --method tokentrim_plus --out videos
   accelerate launch -m tokentrim generate --prompts prompts.txt --checkpoint self-forcing-diffusers --out videos"""
     parser = add_command(commands, run_generate, "generate", "videos of one prompt, or of a file of prompts", details)
     given = parser.add_mutually_exclusive_group(required=True)
@@ -91,6 +91,9 @@ examples:
         help="JSON of arguments of the call; may be repeated, the later file counts",
     )
     parser.add_argument(
+        "--method", help="plain, tokentrim, tokentrim_plus or paper (default: the config's, or tokentrim)"
+    )
+    parser.add_argument(
         "--num-frames", type=int, metavar="N", help="frames of each video (default: the config's, or 81)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first prompt (default: %(default)s)")
@@ -101,11 +104,13 @@ examples:
 def run_generate(options: argparse.Namespace) -> int:
     if options.prompt is not None and options.out.suffix != ".mp4":
         options.parser.error(f"--out has to end with .mp4 for one prompt, but is {str(options.out)!r}")
+    from ..tokentrim_methods import METHODS
     from .generate import Job, generate_missing, read_jobs, read_settings
 
-    settings = read_settings(options.config)
-    if options.num_frames is not None:
-        settings["num_frames"] = options.num_frames
+    if options.method not in (None, *METHODS):
+        options.parser.error(f"--method has to be one of {', '.join(METHODS)}, but is {options.method!r}")
+    given = {"method": options.method, "num_frames": options.num_frames}
+    settings = read_settings(options.config) | {name: value for name, value in given.items() if value is not None}
     if options.prompts is None:
         jobs = [Job(options.prompt, options.seed, options.out, settings)]
     else:
