@@ -107,7 +107,7 @@ def compare(num_chunks, lcm, num_steps=STEPS, sizes=None, num_given=0, method="t
         renoise=renoise,
         negative_text=negative,
         given=given.split(sizes[:num_given], dim=2) if num_given else (),
-        token_trim=method != "plain",
+        method=method,
         **settings,
     )
     torch.testing.assert_close(output.frames, expected, atol=1e-5, rtol=0)
