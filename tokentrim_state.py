@@ -20,7 +20,7 @@ STATE, TENSORS = "state.json", "tensors.safetensors"
 
 def save_state(folder: str | os.PathLike, number: int, state: dict) -> Path:
     """
-    Write a state as `folder/state-<number>`, then remove the ones before it.
+    Write a state as `folder/state-<number>` (where that is taken, `state-<number>-001`), then remove the others.
 
     Args:
         folder (`str` or `os.PathLike`): made where it does not exist.
@@ -35,10 +35,10 @@ def save_state(folder: str | os.PathLike, number: int, state: dict) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"state-{number:08}"
+    names = [f"state-{number:08}", *(f"state-{number:08}-{again:03}" for again in range(1, 1000))]
+    target = next(folder / name for name in names if not (folder / name).exists())  # the one before stays meanwhile
     unfinished = folder / f".{target.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.rmtree(target, ignore_errors=True)
     unfinished.mkdir()
     try:
         tensors: dict[str, torch.Tensor] = {}
@@ -161,7 +161,8 @@ def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, list):
         return [_with_tensors(each, tensors) for each in value]
     if isinstance(value, dict) and "tensor" in value:
-        return tensors[value["tensor"]].to(value["device"] if value["device"] != "meta" else "cpu")
+        # A copy: in the file a tensor may begin anywhere, and a matrix product's last bits depend on that.
+        return tensors[value["tensor"]].clone().to(value["device"] if value["device"] != "meta" else "cpu")
     if isinstance(value, dict):
         return {_with_tensors(key, tensors): _with_tensors(each, tensors) for key, each in value["dict"]}
     return value
