@@ -112,6 +112,11 @@ def replaced_processors(transformer: ModelMixin, make_self: Callable, make_cross
             attn.set_processor(processor)
 
 
+def is_attached(transformer: ModelMixin) -> bool:
+    """Whether a rollout has put its processors into `transformer`."""
+    return any(hasattr(block.attn1.processor, "cache") for block in transformer.blocks)
+
+
 @contextmanager
 def cached_attention(transformer: WanTransformer3DModel, cache: RollingKVCache) -> Iterator[None]:
     """Let every attention layer of `transformer` read and write `cache`; always puts its own parts back."""

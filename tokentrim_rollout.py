@@ -95,6 +95,9 @@ class Rollout:
         """A change from chunk `index` on, with embeddings (text, dim) for each video, `None` where they stay."""
         before = [chunk for chunk in self.changes if chunk < index]
         old = self.changes[max(before)][0] if before else self.denoiser.prompt.embeds
+        for row in rows:
+            valid = "embeddings (batch, {}, {}) like those before".format(*old.shape[1:])
+            check(row is None or row.shape == old.shape[1:], "prompt", row, valid)
         new = torch.stack([kept if row is None else row.to(kept) for kept, row in zip(old, rows, strict=True)])
         for offset, embeds in enumerate(blended(old, new, change.blend_chunks)):
             again = offset == 0 or change.transition == "recache"
