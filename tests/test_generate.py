@@ -109,8 +109,8 @@ def start_here(nursery, folder, *arguments, interrupt=None):
     """`tokentrim generate`: exit code, stdout, and what is said on stderr."""
     script = "" if interrupt is None else INTERRUPT.format(log=interrupt[0], lines=interrupt[1])
     script += f"import sys\nsys.argv = ['tokentrim', 'generate', *{list(arguments)}]\n"
-    script += "from tokentrim.tools.cli import main\nprint('exit', main())"
-    printed, said = nursery.run(script, folder)
+    script += "from tokentrim.tools.cli import main\ntry:\n    print('exit', main())\n"
+    printed, said = nursery.run(f"{script}except SystemExit as end:\n    print('exit', end.code)", folder)
     return int(printed.split()[-1]), printed, "\n".join(said)
 
 

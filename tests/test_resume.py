@@ -319,7 +319,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same_bits(name, tmp_path):
 
     expected = list(stream(make()))
     assert len(expected) >= 5
-    for cut in (0, 1, len(expected) // 2 + 1):
+    for cut in (0, 1, 2, 4) if name in ("self_forcing", "rolling_forcing") else (len(expected) // 2 + 1,):
         folder = tmp_path / str(cut)
         with make().stream(**{"prompt": PROMPT, "output_type": "latent", **call()}) as begun:
             chunks = [next(begun) for _ in range(cut)]
@@ -505,9 +505,9 @@ def test_a_damaged_state_is_refused_or_the_one_before_is_taken(damage, run):
     state = folder / "state-00000002"
     shutil.copytree(state, folder / "state-00000009")  # a newer one
     DAMAGES[damage](folder / "state-00000009")
-    resumed = full_pipeline().resume(folder)
-    assert resumed.index == 2
-    assert_same(list(resumed), expected[2:])
+    with full_pipeline().resume(folder) as resumed:
+        assert resumed.index == 2
+        assert_same([next(resumed)], expected[2:3])
     shutil.rmtree(folder / "state-00000009")
     DAMAGES[damage](state)
     with pytest.raises(ValueError, match="`state_dir` has to be a folder with a whole state, but state-00000002"):
@@ -560,8 +560,6 @@ def test_other_settings_of_the_checkpoint_are_refused(run):
 )
 def test_arguments_that_the_state_holds_are_refused(name, value, run):
     folder, _ = run
-    if name == "on_chunk":  # it held None
-        name = "on_chunk"
     with pytest.raises(ValueError, match=f"`{name}` has to be left out"):
         full_pipeline().resume(folder, **{name: value})
 
@@ -598,7 +596,7 @@ def test_a_stream_without_a_folder_says_so(tmp_path):
 # Files
 
 
-def video_run(folder, num_chunks, then=None):
+def video_run(folder, num_chunks):
     """A run that stops after some chunks, as a consumer's exception stops it."""
 
     def on_chunk(index, latents, decisions):
