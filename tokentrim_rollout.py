@@ -148,7 +148,7 @@ class Rollout:
         """All that are drawn from while the run goes on."""
         given = self.plan.call["generator"]
         given = given if isinstance(given, list) else [torch.default_generator if given is None else given]
-        return [*given, *(each for each in self.denoiser.solver_generators or [] if each not in given)]
+        return [*given, *(self.denoiser.solver_generators or [])]
 
     def _call_back(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """`callback_on_step_end`: it may change the latents and the prompt."""
@@ -172,9 +172,15 @@ class Rollout:
 
 
 def _solver_generators(scheduler: Any, generator: Any, num_videos: int) -> list[torch.Generator] | None:
-    """One generator for each video, for schedulers that draw inside `step`: some videos may have to replay."""
-    if not scheduler.draws_inside or isinstance(generator, list):
-        return generator if scheduler.draws_inside else None
-    device = generator.device if generator is not None else None
-    seeds = torch.randint(2**62, (num_videos,), generator=generator, device=device)
-    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    """One generator for each video, for schedulers that draw inside `step`: some videos may have to replay. They are not
+    those of the noise, which goes on meanwhile; their seeds come from a copy, so that the noise does not depend on the
+    scheduler."""
+    if not scheduler.draws_inside:
+        return None
+    given = generator if isinstance(generator, list) else [torch.default_generator if generator is None else generator]
+    seeds = []
+    for each in given:
+        copied = torch.Generator(each.device)
+        copied.set_state(each.get_state())
+        seeds += torch.randint(2**62, (num_videos // len(given),), generator=copied, device=each.device).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

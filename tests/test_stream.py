@@ -21,7 +21,7 @@ from builders import (
     quiet,
     randn,
 )
-from diffusers import FlowMatchLCMScheduler, UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, UniPCMultistepScheduler
 
 from tokentrim import RollingKVCache, TokenTrimPipeline
 from tokentrim.tokentrim_output import as_uint8
@@ -83,6 +83,26 @@ def test_a_stream_of_a_batch_gives_what_the_call_gives():
     chunks = list(pipe.stream(prompts, **settings(generator=generators[1])))
     assert (np.concatenate([chunk.frames for chunk in chunks], axis=1) == output.frames).all()
     assert [[chunk.decisions[video] for chunk in chunks] for video in range(2)] == output.decisions
+
+
+def test_the_noise_of_one_generator_is_that_of_a_list_of_it():
+    for pipe in (full_pipeline(), full_pipeline(FlowMatchLCMScheduler(shift=5.0))):
+        videos = [pipe(PROMPT, output_type="latent", **settings(generator=each)) for each in (seeded(3), [seeded(3)])]
+        torch.testing.assert_close(videos[0].frames, videos[1].frames, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_regeneration_takes_no_noise_of_later_chunks(stochastic):
+    """A batch in which videos are generated again equals single runs: no chunk begins from noise that was used."""
+    pipe = full_pipeline(FlowMatchEulerDiscreteScheduler(shift=5.0, stochastic_sampling=stochastic))
+    arguments = {**settings(6), "output_type": "latent"}
+    output = pipe([PROMPT, PROMPT], **{**arguments, "generator": [seeded(1), seeded(2)]})
+    trims = [[each["trim"] for each in decisions] for decisions in output.decisions]
+    assert any(trims[0][:-1])
+    for video in range(2):
+        for generator in (seeded(video + 1), [seeded(video + 1)]):
+            single = pipe(PROMPT, **{**arguments, "generator": generator})
+            torch.testing.assert_close(output.frames[video], single.frames[0], atol=1e-5, rtol=0)
 
 
 SCHEDULERS = {"Euler": lambda: None, "LCM": lambda: FlowMatchLCMScheduler(shift=5.0)}
