@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .tokentrim_checks import check
@@ -50,8 +51,12 @@ def save_state(folder: str | os.PathLike, number: int, state: dict) -> Path:
             _sync(path)
         os.replace(unfinished, target)
         _sync(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            number = error.errno if isinstance(error, OSError) else None
+            told = f"The state could not be written, the one before is still there: {error}"
+            raise OSError(number, told, str(target)) from error
         raise
     for older in _states(folder):
         if older != target:

@@ -46,7 +46,7 @@ def flow_with_texts(transformer, parts, texts):
 
 def slow_rollout(transformer, noises, texts, transitions, window_size=100, num_sink_frames=0):
     """Plain rollout with a text for each chunk, and transitions by chunk; absolute positions."""
-    parts, texts_of, outputs = [], [], []  # of the past: what `placed_flow` takes, and the text of each
+    parts, texts_of, outputs = [], [], []  # of the past: what `placed_flow` takes, and the text of each; clean chunks
     held = torch.zeros(0, dtype=torch.bool)  # tokens of all frames so far
     for index, (latents, text) in enumerate(zip(noises, texts)):
         first, size = index * CHUNK, latents.shape[2]
@@ -57,8 +57,10 @@ def slow_rollout(transformer, noises, texts, transitions, window_size=100, num_s
         if transition == "recache":
             # All frames of the window together, each seeing all; a sink from which frames have left stays as it is.
             begin = 0 if held.all() else max(num_sink_frames, int(frame[held & (frame >= num_sink_frames)].min()))
-            frames = torch.cat([part for part, *_ in parts], dim=2)[:, :, begin:]
+            before, frames = torch.cat(outputs, dim=2).tensor_split([begin], dim=2)
             seen = held[: begin * NUM_TOKENS] & (frame[: begin * NUM_TOKENS] < num_sink_frames)
+            if num_sink_frames == 0 and begin > 0:  # they have left: nobody sees them
+                parts, texts_of = [(before, 0, [0.0] * begin, torch.zeros(0, dtype=torch.bool))], texts_of[:1]
             kept = [at for at, (_, start, *_) in enumerate(parts) if start < begin]
             parts = [parts[at] for at in kept] + [(frames, begin, [0.0] * frames.shape[2], seen)]
             texts_of = [texts_of[at] for at in kept] + [text]
@@ -143,7 +145,7 @@ def test_two_changes_with_blending_equal_forwards_over_all_of_the_past(transitio
 
 
 def test_the_transitions_differ():
-    videos = [compare(4, {2: 8}, transition) for transition in ("keep", "recache", "flush", "cut")]
+    videos = [compare(3, {2: 8}, transition) for transition in ("keep", "recache", "flush", "cut")]
     for number, video in enumerate(videos):
         for other in videos[:number]:
             torch.testing.assert_close(video[:, :, : 2 * CHUNK], other[:, :, : 2 * CHUNK])
@@ -155,12 +157,11 @@ def test_the_transitions_differ():
 
 def caches(transition, at=4, num_chunks=6, **others):
     """The state of the cache in the first step of each chunk, and the stream's chunks."""
-    states, pipe = [], latent_pipeline()
+    states, pipe = {}, latent_pipeline()
 
     def callback(pipe, step, timestep, tensors):
-        if step == 0:
-            cache = stream.run.backbone.cache
-            states.append((list(cache.frames), cache.state_dict()["layers"], cache.held_tokens()))
+        cache = stream.run.backbone.cache
+        states.setdefault(stream.index, (list(cache.frames), cache.state_dict()["layers"], cache.held_tokens()))
         return {}
 
     arguments = {"prompt_embeds": embeds(seed=7), "num_inference_steps": 2, "callback_on_step_end": callback}
@@ -180,16 +181,29 @@ def test_a_flush_leaves_the_sink_and_the_last_two_frames(transition, num_sink_fr
     sink = list(range(num_sink_frames))
     assert states[4][0] == [*sink, 10, 11]
     assert states[5][0] == [*sink, 10, 11, 12, 13, 14]
-    assert [frames for frames, *_ in states[:4]] == [frames for frames, *_ in kept[:4]]
+    assert [states[chunk][0] for chunk in range(4)] == [kept[chunk][0] for chunk in range(4)]
     assert len(kept[4][0]) == 9
+
+
+class Evicts(TokenTrimPipeline.ContextPolicy):
+    """Two tokens of all that chunk 2 could read."""
+
+    def __init__(self):
+        self.index = 0
+
+    def review(self, draft):
+        return (1, 4) if self.index == 2 else ()
+
+    def close(self, entered):
+        self.index += 1
+        return {}
 
 
 def test_keys_after_recache_are_those_of_one_masked_forward_over_the_window():
     """Under the new prompt at timestep 0; tokens that were evicted stay so, and nobody sees them."""
-    trims = {"method": "tokentrim", "drift_sensitivity": -9.0, "warmup_chunks": 1, "prune_fraction": 0.4}
-    states, chunks = caches("recache", at=3, num_chunks=4, **trims)
+    states, chunks = caches("recache", at=3, num_chunks=4, method=[Evicts()])
     frames, layers, held = states[3]
-    assert frames == list(range(9)) and 0 < len(held) < 9 * NUM_TOKENS
+    assert frames == list(range(9)) and len(held) == 9 * NUM_TOKENS - 2 * 6
     columns = [frame * NUM_TOKENS + token for frame, token in held]
     mask = torch.zeros(9 * NUM_TOKENS, 9 * NUM_TOKENS, dtype=torch.bool)
     mask[:, columns] = True
@@ -204,7 +218,6 @@ def test_keys_after_recache_are_those_of_one_masked_forward_over_the_window():
     transformer(latents, torch.zeros(1), embeds(seed=8), return_dict=False)
     for index, (key, value) in enumerate(layers):
         for ours, name in ((key, "norm_k"), (value, "to_v")):
-            # The trim of chunk 3 itself comes after this step, so that the cache holds what the forward made.
             torch.testing.assert_close(ours[0].flatten(1), seen[index, name][0, columns], atol=1e-5, rtol=0)
 
 
@@ -309,11 +322,13 @@ class Told(TokenTrimPipeline.ContextPolicy):
 
 
 def test_policies_of_the_videos_that_change_are_told():
-    schedules = [{2: THIRD}, {1: PROMPT, 4: THIRD}]
-    call = settings(6, seeds=(1, 2), method=[Told()], blend_chunks=1)
-    output = full_pipeline()([PROMPT, OTHER], prompt_schedule=schedules, **call)
-    told = [[each["told"] for each in decisions] for decisions in output.decisions]
-    assert told == [[0, 0, 1, 2, 2, 2], [0, 1, 2, 2, 3, 4]]  # a blended change is one change a chunk
+    for blend_chunks, schedules, expected in (
+        (0, [{2: THIRD}, {1: PROMPT, 4: THIRD}], [[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2]]),
+        (1, [{2: THIRD}, {4: THIRD}], [[0, 0, 1, 2, 2, 2], [0, 0, 0, 0, 1, 2]]),  # a change in each chunk
+    ):
+        call = settings(6, seeds=(1, 2), method=[Told()], blend_chunks=blend_chunks)
+        output = full_pipeline()([PROMPT, OTHER], prompt_schedule=schedules, **call)
+        assert [[each["told"] for each in decisions] for decisions in output.decisions] == expected
 
 
 def test_rolling_forcing_changes_with_the_chunks_in_flight():

@@ -74,8 +74,8 @@ def make_video(folder, save_every=2):
         path = folder / f"{index}.pt"
         if path.exists() and not torch.equal(torch.load(path), latents):
             raise AssertionError(f"chunk {index} is another one than before the kill")
-        torch.save(latents, folder / f".{index}")
-        os.replace(folder / f".{index}", path)
+        torch.save(latents, folder / "latents.unfinished")
+        os.replace(folder / "latents.unfinished", path)
         print("chunk", index, flush=True)
 
     if tokentrim_state.has_state(run):
