@@ -2,13 +2,16 @@
 PYTHON = .venv/bin/python
 INSTALLED = .venv/installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast lint clean
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.demo
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q tests
+
+test-fast: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q tests -m "not slow"
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .

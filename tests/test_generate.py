@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import imageio.v3 as imageio
+import numpy as np
 import pytest
 from builders import full_pipeline
 from conftest import ROOT
@@ -166,6 +167,24 @@ def test_an_interrupted_video_with_an_end_is_not_complete(here):
         code, _, said = start_here(nursery, here, *options, interrupt=("x.growing.jsonl", 2))
         assert code == 130 and not (here / "x.mp4").exists() and (here / "x.growing.mp4").is_file()
         assert "--num-frames 1197 --out x.mp4 --state-dir DIR" in said
+
+
+def test_the_long_video_of_the_examples(tmp_path):
+    """Short: 12 chunks, cut by Ctrl-C and started again."""
+    script = "import runpy, sys\nsys.argv = ['long_video.py', '--out', 'x.mp4', '--state-dir', 'run', {}]\n"
+    script += f"runpy.run_path({str(SCRIPT.with_name('long_video.py'))!r}, run_name='__main__')"
+    stops = INTERRUPT.format(log="x.jsonl", lines=3) + script.replace("runpy.run_path", "try:\n    runpy.run_path")
+    stops += "\nexcept KeyboardInterrupt:\n    print('stopped')"
+    with Nursery(HF_HUB_OFFLINE="1") as nursery:
+        printed, _ = nursery.run(stops.format("'--minutes', '0.05'"), tmp_path)
+        assert "stopped" in printed and len(list((tmp_path / "run").iterdir())) == 1
+        nursery.run(script.format("'--minutes', '0.05'"), tmp_path)
+    decisions = read_lines(tmp_path / "x.jsonl")
+    assert [each["chunk"] for each in decisions] == list(range(12))
+    frames = imageio.imread(tmp_path / "x.mp4")
+    assert len(frames) == 36
+    backgrounds = [np.median(frames[at], axis=(0, 1)) for at in (11, 23, 35)]  # blue, yellow, white
+    assert np.abs(backgrounds[1] - backgrounds[0]).max() > 60 and np.abs(backgrounds[2] - backgrounds[1]).max() > 60
 
 
 def test_seeds_do_not_depend_on_the_number_of_prompts(tmp_path):
