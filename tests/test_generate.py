@@ -225,12 +225,29 @@ SHARED = ["--checkpoint", "nowhere"]
         (["a prompt", "--out", "a.mp4", *SHARED, "--num-frames", "-1"], "--num-frames"),
         (["a prompt", "--out", "a.mp4", *SHARED, "--prompt-transition", "jump"], "--prompt-transition"),
         (["--resume"], "--resume needs --state-dir"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--method", "none"], "--method has to be one of plain, tokentrim, "),
     ],
 )
 def test_wrong_usage(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
         main(["generate", *arguments])
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_options_count_more_than_files(here, monkeypatch):
+    jobs = []
+    monkeypatch.setattr("tokentrim.tools.generate.generate_missing", lambda listed, *_: jobs.extend(listed) or 0)
+    (here / "method.json").write_text(json.dumps({"method": "paper", "num_frames": 33, "window_size": 9}))
+    config = ["--config", str(here / "method.json")]
+    assert (
+        main(["generate", "a prompt", "--out", "a.mp4", *SHARED, *config, "--method", "plain", "--num-frames", "9"])
+        == 0
+    )
+    assert main(["generate", "a prompt", "--out", "a.mp4", *SHARED, *config]) == 0
+    assert [job.settings for job in jobs] == [
+        {"method": "plain", "num_frames": 9, "window_size": 9},
+        {"method": "paper", "num_frames": 33, "window_size": 9},
+    ]
 
 
 def test_files_that_are_missing(tmp_path, capsys):
