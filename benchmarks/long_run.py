@@ -92,12 +92,17 @@ def main() -> None:
     parser.add_argument("--decode", action="store_true", help="frames out, not latents")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/long_run"))
+    parser.add_argument("--read", action="store_true", help="a run that was cut: what is in --out, no other chunk")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    pipe = load_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    rows = measure(pipe, args.prompt, args.seed, args.chunks, args.decode, args.out / "chunks.jsonl")
+    log = args.out / "chunks.jsonl"
+    if args.read:
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+    else:
+        torch.set_num_threads(args.threads)
+        pipe = load_pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        rows = measure(pipe, args.prompt, args.seed, args.chunks, args.decode, log)
     print(summary(rows))
     plot(rows).savefig(args.out / "long_run.png", dpi=110)
 
