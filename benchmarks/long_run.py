@@ -56,7 +56,7 @@ def summary(rows: list[dict]) -> str:
     if len(rows) >= EARLY.stop + 100:
         lines.append(f"chunks {EARLY.start} to {EARLY.stop - 1}, and the last 100:")
         for name in ("seconds", "cpu"):
-            values = np.array([row.get(name, np.nan) for row in rows])  # older logs have no seconds of the CPU
+            values = np.array([row[name] for row in rows])
             for what, share in (("median", 0.5), ("lowest tenth", 0.1)):
                 begin, end = np.quantile(values[EARLY], share), np.quantile(values[-100:], share)
                 lines.append(f"  {name} per chunk, {what}: {begin:.3f} and {end:.3f} ({end / begin - 1:+.1%})")
