@@ -15,6 +15,9 @@ test: $(INSTALLED)
 test-fast: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -n auto --dist worksteal -m "not slow" tests
 
+test-fast: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q tests -m "not slow"
+
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
 

@@ -32,7 +32,7 @@ from .tokentrim_attention import check_free
 from .tokentrim_cache import RollingKVCache  # noqa: F401
 from .tokentrim_checks import check, check_int
 from .tokentrim_context import ContextPolicy
-from .tokentrim_decoding import make_decoder
+from .tokentrim_decoding import FrameDecoder, make_decoder
 from .tokentrim_denoising import Prompt  # noqa: F401
 from .tokentrim_encoding import encode_change, encode_given, encode_prompts
 from .tokentrim_far import FARBackbone  # noqa: F401
@@ -50,7 +50,7 @@ from .tokentrim_rollout import Rollout
 from .tokentrim_saving import copy_code, name_our_classes, name_stock_classes
 from .tokentrim_scheduler import lift_scheduler
 from .tokentrim_stability import token_grid  # noqa: F401
-from .tokentrim_state import fingerprint, has_state, load_state, recall, record_call
+from .tokentrim_state import check_same, fingerprint, has_state, load_state, recall, record_call, settings_of
 from .tokentrim_statistics import quantiles  # noqa: F401
 from .tokentrim_stream import Chunk, Stream
 from .tokentrim_video import VideoWriter  # noqa: F401
@@ -296,7 +296,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
 
         # 2. Encode the prompt, and roll out and decode chunk by chunk
         decodes = output_type != "latent" and not self.vae.use_tiling  # tiles are of all frames
-        with Stream(self, self.begin(plan), make_decoder(self.vae) if decodes else None) as stream:
+        with Stream(self, self.begin(plan), self._make_decoder() if decodes else None) as stream:
             chunks = list(stream)
 
         # 3. Put the chunks together
@@ -339,7 +339,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             valid = "a folder without a state: `pipe.resume(state_dir)` goes on with the run that is there"
             check(not has_state(state_dir), "state_dir", str(state_dir), valid)
         run = self.begin(plan_rollout(self, call, may_be_endless=True))
-        decoder = None if run.plan.call["output_type"] == "latent" else make_decoder(self.vae, preview_vae)
+        decoder = None if run.plan.call["output_type"] == "latent" else self._make_decoder(preview_vae)
         return Stream(self, run, decoder, state_dir, save_every, record_call(call))
 
     def resume(self, state_dir: str | os.PathLike, preview_vae: Any = None, **objects) -> Stream:
@@ -355,12 +355,16 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             `ValueError`: no whole state, other weights, or other arguments; what differs is in the message.
         """
         state = load_state(state_dir)
+        check_same(state["settings"], settings_of(self))
+        models = {"transformer": self.transformer, "vae": self.vae, "preview_vae": preview_vae}
+        again = "preview_vae" in state["weights"]
+        check((preview_vae is not None) == again, "preview_vae", preview_vae, "the stream's" if again else "None")
         for name, saved in state["weights"].items():
-            ours = fingerprint(getattr(self, name))
+            ours = fingerprint(models[name])
             check(ours == saved, name, f"of fingerprint {ours}", f"the weights that the run began with, {saved}")
         run = self.begin(plan_rollout(self, recall(state["call"], objects), may_be_endless=True))
         run.load_state_dict(state["run"])
-        decoder = None if state["decoder"] is None else make_decoder(self.vae, preview_vae)
+        decoder = None if state["decoder"] is None else self._make_decoder(preview_vae)
         if decoder is not None:
             decoder.load_state_dict(state["decoder"])
         return Stream(self, run, decoder, state_dir, state["save_every"], state["call"], state["files"])
@@ -368,6 +372,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
     def plan(self, *args, **kwargs) -> RolloutPlan:
         """What a call with these arguments would do, completed from the checkpoint and checked; no model runs."""
         return plan_rollout(self, self._bind(*args, **kwargs))
+
+    def _make_decoder(self, preview_vae: Any = None) -> FrameDecoder:
+        return make_decoder(self.vae, preview_vae, self.vae_scale_factor_temporal)
 
     def _bind(self, *args, **kwargs) -> dict:
         call = inspect.signature(self.__call__).bind(*args, **kwargs)

@@ -109,6 +109,9 @@ class Rollout:
         """A change from chunk `index` on, with embeddings (text, dim) for each video, `None` where they stay."""
         before = [chunk for chunk in self.changes if chunk < index]
         old = self.changes[max(before)][0] if before else self.denoiser.prompt.embeds
+        for row in rows:
+            valid = "embeddings (batch, {}, {}) like those before".format(*old.shape[1:])
+            check(row is None or row.shape == old.shape[1:], "prompt", row, valid)
         new = torch.stack([kept if row is None else row.to(kept) for kept, row in zip(old, rows, strict=True)])
         for offset, embeds in enumerate(blended(old, new, change.blend_chunks)):
             again = offset == 0 or change.transition == "recache"
@@ -175,7 +178,7 @@ class Rollout:
         """All that are drawn from while the run goes on."""
         given = self.plan.call["generator"]
         given = given if isinstance(given, list) else [torch.default_generator if given is None else given]
-        return [*given, *(each for each in self.denoiser.solver_generators or [] if each not in given)]
+        return [*given, *(self.denoiser.solver_generators or [])]
 
     def _call_back(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """`callback_on_step_end`: it may change the latents and the prompt."""
@@ -199,9 +202,15 @@ class Rollout:
 
 
 def _solver_generators(scheduler: Any, generator: Any, num_videos: int) -> list[torch.Generator] | None:
-    """One generator for each video, for schedulers that draw inside `step`: some videos may have to replay."""
-    if not scheduler.draws_inside or isinstance(generator, list):
-        return generator if scheduler.draws_inside else None
-    device = generator.device if generator is not None else None
-    seeds = torch.randint(2**62, (num_videos,), generator=generator, device=device)
-    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    """One generator for each video, for schedulers that draw inside `step`: some videos may have to replay. They are not
+    those of the noise, which goes on meanwhile; their seeds come from a copy, so that the noise does not depend on the
+    scheduler."""
+    if not scheduler.draws_inside:
+        return None
+    given = generator if isinstance(generator, list) else [torch.default_generator if generator is None else generator]
+    seeds = []
+    for each in given:
+        copied = torch.Generator(each.device)
+        copied.set_state(each.get_state())
+        seeds += torch.randint(2**62, (num_videos // len(given),), generator=copied, device=each.device).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

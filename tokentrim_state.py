@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .tokentrim_checks import check
@@ -20,7 +21,7 @@ STATE, TENSORS = "state.json", "tensors.safetensors"
 
 def save_state(folder: str | os.PathLike, number: int, state: dict) -> Path:
     """
-    Write a state as `folder/state-<number>`, then remove the ones before it.
+    Write a state as `folder/state-<number>` (where that is taken, `state-<number>-001`), then remove the others.
 
     Args:
         folder (`str` or `os.PathLike`): made where it does not exist.
@@ -35,23 +36,27 @@ def save_state(folder: str | os.PathLike, number: int, state: dict) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"state-{number:08}"
+    names = [f"state-{number:08}", *(f"state-{number:08}-{again:03}" for again in range(1, 1000))]
+    target = next(folder / name for name in names if not (folder / name).exists())  # the one before stays meanwhile
     unfinished = folder / f".{target.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.rmtree(target, ignore_errors=True)
     unfinished.mkdir()
     try:
         tensors: dict[str, torch.Tensor] = {}
         plain = _without_tensors(state, tensors)
         save_file(tensors, unfinished / TENSORS)
-        record = {"version": STATE_VERSION, "tensors_sha256": _sha256(unfinished / TENSORS), "state": plain}
-        (unfinished / STATE).write_text(json.dumps(record))
+        sums = [_sha256(json.dumps(plain).encode()), _sha256_of_file(unfinished / TENSORS)]
+        (unfinished / STATE).write_text(json.dumps({"version": STATE_VERSION, "sha256": sums, "state": plain}))
         for path in (unfinished / TENSORS, unfinished / STATE, unfinished):
             _sync(path)
         os.replace(unfinished, target)
         _sync(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            number = error.errno if isinstance(error, OSError) else None
+            told = f"The state could not be written, the one before is still there: {error}"
+            raise OSError(number, told, str(target)) from error
         raise
     for older in _states(folder):
         if older != target:
@@ -70,23 +75,31 @@ def load_state(folder: str | os.PathLike) -> dict:
     for path in reversed(_states(Path(folder))):
         try:
             record = json.loads((path / STATE).read_text())
-            whole = _sha256(path / TENSORS) == record["tensors_sha256"]
+            version = record["version"]
         except (OSError, KeyError, TypeError, ValueError):
-            whole = False
-        if not whole:
             damaged.append(path.name)
             continue
-        version = record["version"]
-        check(
-            version <= STATE_VERSION, "state_dir", f"{path}, version {version}", f"of version {STATE_VERSION} or older"
-        )
-        return _with_tensors(record["state"], load_file(path / TENSORS))
+        valid = f"of version {STATE_VERSION} or older"
+        check(version <= STATE_VERSION, "state_dir", f"{path}, version {version}", valid)
+        try:
+            plain = json.dumps(record["state"])
+            if [_sha256(plain.encode()), _sha256_of_file(path / TENSORS)] == record["sha256"]:
+                return _with_tensors(record["state"], load_file(path / TENSORS))
+        except (OSError, KeyError):
+            pass
+        damaged.append(path.name)
     valid = "a folder with a whole state" + (f", but {', '.join(damaged)} are damaged" if damaged else "")
     raise ValueError(f"`state_dir` has to be {valid}; it is {str(folder)!r}.")
 
 
 def has_state(folder: str | os.PathLike) -> bool:
     return bool(_states(Path(folder)))
+
+
+def remove_states(folder: str | os.PathLike) -> None:
+    """Of a run that is over."""
+    for path in _states(Path(folder)):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def fingerprint(module: torch.nn.Module) -> str:
@@ -97,6 +110,22 @@ def fingerprint(module: torch.nn.Module) -> str:
         sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.float32)
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def settings_of(pipe: Any) -> dict:
+    """What a checkpoint says beside its weights, as JSON has it: the pipeline's settings and the scheduler's."""
+    scheduler = {"scheduler": type(pipe.scheduler).__name__}
+    scheduler |= {f"scheduler.{name}": value for name, value in pipe.scheduler.config.items()}
+    own = {name: value for name, value in pipe.config.items() if not isinstance(value, (list, tuple))}
+    hidden = [name for name in {**own, **scheduler} if name.split(".")[-1].startswith("_")]
+    plain = {name: value for name, value in {**own, **scheduler}.items() if name not in hidden}
+    return json.loads(json.dumps(plain, default=str))
+
+
+def check_same(saved: dict, ours: dict) -> None:
+    """Refuse a checkpoint that says something else than the one that the run began with."""
+    for name in sorted({*saved, *ours}):
+        check(saved.get(name) == ours.get(name), name, ours.get(name), f"{saved.get(name)!r}, as the run began")
 
 
 def record_call(call: dict) -> dict:
@@ -161,15 +190,23 @@ def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, list):
         return [_with_tensors(each, tensors) for each in value]
     if isinstance(value, dict) and "tensor" in value:
-        return tensors[value["tensor"]].to(value["device"] if value["device"] != "meta" else "cpu")
+        # A copy: in the file a tensor may begin anywhere, and a matrix product's last bits depend on that.
+        return tensors[value["tensor"]].clone().to(value["device"] if value["device"] != "meta" else "cpu")
     if isinstance(value, dict):
         return {_with_tensors(key, tensors): _with_tensors(each, tensors) for key, each in value["dict"]}
     return value
 
 
-def _sha256(path: Path) -> str:
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sha256_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while content := file.read(2**20):
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

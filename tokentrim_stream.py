@@ -19,7 +19,7 @@ from .tokentrim_output import as_array, as_uint8, decision_event
 from .tokentrim_plan import is_far
 from .tokentrim_prompts import check_change, make_change
 from .tokentrim_rollout import Rollout
-from .tokentrim_state import fingerprint, save_state
+from .tokentrim_state import fingerprint, save_state, settings_of
 from .tokentrim_video import LineWriter, VideoWriter, numbered
 
 
@@ -152,12 +152,13 @@ class Stream:
         """Save the run as it is between two chunks, by default to its `state_dir`."""
         run, folder = self._running(), self._state_dir if folder is None else folder
         if self._weights is None:
-            self._weights = {name: fingerprint(getattr(self._pipe, name)) for name in self._models()}
+            self._weights = {name: fingerprint(model) for name, model in self._models().items()}
         check(folder is not None, "folder", folder, "given for a stream without `state_dir`")
         state = {
             "call": self._call,
             "save_every": self._save_every,
             "weights": self._weights,
+            "settings": settings_of(self._pipe),
             "run": run.state_dict(),
             "decoder": None if self.decoder is None else self.decoder.state_dict(),
             "files": [[str(file.path), file.state] for file in (*self._writers, *self._logs)],
@@ -212,9 +213,13 @@ class Stream:
             self._writers = [VideoWriter(path, fps) for path in paths]
             self._logs = [LineWriter(path) for path in logs]
 
-    def _models(self) -> list[str]:
+    def _models(self) -> dict[str, torch.nn.Module]:
         """What the outcome depends on."""
-        return ["transformer"] if self.decoder is None else ["transformer", "vae"]
+        models = {"transformer": self._pipe.transformer}
+        if self.decoder is not None:
+            is_preview = self.decoder.vae is not self._pipe.vae
+            models["preview_vae" if is_preview else "vae"] = self.decoder.vae
+        return models
 
     def _running(self) -> Rollout:
         if self.run is None:

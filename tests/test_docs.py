@@ -143,10 +143,12 @@ def test_commands_parse(fence, command, only_parse, monkeypatch):
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
         assert set(arguments) <= set(targets)
-    elif program in ("tokentrim", "examples/generate.py") or program.split(".")[0] in ("evaluation", "benchmarks"):
-        module = {"tokentrim": "tokentrim.tools.cli", "examples/generate.py": "examples.generate"}.get(
-            program, program
-        )
+    elif (
+        program == "tokentrim"
+        or program.startswith("examples/")
+        or program.split(".")[0] in ("evaluation", "benchmarks")
+    ):
+        module = "tokentrim.tools.cli" if program == "tokentrim" else program.removesuffix(".py").replace("/", ".")
         monkeypatch.setattr(sys, "argv", [program, *arguments])
         module = importlib.import_module(module)
         given = [["generate", "--checkpoint", "tiny", *arguments]] if program == "examples/generate.py" else []

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import imageio.v3 as imageio
+import numpy as np
 import pytest
 from builders import full_pipeline
 from conftest import ROOT
@@ -12,7 +14,7 @@ from diffusers import FlowMatchLCMScheduler
 from fresh import Nursery
 
 from tokentrim.tools.cli import main
-from tokentrim.tools.generate import read_jobs, read_settings
+from tokentrim.tools.generate import read_jobs, read_schedule, read_settings
 
 
 SCRIPT = ROOT / "examples" / "generate.py"
@@ -69,19 +71,120 @@ def test_many_prompts(here):
         assert "1 to generate, 2 there already" in printed and "1 done, 0 failed\nexit 0" in printed
         assert {name: (here / "two" / name).stat().st_mtime_ns for name in written} == written
         assert "exit 0" in start(nursery, here, "--prompts", "prompts.txt", "--out", "one")
-        assert sorted(contents(here / "one")) == sorted(f"{name}.{kind}" for name in NAMES for kind in ("mp4", "json"))
+        assert sorted(contents(here / "one")) == sorted(
+            f"{name}.{kind}" for name in NAMES for kind in ("mp4", "json", "jsonl")
+        )
         assert contents(here / "one") == contents(here / "two")
-        assert not list((here / "two").glob(".*"))
+        assert not list((here / "two").glob("*growing*"))
 
         assert "exit 0" in start(nursery, here, PROMPTS[2], "--out", "deep/down/square.mp4", "--seed", "2")
         assert (here / "deep" / "down" / "square.mp4").read_bytes() == contents(here / "one")[f"{NAMES[1]}.mp4"]
         assert "0 to generate, 1 there already" in start(nursery, here, PROMPTS[2], "--out", "deep/down/square.mp4")
 
-    records = [json.loads((here / "one" / f"{name}.json").read_text()) for name in NAMES]
-    found = [(record["prompt"], record["seed"], len(record["decisions"])) for record in records]
-    assert found == [(PROMPTS[number], number, 3) for number in (0, 2, 3)]
-    trims = [decision["trim"] for record in records for decision in record["decisions"]]
-    assert any(trims)  # at the sensitivity of the second config file, half of the chunks after warm-up
+    record = json.loads((here / "one" / f"{NAMES[1]}.json").read_text())
+    assert (record["prompt"], record["seed"]) == (PROMPTS[2], 2) and record["arguments"]["num_frames"] == 33
+    decisions = read_lines(here / "one" / f"{NAMES[1]}.jsonl")
+    assert [each["chunk"] for each in decisions] == [0, 1, 2]
+    assert decisions[2]["threshold"] == pytest.approx(decisions[1]["severity"])  # the sensitivity of the second config
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# Ctrl-C when so many decisions are in the file.
+INTERRUPT = """
+import os, signal, threading, time
+from pathlib import Path
+
+def interrupt():
+    while not Path({log!r}).exists() or Path({log!r}).read_text().count("\\n") < {lines}:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt, daemon=True).start()
+"""
+
+
+def start_here(nursery, folder, *arguments, interrupt=None):
+    """`tokentrim generate`: exit code, stdout, and what is said on stderr."""
+    script = "" if interrupt is None else INTERRUPT.format(log=interrupt[0], lines=interrupt[1])
+    script += f"import sys\nsys.argv = ['tokentrim', 'generate', *{list(arguments)}]\n"
+    script += "from tokentrim.tools.cli import main\ntry:\n    print('exit', main())\n"
+    printed, said = nursery.run(f"{script}except SystemExit as end:\n    print('exit', end.code)", folder)
+    return int(printed.split()[-1]), printed, "\n".join(said)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_files(here):
+    (here / "schedule.json").write_text(json.dumps({"2": PROMPTS[2], "6": PROMPTS[3]}))
+    options = [
+        PROMPTS[0],
+        *OPTIONS,
+        "--num-frames",
+        "117",
+        "--seed",
+        "3",
+        "--method",
+        '["tokentrim", "tokentrim_plus"]',
+    ]
+    options += ["--prompt-schedule", "schedule.json", "--prompt-transition", "flush"]
+    with Nursery(HF_HUB_OFFLINE="1") as nursery:
+        whole = start_here(nursery, here, *options, "--out", "whole/x.mp4")
+        assert whole[0] == 0 and "1 done, 0 failed" in whole[1], whole
+        options += ["--out", "cut/x.mp4", "--state-dir", "a run", "--save-every", "2"]
+        code, _, said = start_here(nursery, here, *options, interrupt=("cut/x.growing.jsonl", 4))
+        assert code == 130
+        assert f"To go on:\n  tokentrim generate --state-dir '{here / 'a run'}' --resume" in said
+        assert sorted(contents(here / "cut")) == ["x.growing.jsonl", "x.growing.mp4"]
+        assert len(list(imageio.imiter(here / "cut" / "x.growing.mp4"))) >= 45  # it plays
+        assert start_here(nursery, here, *options)[0] == 1  # a run is there
+        code, _, said = start_here(nursery, here, "--state-dir", "a run", "--resume", "--seed", "4")
+        assert code == 2 and "--seed: the run began with 3, not 4" in said
+        code, printed, said = start_here(nursery, here, "--state-dir", "a run", "--resume")
+        assert code == 0 and "1 done, 0 failed" in printed, said
+        assert contents(here / "cut") == contents(here / "whole")
+        assert len(read_lines(here / "cut" / "x.jsonl")) == 10
+        assert not list((here / "a run").glob("state-*"))  # they are of no use any more
+        assert "0 to generate, 1 there already" in start_here(nursery, here, "--state-dir", "a run", "--resume")[2]
+
+
+def test_a_video_without_an_end_is_complete_at_ctrl_c(here):
+    with Nursery(HF_HUB_OFFLINE="1") as nursery:
+        options = [PROMPTS[0], *OPTIONS, "--num-frames", "endless"]
+        done = start_here(nursery, here, *options, "--out", "x.mp4", interrupt=("x.growing.jsonl", 3))
+        assert done[0] == 0 and "1 done, 0 failed" in done[1]
+        assert (here / "x.mp4").is_file() and len(read_lines(here / "x.jsonl")) >= 3
+
+        options[-1] = "0"  # the same; with a state it can go on
+        options += ["--out", "y.mp4", "--state-dir", "run"]
+        code, _, said = start_here(nursery, here, *options, interrupt=("y.growing.jsonl", 3))
+        assert code == 130 and "--resume" in said and not (here / "y.mp4").exists()
+
+
+def test_an_interrupted_video_with_an_end_is_not_complete(here):
+    with Nursery(HF_HUB_OFFLINE="1") as nursery:
+        options = [PROMPTS[0], *OPTIONS, "--num-frames", "1197", "--out", "x.mp4"]
+        code, _, said = start_here(nursery, here, *options, interrupt=("x.growing.jsonl", 2))
+        assert code == 130 and not (here / "x.mp4").exists() and (here / "x.growing.mp4").is_file()
+        assert "--num-frames 1197 --out x.mp4 --state-dir DIR" in said
+
+
+def test_the_long_video_of_the_examples(tmp_path):
+    """Short: 12 chunks, cut by Ctrl-C and started again."""
+    script = "import runpy, sys\nsys.argv = ['long_video.py', '--out', 'x.mp4', '--state-dir', 'run', {}]\n"
+    script += f"runpy.run_path({str(SCRIPT.with_name('long_video.py'))!r}, run_name='__main__')"
+    stops = INTERRUPT.format(log="x.jsonl", lines=3) + script.replace("runpy.run_path", "try:\n    runpy.run_path")
+    stops += "\nexcept KeyboardInterrupt:\n    print('stopped')"
+    with Nursery(HF_HUB_OFFLINE="1") as nursery:
+        printed, _ = nursery.run(stops.format("'--minutes', '0.05'"), tmp_path)
+        assert "stopped" in printed and len(list((tmp_path / "run").iterdir())) == 1
+        nursery.run(script.format("'--minutes', '0.05'"), tmp_path)
+    decisions = read_lines(tmp_path / "x.jsonl")
+    assert [each["chunk"] for each in decisions] == list(range(12))
+    frames = imageio.imread(tmp_path / "x.mp4")
+    assert len(frames) == 36
+    backgrounds = [np.median(frames[at], axis=(0, 1)) for at in (11, 23, 35)]  # blue, yellow, white
+    assert np.abs(backgrounds[1] - backgrounds[0]).max() > 60 and np.abs(backgrounds[2] - backgrounds[1]).max() > 60
 
 
 def test_seeds_do_not_depend_on_the_number_of_prompts(tmp_path):
@@ -99,6 +202,15 @@ def test_later_settings_count(here):
             read_settings([here / "bad.json"])
 
 
+def test_schedules_have_chunks(here):
+    (here / "schedule.json").write_text('{"4": "a", "20": "b"}')
+    assert read_schedule(here / "schedule.json") == {4: "a", 20: "b"}
+    for content in ('["a"]', '{"four": "a"}', "{"):
+        (here / "bad.json").write_text(content)
+        with pytest.raises(ValueError, match="bad.json has to hold one JSON object of chunks and prompts"):
+            read_schedule(here / "bad.json")
+
+
 SHARED = ["--checkpoint", "nowhere"]
 
 
@@ -109,6 +221,10 @@ SHARED = ["--checkpoint", "nowhere"]
         (["a prompt", "--prompts", "prompts.txt", "--out", "videos", *SHARED], "not allowed with"),
         (["--out", "a.mp4", *SHARED], "one of the arguments"),
         (["a prompt", "--out", "a.mp4"], "required: --checkpoint"),
+        (["a prompt", *SHARED], "required: --out"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--num-frames", "-1"], "--num-frames"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--prompt-transition", "jump"], "--prompt-transition"),
+        (["--resume"], "--resume needs --state-dir"),
         (["a prompt", "--out", "a.mp4", *SHARED, "--method", "none"], "--method has to be one of plain, tokentrim, "),
     ],
 )
@@ -136,6 +252,8 @@ def test_options_count_more_than_files(here, monkeypatch):
 
 def test_files_that_are_missing(tmp_path, capsys):
     none = str(tmp_path / "none")
+    assert main(["generate", "--state-dir", none, "--resume"]) == 1
+    assert "No such file or directory" in capsys.readouterr().err
     for arguments in (["--prompts", none, "--out", "videos"], ["a prompt", "--out", "a.mp4", "--config", none]):
         assert main(["generate", *arguments, *SHARED]) == 1
         assert f"No such file or directory: '{none}'" in capsys.readouterr().err

@@ -1,11 +1,14 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""One video or a thousand, on one device or many: what is missing is generated, what is there already is skipped."""
+"""One video or a thousand, on one device or many: what is missing is generated, what is there already is skipped.
+
+Each video grows as `x.growing.mp4`, which plays up to its last chunk, with its decisions in `x.growing.jsonl`. When it
+is complete and verified, both lose the `.growing`, and `x.json` says what was asked for.
+"""
 
 import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,10 +18,15 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
+from imageio_ffmpeg import count_frames_and_secs
 from tqdm import tqdm
+
+from ..tokentrim_state import has_state, remove_states
+from ..tokentrim_video import numbered
 
 
 PIPELINE = Path(__file__).parent.parent / "pipeline_tokentrim.py"
+NUM_FRAMES = 81  # of a call that says nothing
 
 
 class Job(NamedTuple):
@@ -26,6 +34,7 @@ class Job(NamedTuple):
     seed: int
     path: Path
     settings: dict  # arguments of the call
+    state_dir: Path | None = None  # where the run is saved
 
 
 def read_settings(paths: Sequence[Path]) -> dict:
@@ -44,25 +53,111 @@ def read_settings(paths: Sequence[Path]) -> dict:
     return settings
 
 
-def read_jobs(prompts: Path, out: Path, seed: int, settings: dict) -> list[Job]:
-    """A job for each line of a file that has words: line n, from 0, makes out/n-its-words.mp4 with seed `seed` + n."""
+def read_schedule(path: Path) -> dict[int, str]:
+    """
+    Prompts by chunk, from a JSON file.
+
+    Raises:
+        `ValueError`: it does not hold one JSON object whose keys are chunks.
+    """
+    try:
+        return {int(chunk): prompt for chunk, prompt in json.loads(path.read_text()).items()}
+    except (AttributeError, ValueError) as error:
+        valid = 'one JSON object of chunks and prompts, {"20": "a green circle"}'
+        raise ValueError(f"{path} has to hold {valid}: {error}") from error
+
+
+def read_jobs(prompts: Path, out: Path, seed: int, settings: dict, state_dir: Path | None = None) -> list[Job]:
+    """A job for each line of a file that has words: line n, from 0, makes out/n-its-words.mp4 with seed `seed` + n, and
+    saves to state_dir/n-its-words."""
     jobs = []
     for number, line in enumerate(prompts.read_text().splitlines()):
         words = re.sub(r"\W+", "-", line.lower()).strip("-")[:60]
         if words:
-            jobs.append(Job(line.strip(), seed + number, out / f"{number:05}-{words}.mp4", settings))
+            name = f"{number:05}-{words}"
+            folder = None if state_dir is None else state_dir / name
+            jobs.append(Job(line.strip(), seed + number, out / f"{name}.mp4", settings, folder))
     return jobs
 
 
-def generate_video(pipe: DiffusionPipeline, job: Job, fps: float) -> None:
-    """Write one video and, beside it, a .json of its decisions. The video appears when it is complete."""
-    output = pipe(job.prompt, generator=torch.Generator().manual_seed(job.seed), **job.settings)
+def generate_video(
+    pipe: DiffusionPipeline,
+    job: Job,
+    fps: float = 16,
+    save_every: int = 10,
+    resume: bool = False,
+    progress: bool = True,
+) -> None:
+    """
+    Write one video, a .jsonl of its decisions, one chunk on a line, and a .json of what was asked for.
+
+    Args:
+        pipe ([`TokenTrimPipeline`]): the pipeline.
+        job ([`Job`]): with `num_frames=None` in its settings it goes on until Ctrl-C; it is complete then, unless it has a
+            `state_dir` and may go on.
+        fps (`float`, defaults to `16`): frames per second.
+        save_every (`int`, defaults to `10`): chunks between two states.
+        resume (`bool`, defaults to `False`): whether to go on with the state in `job.state_dir`, if there is one.
+        progress (`bool`, defaults to `True`): whether to show the stream's bar.
+    """
+    growing = growing_path(job.path)
+    pairs = [(growing_of, path) for growing_of, path in zip(videos_of(job, growing), videos_of(job, job.path))]
     job.path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=job.path.parent) as partial:
-        video = output.save_video(Path(partial) / job.path.name, fps)
-        record = {"prompt": job.prompt, "seed": job.seed, "decisions": output.decisions[0]}
-        job.path.with_suffix(".json").write_text(json.dumps(record))
-        os.replace(video, job.path)
+    settings = {"num_frames": NUM_FRAMES, **job.settings}
+    if resume and job.state_dir is not None and has_state(job.state_dir):
+        for unfinished, path in pairs:  # where it was stopped between the renames
+            log, growing_log = path.with_suffix(".jsonl"), unfinished.with_suffix(".jsonl")
+            if log.exists() and not growing_log.exists():
+                os.replace(log, growing_log)
+        stream = pipe.resume(job.state_dir)
+    else:
+        generator = torch.Generator().manual_seed(job.seed)
+        saving = {"state_dir": job.state_dir, "save_every": save_every}
+        stream = pipe.stream(job.prompt, generator=generator, **saving, **settings)
+    plan = stream.run.plan
+    try:
+        with stream:
+            stream.save_video(growing, fps, progress)
+    except KeyboardInterrupt:
+        complete = plan.is_endless and job.state_dir is None and all(path.stat().st_size for path, _ in pairs)
+        if not complete:
+            raise
+    else:
+        for unfinished, _ in pairs:
+            verify(unfinished, [plan.chunk_frames(index) for index in range(len(plan.chunk_partition))])
+    record = {"prompt": job.prompt, "seed": job.seed, "fps": fps, "arguments": job.settings}
+    for unfinished, path in pairs:
+        os.replace(unfinished.with_suffix(".jsonl"), path.with_suffix(".jsonl"))
+        path.with_suffix(".json").write_text(json.dumps(record))
+        os.replace(unfinished, path)  # last: a video that is there is complete
+    if job.state_dir is not None:
+        remove_states(job.state_dir)
+
+
+def growing_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.growing{path.suffix}")
+
+
+def videos_of(job: Job, path: Path) -> list[Path]:
+    """The files of a job's videos: one, but for `num_videos_per_prompt`."""
+    num_videos = job.settings.get("num_videos_per_prompt", 1)
+    return [numbered(path, video, num_videos) for video in range(num_videos)]
+
+
+def verify(path: Path, chunk_frames: Sequence[int]) -> None:
+    """
+    A growing video and its decisions are complete.
+
+    Raises:
+        `OSError`: a frame or a decision is missing, or cannot be read.
+    """
+    num_frames, num_lines = count_frames_and_secs(str(path))[0], path.with_suffix(".jsonl").read_text().count("\n")
+    for found, expected, what in (
+        (num_frames, sum(chunk_frames), "frames"),
+        (num_lines, len(chunk_frames), "decisions"),
+    ):
+        if found != expected:
+            raise OSError(f"{path} has {found} {what} instead of {expected}.")
 
 
 def load_pipeline(checkpoint: str, dtype: str, state: PartialState) -> DiffusionPipeline:
@@ -78,7 +173,14 @@ def load_pipeline(checkpoint: str, dtype: str, state: PartialState) -> Diffusion
     return pipe
 
 
-def generate_missing(jobs: Sequence[Job], checkpoint: str, dtype: str = "float32", fps: float = 16) -> int:
+def generate_missing(
+    jobs: Sequence[Job],
+    checkpoint: str,
+    dtype: str = "float32",
+    fps: float = 16,
+    save_every: int = 10,
+    resume: bool = False,
+) -> int:
     """
     Generate the videos that are missing, split over the processes of accelerate or torchrun.
 
@@ -86,14 +188,15 @@ def generate_missing(jobs: Sequence[Job], checkpoint: str, dtype: str = "float32
         jobs (`Sequence[Job]`): one for each video.
         checkpoint (`str`): folder or Hub id.
         dtype (`str`, defaults to `"float32"`): of the weights.
-        fps (`float`, defaults to `16`): frames per second of the videos.
+        fps (`float`, defaults to `16`), save_every (`int`, defaults to `10`), resume (`bool`, defaults to `False`):
+            see [`generate_video`].
 
     Returns:
         `int`: how many failed, in all processes. A video that fails is reported, and the others go on.
     """
     # The first process to finish waits for the last one.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
-    todo = [job for job in jobs if not job.path.is_file()]
+    todo = [job for job in jobs if not all(path.is_file() for path in videos_of(job, job.path))]
     state.print(f"{len(todo)} to generate, {len(jobs) - len(todo)} there already", file=sys.stderr)
     if not todo:
         return 0
@@ -103,9 +206,10 @@ def generate_missing(jobs: Sequence[Job], checkpoint: str, dtype: str = "float32
 
     failed = []
     with state.split_between_processes(todo) as mine:
-        for job in tqdm(mine, desc=f"process {state.process_index}", position=state.process_index):
+        several = {"desc": f"process {state.process_index}", "position": state.process_index}
+        for job in tqdm(mine, **several, disable=len(todo) == 1):
             try:
-                generate_video(pipe, job, fps)
+                generate_video(pipe, job, fps, save_every, resume, progress=len(todo) == 1)
             except Exception as error:  # whatever it is, the other prompts are worth their videos
                 failed.append(f"{job.path}: {type(error).__name__}: {error}")
     failed = gather_object(failed)
