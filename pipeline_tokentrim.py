@@ -36,8 +36,10 @@ from .tokentrim_decoding import make_decoder
 from .tokentrim_denoising import Prompt  # noqa: F401
 from .tokentrim_encoding import encode_change, encode_given, encode_prompts
 from .tokentrim_far import FARBackbone  # noqa: F401
+from .tokentrim_field_layouts import InfinityRope  # noqa: F401
 from .tokentrim_flowmo import FlowMo  # noqa: F401
 from .tokentrim_layout import Layout, View
+from .tokentrim_layouts import make_layout  # noqa: F401
 from .tokentrim_methods import make_method  # noqa: F401
 from .tokentrim_output import TokenTrimPipelineOutput, concatenated
 from .tokentrim_plan import RolloutPlan, plan_rollout

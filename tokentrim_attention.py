@@ -217,14 +217,14 @@ class WanBackbone:
 
     def recache(self, text: torch.Tensor, attention_kwargs: dict[str, Any] | None) -> None:
         """Encode the window again under another prompt, all its frames together, each seeing all (LongLive, arXiv
-        2509.22622). A sink from which frames have left stays as it is, and is read."""
-        cache, sink = self.cache, getattr(self.cache.layout, "num_sink_frames", 0)
-        is_whole = cache.frames == list(range(cache.next_frame))
-        frames = [frame for frame in cache.frames if is_whole or frame >= sink]
+        2509.22622). What the layout leaves as it is, is read."""
+        cache = self.cache
+        stay, frames = cache.layout.recache(list(cache.frames))
         if not frames:
             return
         held = cache.held_table(frames).flatten(1)  # what was evicted stays so
-        cache.truncate(frames[0])
+        cache.retain(stay)
+        cache.next_frame = frames[0]
         book = replace(TokenBook.of_frames(frames, cache.tokens_per_frame, cache.num_videos), held=held)
         cache.begin_pass(len(frames), Pass("recache"), book)
         latents = torch.cat([self.context[frame] for frame in frames], dim=2)

@@ -145,7 +145,11 @@ class RollingKVCache:
     def make_room(self, num_frames: int) -> None:
         """Before a chunk of `num_frames` latent frames: what the layout does not keep leaves."""
         new = list(range(self.next_frame, self.next_frame + num_frames))
-        kept = set(self.layout.keep(list(self.frames), new))
+        self.retain(self.layout.keep(list(self.frames), new))
+
+    def retain(self, frames: Iterable[int]) -> None:
+        """All frames but these leave."""
+        kept = set(frames)
         if kept != set(self.frames):
             self.drop(~torch.isin(self.book.frame, torch.tensor(sorted(kept), dtype=torch.long)))
             self.frames = [frame for frame in self.frames if frame in kept]
@@ -154,10 +158,11 @@ class RollingKVCache:
     def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> None:
         """Hard pruning (eq. 9, 10): `tokens[video]` are grid indices to remove from all its unprotected frames, or from
         those since a certain one."""
-        gone, first = torch.zeros_like(self.book.held), max(since_frame, self.num_protected_frames)
+        gone, sink = torch.zeros_like(self.book.held), self._sink()
+        first = max(since_frame, self.num_protected_frames)
         for video, indices in tokens.items():
             named = torch.isin(self.book.token[video], torch.tensor(sorted(indices), dtype=torch.long))
-            gone[video] = named & (self.book.frame[video] >= first)
+            gone[video] = named & (self.book.frame[video] >= first) & ~torch.isin(self.book.frame[video], sink)
         self.drop(gone)
 
     def drop(self, gone: torch.Tensor) -> None:
@@ -179,10 +184,8 @@ class RollingKVCache:
 
     def flush(self, is_cut: bool = False) -> None:
         """A change of prompt: what the layout does not keep through it leaves; after a cut, the next chunk stands apart."""
-        kept = set(self.layout.flush(list(self.frames)))
-        self.drop(~torch.isin(self.book.frame, torch.tensor(sorted(kept), dtype=torch.long)))
-        self.frames, self._is_cut = [frame for frame in self.frames if frame in kept], is_cut
-        self._forget_views()
+        self.retain(self.layout.flush(list(self.frames)))
+        self._is_cut = is_cut
 
     def held_table(self, frames: Sequence[int]) -> torch.Tensor:
         """Which tokens of some latent frames are held, (B, frames, tokens of a frame)."""
@@ -306,6 +309,11 @@ class RollingKVCache:
 
     # 3. Inside
 
+    def _sink(self) -> torch.Tensor:
+        """The frames that the layout saves from eviction."""
+        sink = getattr(self.layout, "sink", None)
+        return torch.tensor([] if sink is None else sink(list(self.frames)), dtype=torch.long)
+
     def _changed(self) -> None:
         self.version += 1
         self._forget_views()
@@ -332,16 +340,34 @@ class RollingKVCache:
         and the columns of memory, unless that is all of it as it lies there."""
         if "reading" not in self._memo:
             frames, book, columns = self._view.frames, self.book, None
-            order = torch.full((self.next_frame + 1,), len(frames), dtype=torch.long)
-            order[torch.tensor(frames, dtype=torch.long)] = torch.arange(len(frames))
-            index = order[book.frame.clamp(max=self.next_frame)].where(book.held, len(frames))  # its length: not read
+            index = torch.cat([self._order(places) for places in self._places(frames)], dim=1)
             held = index < len(frames)
             last = index.masked_fill(~held, -1).cummax(dim=1).values  # of what is read so far; padding may lie between
             if not torch.equal(held, book.held) or bool((held & (index < last)).any()):
-                columns = index.argsort(dim=1, stable=True)[:, : int(held.sum(dim=1).max())]
-                book, index = book.taken(columns, held), index.gather(1, columns)
+                taken = index.argsort(dim=1, stable=True)[:, : int(held.sum(dim=1).max())]
+                columns = taken % book.held.shape[1]
+                book = replace(book.taken(columns, book.held), held=held.gather(1, taken))
+                index = index.gather(1, taken)
             self._memo["reading"] = (book, index, columns)
         return self._memo["reading"]
+
+    @staticmethod
+    def _places(frames: Sequence[int]) -> list[dict[int, int]]:
+        """Where each frame is among `frames`; where it is read the second time, in a second dict, and so on."""
+        rounds: list[dict[int, int]] = [{}]
+        for place, frame in enumerate(frames):
+            free = next((places for places in rounds if frame not in places), None)
+            if free is None:
+                rounds.append(free := {})
+            free[frame] = place
+        return rounds
+
+    def _order(self, places: Mapping[int, int]) -> torch.Tensor:
+        """The place of each token's frame, (B, tokens), or how many frames are read where it is none of them."""
+        unread = len(self._view.frames)
+        order = torch.full((self.next_frame + 1,), unread, dtype=torch.long)
+        order[torch.tensor([*places], dtype=torch.long)] = torch.tensor([*places.values()], dtype=torch.long)
+        return order[self.book.frame.clamp(max=self.next_frame)].where(self.book.held, unread)
 
     def _mask(self, num_rows: int, device: torch.device) -> torch.Tensor | None:
         """What the queries of the `num_rows` at hand may attend to, (rows, 1, 1, keys), where that is not all alike."""
