@@ -11,6 +11,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 from tokentrim import TokenTrimFlowMatchLCMScheduler
+from tokentrim.tokentrim_layouts import make_layout
 
 
 FOLDER = os.environ.get("TOKENTRIM_REFERENCE_VECTORS")
@@ -58,6 +59,81 @@ def test_self_forcing_reference(case):
         expected = x0 if sigma == 0 else (1 - sigma) * x0 + sigma * renoise(chunk, step)
         torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
     assert len(steps) == meta["num_blocks"] * (len(sigmas) - 1)
+
+
+TRAINING_FREE = {
+    "ir_w6": {"layout": "infinity_rope"},
+    "ir_w6_flush": {"layout": "infinity_rope", "prompt_transition": "flush"},
+    "ir_w6_cut": {"layout": "infinity_rope", "prompt_transition": "cut"},
+    "ir_w12_flush": {"layout": {"infinity_rope": {"window_size": 12}}, "prompt_transition": {8: "flush"}},
+    "ll_w12": {"layout": "longlive"},
+    "ll_w12_b2": {"layout": "longlive"},
+    "ll_switch": {"layout": "longlive", "prompt_transition": "recache"},
+    "ll_switch_early": {"layout": "longlive", "prompt_transition": {3: "recache"}},
+    "ll_rel_switch": {"layout": {"longlive": {"relative_positions": True}}, "prompt_transition": "recache"},
+    "cf_sink3": {"layout": "commit_forcing"},
+    "cf_base": {"layout": {"commit_forcing": {"commit_window_size": None}}},
+    "cf_ll": {"layout": {"commit_forcing": {"window_size": 12, "move_sink": False, "commit_window_size": 12}}},
+    "rec_trb": {"layout": "recency"},
+    "rs_w21": {"layout": "rolling_sink"},
+    "rs_w12_b2": {"layout": {"rolling_sink": {"window_size": 12}}},
+    "df_sink14": {"layout": "deep_sink"},
+    "bias_w9": {"layout": {"attention_bias": {"window_size": 9}}},
+}
+
+
+class Recording:
+    """A layout that writes down what each of its views says: query positions, and [frame, position, log weight]."""
+
+    def __init__(self, layout):
+        self.layout, self.passes = layout, []
+
+    def __getattr__(self, name):
+        return getattr(self.layout, name)
+
+    def view(self, held, new, pass_):
+        view = self.layout.view(held, new, pass_)
+        weights = [0.0] * len(view.frames) if view.log_weights is None else view.log_weights
+        keys = [*zip(view.frames, view.positions, weights), *((*each, 0.0) for each in zip(new, view.own_positions))]
+        queries = view.own_positions if view.query_positions is None else view.query_positions
+        self.passes.append((pass_.kind, list(queries), [list(key) for key in keys]))
+        return view
+
+
+def check_traces(passes, traces):
+    """A recache of the reference also encodes frames that nothing reads."""
+    kinds = {"denoise": "denoise", "context": "commit", "recache": "recache"}
+    assert len(passes) == len(traces) - 1  # the last chunk is not committed
+    for (kind, queries, keys), trace in zip(passes, traces):
+        assert kind == kinds[trace["kind"]]
+        assert queries == trace["query_positions"] or kind == "recache"
+        expected = [[*key, 0.0][:3] for key in trace["keys"]]
+        assert sorted(key[:2] for key in keys) == sorted(key[:2] for key in expected)
+        weights = ({tuple(key[:2]): key[2] for key in each} for each in (keys, expected))
+        assert next(weights) == pytest.approx(next(weights), abs=1e-4)
+
+
+@skip_without_vectors
+@pytest.mark.parametrize("case", TRAINING_FREE)
+def test_training_free_reference(case):
+    """Final latents, and what each pass reads, where it stands and what it weighs."""
+    meta, tensors, transformer, renoise = load_case(case)
+    settings = dict(TRAINING_FREE[case])
+    layout = Recording(make_layout(settings.pop("layout")))
+    prompts = {each["from_block"]: tensors[each["key"]] for each in meta["prompts"]}
+    output = latent_pipeline(transformer, TokenTrimFlowMatchLCMScheduler(shift=5.0))(
+        prompt_schedule=prompts,
+        latents=tensors["initial_noise"].transpose(1, 2),
+        renoise=renoise,
+        layout=layout,
+        method="plain",
+        output_type="latent",
+        **settings,
+    )
+    final = output.frames.transpose(1, 2)
+    print(case, (final - tensors["final_latents"]).abs().max().item())
+    torch.testing.assert_close(final, tensors["final_latents"], atol=1e-4, rtol=0)
+    check_traces(layout.passes, meta["trace"])
 
 
 @skip_without_vectors
