@@ -40,6 +40,8 @@ from .tokentrim_field_layouts import InfinityRope  # noqa: F401
 from .tokentrim_flowmo import FlowMo  # noqa: F401
 from .tokentrim_layout import Layout, View
 from .tokentrim_layouts import make_layout  # noqa: F401
+from .tokentrim_memory import Memory  # noqa: F401
+from .tokentrim_memory_layouts import MemRoPE  # noqa: F401
 from .tokentrim_methods import make_method  # noqa: F401
 from .tokentrim_output import TokenTrimPipelineOutput, concatenated
 from .tokentrim_plan import RolloutPlan, plan_rollout

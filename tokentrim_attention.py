@@ -59,7 +59,7 @@ class CachedSelfAttnProcessor(CachedAttnProcessor):
         query = attn.norm_q(query.float()).unflatten(2, (attn.heads, -1))  # (rows, seq, heads, head_dim)
         key = attn.norm_k(key.float()).unflatten(2, (attn.heads, -1))
         value = value.unflatten(2, (attn.heads, -1))
-        keys, values, mask = self.cache.update(self.layer, key, value)
+        keys, values, mask = self.cache.update(self.layer, key, value, query)
         return self.project(attn, self.attend(self.cache.rotate_queries(query), keys, values, mask))
 
 

@@ -4,70 +4,21 @@ layout and knows no window."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from .tokentrim_layout import Layout, Pass, View, check_view
-
-
-ROPE_THETA = 10000.0  # `WanRotaryPosEmbed`'s default, which the model neither changes nor keeps
-
-
-def rotate(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of (batch, seq, heads, head_dim) by (batch or 1, seq, 1, head_dim / 2), in fp32."""
-    even, odd = hidden_states.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-
-
-def grid_places(grid: tuple[int, int]) -> torch.Tensor:
-    """Row and column of each token of a grid, (tokens, 2), row-major."""
-    return torch.cartesian_prod(*(torch.arange(size, dtype=torch.float64) for size in grid))
-
-
-def _take(by_token: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Tokens of (rows, tokens, heads, head_dim) by `columns`, (rows, taken)."""
-    return by_token[torch.arange(len(columns), device=columns.device)[:, None], columns]
-
-
-@dataclass
-class TokenBook:
-    """Which (latent frame, index among the places) each token of a sequence is, (B, tokens) each; `held` is False where
-    a row is padding, or where nobody may attend to the token."""
-
-    frame: torch.Tensor
-    token: torch.Tensor
-    held: torch.Tensor
-
-    @classmethod
-    def of_frames(cls, frames: Sequence[int], num_tokens: int, num_videos: int) -> "TokenBook":
-        """All `num_tokens` tokens of each of some latent frames, frame-major."""
-        frame = torch.tensor(frames, dtype=torch.long).repeat_interleave(num_tokens).expand(num_videos, -1)
-        token = torch.arange(num_tokens).repeat(len(frames)).expand(num_videos, -1)
-        return cls(frame, token, torch.ones_like(frame, dtype=torch.bool))
-
-    def taken(self, columns: torch.Tensor, held: torch.Tensor) -> "TokenBook":
-        """The tokens at `columns`, (B, taken), of which `held`, (B, tokens), are."""
-        return TokenBook(*(table.gather(1, columns) for table in (self.frame, self.token, held)))
-
-    def appended(self, other: "TokenBook") -> "TokenBook":
-        pairs = ((self.frame, other.frame), (self.token, other.token), (self.held, other.held))
-        return TokenBook(*(torch.cat(pair, dim=1) for pair in pairs))
-
-    def is_shared(self) -> bool:
-        """Whether all rows hold the same tokens, without padding."""
-        alike = [(table == table[:1]).all() for table in (self.frame, self.token)]
-        return bool(self.held.all() and alike[0] and alike[1])
-
-
-@dataclass
-class _Layer:
-    """One layer's context, (rows, tokens, heads, head_dim): keys as projected, and what the pass at hand reads."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    read: tuple[torch.Tensor, torch.Tensor] | None = None  # rotated keys, and values
+from .tokentrim_memory import (
+    LayerContext,
+    TokenBook,
+    grid_places,
+    rewrite_memory,
+    rotary_angles,
+    rotate,
+    take_tokens,
+)
 
 
 class RollingKVCache:
@@ -116,11 +67,12 @@ class RollingKVCache:
         self._pass_frames: list[int] = []
         self._pass_book = self.book
         self._view = View([], [], [])
-        self._layers: dict[int, _Layer] = {}
+        self._layers: dict[int, LayerContext] = {}
         self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._pending: dict[int, _Layer] | None = None
+        self._pending: dict[int, LayerContext] | None = None
         self._videos: list[int] | None = None
         self._is_cut = False  # whether the next chunk follows a cut
+        self._begun: set[int] = set()  # layers that a pass of the chunk at hand has been through
         self._memo: dict[str, tuple] = {}  # what follows from the book and the view, until they change
 
     @property
@@ -146,6 +98,7 @@ class RollingKVCache:
         """Before a chunk of `num_frames` latent frames: what the layout does not keep leaves."""
         new = list(range(self.next_frame, self.next_frame + num_frames))
         self.retain(self.layout.keep(list(self.frames), new))
+        self._begun.clear()
 
     def retain(self, frames: Iterable[int]) -> None:
         """All frames but these leave."""
@@ -174,7 +127,7 @@ class RollingKVCache:
         self.book = self.book.taken(columns, held)
         for layer in self._layers.values():
             row_columns = self._by_row(columns, layer.key.shape[0]).to(layer.key.device)
-            layer.key, layer.value = _take(layer.key, row_columns), _take(layer.value, row_columns)
+            layer.take(row_columns)
         self._changed()
 
     def truncate(self, frame: int) -> None:
@@ -207,7 +160,7 @@ class RollingKVCache:
         for index, new in pending.items():
             old = self._layers.get(index)
             if old is not None:
-                new = _Layer(torch.cat([old.key, new.key], dim=1), torch.cat([old.value, new.value], dim=1))
+                new = old.appended(new)
             self._layers[index] = new
         gone = F.pad(~self._pass_book.held, (self.book.held.shape[1], 0))  # what nobody may attend to does not enter
         self.book = self.book.appended(replace(self._pass_book, held=torch.ones_like(self._pass_book.held)))
@@ -227,13 +180,13 @@ class RollingKVCache:
             "frames": list(self.frames),
             "next_frame": self.next_frame,
             "book": [self.book.frame, self.book.token, self.book.held],
-            "layers": [[layer.key, layer.value] for _, layer in sorted(self._layers.items())],
+            "layers": [[each.key, each.value, each.tag, each.note] for _, each in sorted(self._layers.items())],
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.frames, self.next_frame = list(state["frames"]), state["next_frame"]
         self.book = TokenBook(*state["book"])
-        self._layers = {index: _Layer(key, value) for index, (key, value) in enumerate(state["layers"])}
+        self._layers = {index: LayerContext(*layer) for index, layer in enumerate(state["layers"])}
         self.forget_prompt()
         self._changed()
 
@@ -262,28 +215,32 @@ class RollingKVCache:
             self._videos = None
 
     def update(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Put the tokens of the pass behind the past and return what its queries attend to.
 
         Args:
             layer (`int`): index of the transformer block.
             key (`torch.Tensor`), value (`torch.Tensor`): of the pass, unrotated, (rows, seq, heads, head_dim).
+            query (`torch.Tensor`, *optional*): the same, for layouts that rewrite the past by what is asked for.
 
         Returns:
             `tuple`: rotated keys and values, (rows, read + seq, heads, head_dim), and a mask, (rows, 1, 1, read + seq):
             `None` where every row reads all of them alike, boolean where some are padding, and what is added to the
             scores where the view weights its frames.
         """
+        self._rewrite(layer, query)
         if self._pending is not None:
-            self._pending[layer] = _Layer(key.to(value.dtype), value)
+            self._pending[layer] = LayerContext(key.to(value.dtype), value)
         key = rotate(key, *self._pass_angles("keys", self._view.own_positions, key.device)).to(value.dtype)
         past, mask = self._layers.get(layer), self._mask(len(key), key.device)
         if past is None or past.key.shape[1] == 0:
             return key, value, mask
         if past.read is None:
             columns, cos, sin = self._past_angles(past.key)
-            old_key, old_value = (old if columns is None else _take(old, columns) for old in (past.key, past.value))
+            old_key, old_value = (
+                old if columns is None else take_tokens(old, columns) for old in (past.key, past.value)
+            )
             past.read = rotate(old_key, cos, sin).to(value.dtype), old_value
         keys, values = (torch.cat([self._rows(old), new], dim=1) for old, new in zip(past.read, (key, value)))
         return keys, values, mask
@@ -308,6 +265,16 @@ class RollingKVCache:
         return self._rows(key), self._rows(value)
 
     # 3. Inside
+
+    def _rewrite(self, layer: int, query: torch.Tensor | None) -> None:
+        """Let the layout rewrite what a layer holds before the first pass of a chunk, and before its commit, read it."""
+        due = ["before_chunk"] * (layer not in self._begun) + ["before_commit"] * self.is_writing
+        self._begun.add(layer)
+        for name in due if layer in self._layers else ():
+            hook = getattr(self.layout, name, None)
+            if hook is not None:
+                past, new = self._layers[layer], list(self._pass_frames)
+                rewrite_memory(hook, past, self.book, list(self.frames), new, query, self.places, self.rope_dims)
 
     def _sink(self) -> torch.Tensor:
         """The frames that the layout saves from eviction."""
@@ -413,12 +380,4 @@ class RollingKVCache:
         self, position: torch.Tensor, token: torch.Tensor, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine at (temporal position, token), both (batch, seq) -> (batch, seq, 1, head_dim / 2)."""
-        axes = (position, *self.places[token].unbind(-1))
-        cos, sin = [], []
-        for place, dim in zip(axes, self.rope_dims):
-            frequencies = ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-            distinct, where = place.unique(return_inverse=True)
-            angles, where = distinct[:, None] * frequencies, where.to(device)  # in float64: exact however far
-            cos.append(angles.cos().float().to(device)[where])
-            sin.append(angles.sin().float().to(device)[where])
-        return torch.cat(cos, dim=-1)[:, :, None, :], torch.cat(sin, dim=-1)[:, :, None, :]
+        return rotary_angles(position, self.places[token], self.rope_dims, device)

@@ -50,6 +50,10 @@ class Layout:
     """Which latent frames of the past stay in memory, and which of them a pass reads. By default: all, at absolute
     positions.
 
+    A layout may also have hooks on keys and values, `before_chunk(memory, new, query)` and `before_commit(memory, new,
+    query)`: they rewrite the [`Memory`] of one video in one layer before the first pass over the frames `new`, or their
+    commit, reads it. `query` is what that pass asks for, (seq, heads, head_dim), not rotated.
+
     Attributes:
         num_sink_frames (`int`): first latent frames that eviction leaves alone.
         one_chunk_a_pass (`bool`): whether it counts on that, so that neither Rolling Forcing nor AnyFlow-FAR goes with it.

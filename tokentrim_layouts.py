@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any
 
 from .tokentrim_checks import check, check_choice, check_settings
-from .tokentrim_field_layouts import AttentionBias, CommitForcing, DeepSink, InfinityRope, LongLive, RollingSink
+from .tokentrim_field_layouts import AttentionBias, CommitForcing, InfinityRope, LongLive, RollingSink
 from .tokentrim_layout import Layout, WindowLayout
+from .tokentrim_memory_layouts import MemRoPE, Tether, deep_sink
 
 
 LAYOUTS = {
@@ -17,7 +18,9 @@ LAYOUTS = {
     "commit_forcing": CommitForcing,
     "recency": partial(CommitForcing, commit_window_size=None, recency_bias=True),
     "rolling_sink": RollingSink,
-    "deep_sink": DeepSink,
+    "deep_sink": deep_sink,
+    "memrope": MemRoPE,
+    "tether": Tether,
     "attention_bias": AttentionBias,
 }
 
