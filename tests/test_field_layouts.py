@@ -16,21 +16,26 @@ from tokentrim.tokentrim_layouts import LAYOUTS, make_layout
 
 # Of each name: settings under which frames leave within eight chunks of three
 SMALL = {
-    "window": {"window_size": 9, "num_sink_frames": 3, "sink_at_commit": False},
-    "infinity_rope": {"window_size": 9},
-    "longlive": {},
-    "commit_forcing": {"window_size": 12, "commit_window_size": 12},
-    "recency": {"window_size": 12},
-    "rolling_sink": {"window_size": 12},
-    "deep_sink": {"window_size": 12, "num_sink_frames": 5},
-    "attention_bias": {"window_size": 9},
+    "window": {"window": {"window_size": 9, "num_sink_frames": 3, "sink_at_commit": False}},
+    "infinity_rope": {"infinity_rope": {"window_size": 9}},
+    "longlive": {"longlive": {}},
+    "commit_forcing": {"commit_forcing": {"window_size": 12, "commit_window_size": 12}},
+    "recency": {"recency": {"window_size": 12}},
+    "rolling_sink": {"rolling_sink": {"window_size": 12}},
+    "deep_sink": {"deep_sink": {"window_size": 12, "num_sink_frames": 5}},
+    "deep_sink, budget": {"deep_sink": {"window_size": 12, "num_sink_frames": 3, "budget": 9}},
+    "memrope": {"memrope": {}},
+    "tether": {"tether": {"window_size": 12}},
+    "attention_bias": {"attention_bias": {"window_size": 9}},
 }
-ONE_CHUNK_A_PASS = {"infinity_rope", "recency", "rolling_sink", "deep_sink"}
+ONE_CHUNK_A_PASS = {
+    "infinity_rope", "recency", "rolling_sink", "deep_sink", "deep_sink, budget", "memrope", "tether",
+}  # fmt: skip
 EAGER = {"tokentrim": {"drift_sensitivity": 0.0, "prune_fraction": 0.3, "warmup_chunks": 1}}
 
 
 def test_every_name_is_tested():
-    assert set(SMALL) == set(LAYOUTS)
+    assert {name for layout in SMALL.values() for name in layout} == set(LAYOUTS)
 
 
 # The tables
@@ -131,6 +136,19 @@ TABLES = [
      "0@0 1@1 2@2 3@3 4@4 8@8 9@9 10@10 11@11 | 12 13 14"),
     ({"deep_sink": {"window_size": 12, "num_sink_frames": 5}}, {}, 6, "commit",
      "0@6 1@7 2@8 3@9 4@10 14@14 15@15 16@16 17@17 | 18 19 20"),
+    # ... with a budget: the sink moves with each compression, every other chunk; frames 3 and 4 are places of what it left
+    (SMALL["deep_sink, budget"], {}, 3, "commit", "0@0 1@1 2@2 3@3 4@4 5@5 6@6 7@7 8@8 | 9 10 11"),
+    (SMALL["deep_sink, budget"], {}, 4, "denoise", "0@3 1@4 2@5 3@3 4@4 11@11 | 12 13 14"),
+    (SMALL["deep_sink, budget"], {}, 5, "denoise", "0@3 1@4 2@5 3@3 4@4 11@11 12@12 13@13 14@14 | 15 16 17"),
+    (SMALL["deep_sink, budget"], {}, 6, "commit", "0@9 1@10 2@11 3@3 4@4 17@17 | 18 19 20"),
+    # MemRoPE: frames 3 and 4 are the places of the averages
+    ("memrope", {}, 3, "commit", "0@0 1@1 2@2 3@3 4@4 5@5 6@6 7@7 8@8 | 9 10 11"),
+    ("memrope", {}, 4, "denoise", "0@0 1@1 2@2 3@3 4@4 8@5 9@6 10@7 11@8 | 9 10 11"),
+    ("memrope", {}, 7, "commit", "0@0 1@1 2@2 3@3 4@4 17@5 18@6 19@7 20@8 | 9 10 11"),
+    # TetherCache: frames 3 to 7 are the places of the memory
+    ({"tether": {"window_size": 12}}, {}, 3, "commit", "0@0 1@1 2@2 3@3 4@4 5@5 6@6 7@7 8@8 | 9 10 11"),
+    ({"tether": {"window_size": 12}}, {}, 4, "denoise", "0@0 1@1 2@2 3@3 4@4 5@5 6@6 7@7 11@8 | 9 10 11"),
+    ({"tether": {"window_size": 12}}, {}, 6, "commit", "0@0 1@1 2@2 3@3 4@4 5@5 6@6 7@7 17@8 | 9 10 11"),
     # A bias reads what its window reads
     ({"attention_bias": {"window_size": 9, "num_sink_frames": 1}}, {}, 4, "denoise",
      "0@0 7@7 8@8 9@9 10@10 11@11 | 12 13 14"),
@@ -186,7 +204,7 @@ def test_a_renewed_sink_is_safe_from_eviction():
 @pytest.mark.parametrize("name", SMALL)
 def test_nothing_that_is_read_was_let_go(name):
     """And the window is what it says, at every chunk."""
-    layout = make_layout({name: SMALL[name]})
+    layout = make_layout(SMALL[name])
     for passes in views(layout, 12):
         for view in passes.values():
             assert len(view.frames) + CHUNK <= max(
@@ -197,16 +215,17 @@ def test_nothing_that_is_read_was_let_go(name):
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "attention_bias" and name != "recency"])
 def test_while_all_frames_fit_nothing_changes(name):
     """Where nothing has left, and nothing is weighted, every layout reads everything where it is."""
-    settings = {**SMALL[name], "window_size": 15, **({"commit_window_size": 15} if name == "commit_forcing" else {})}
+    ((kind, settings),) = SMALL[name].items()
+    settings = {**settings, "window_size": 15, **({"commit_window_size": 15} if name == "commit_forcing" else {})}
     expected = roll(latent_pipeline(), noise(5), method="plain", layout=Layout()).frames
-    assert torch.equal(roll(latent_pipeline(), noise(5), method="plain", layout={name: settings}).frames, expected)
+    assert torch.equal(roll(latent_pipeline(), noise(5), method="plain", layout={kind: settings}).frames, expected)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_layout_changes_the_video_and_leaves_the_pipeline_alone(name):
     pipe = latent_pipeline()
     before = roll(pipe, noise(7), method="plain").frames
-    other = roll(pipe, noise(7), method="plain", layout={name: SMALL[name]}).frames
+    other = roll(pipe, noise(7), method="plain", layout=SMALL[name]).frames
     assert not torch.allclose(other, before, atol=1e-3)
     assert torch.equal(roll(pipe, noise(7), method="plain").frames, before)
 
@@ -214,7 +233,7 @@ def test_a_layout_changes_the_video_and_leaves_the_pipeline_alone(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_a_batch_equals_its_singles(name):
     """Trimmed at different chunks, so that the videos hold different tokens."""
-    latents, text, settings = steady_noise(8, [4, 6]), embeds(2), {"method": EAGER, "layout": {name: SMALL[name]}}
+    latents, text, settings = steady_noise(8, [4, 6]), embeds(2), {"method": EAGER, "layout": SMALL[name]}
     both = roll(latent_pipeline(), latents, prompt_embeds=text, **settings)
     assert triggers(both.decisions[0]) != triggers(both.decisions[1])
     for video in range(2):
@@ -233,7 +252,7 @@ def test_a_run_that_was_saved_goes_on_to_the_same_bits(name, method, tmp_path):
         "num_inference_steps": 2,
         "output_type": "latent",
         "method": method,
-        "layout": {name: SMALL[name]},
+        "layout": SMALL[name],
     }
     whole = latent_pipeline()(**call)
     pipe = latent_pipeline()
@@ -254,7 +273,7 @@ def test_a_run_that_was_saved_goes_on_to_the_same_bits(name, method, tmp_path):
 @pytest.mark.parametrize("transition", ["keep", "recache", "flush", "cut"])
 @pytest.mark.parametrize("name", SMALL)
 def test_transitions_are_served_or_refused_with_the_reason(name, transition):
-    layout = {name: SMALL[name]}
+    layout = SMALL[name]
     call = {
         "prompt_schedule": {0: embeds(), 5: embeds(seed=9)},
         "prompt_transition": transition,
@@ -269,8 +288,8 @@ def test_transitions_are_served_or_refused_with_the_reason(name, transition):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_rolling_forcing_and_far_are_served_or_refused_with_the_reason(name):
-    rolling = {"rollout": "rolling_forcing", "num_inference_steps": 2, "layout": {name: SMALL[name]}}
-    far = {"prompt_embeds": embeds(), "num_inference_steps": 1, "output_type": "latent", "layout": {name: SMALL[name]}}
+    rolling = {"rollout": "rolling_forcing", "num_inference_steps": 2, "layout": SMALL[name]}
+    far = {"prompt_embeds": embeds(), "num_inference_steps": 1, "output_type": "latent", "layout": SMALL[name]}
     calls = (
         lambda: roll(latent_pipeline(), noise(7), method="plain", **rolling),
         lambda: far_pipeline()(latents=far_noise(11), method="plain", **far),
@@ -295,6 +314,15 @@ def test_rolling_forcing_and_far_are_served_or_refused_with_the_reason(name):
         ({"rolling_sink": {"window_size": 5}}, ValueError, "`window_size` .*>= 6"),
         ({"rolling_sink": {"num_sink_frames": 3}}, ValueError, r"layout\['rolling_sink'\].*window_size"),
         ({"deep_sink": {"window_size": 16}}, ValueError, "`window_size` .*>= 17"),
+        ({"deep_sink": {"budget": 22}}, ValueError, "`budget` .*from 15 to `window_size`, 21.*22"),
+        ({"deep_sink": {"budget": 12}}, ValueError, "`budget` .*from 15"),
+        ({"deep_sink": {"budget": 16, "num_recent_frames": 2}}, ValueError, "`num_recent_frames` .*from 3 to 6"),
+        ({"memrope": {"window_size": 11}}, ValueError, "`window_size` .*>= 12"),
+        ({"memrope": {"slow": 2}}, ValueError, "`slow` .*0 to 1.*2"),
+        ({"tether": {"window_size": 9}}, ValueError, "`window_size` .*>= 10"),
+        ({"tether": {"num_recent_frames": 2}}, ValueError, "`num_recent_frames` .*>= 3"),
+        ({"tether": {"align": -0.1}}, ValueError, "`align`"),
+        ({"tether": {"temperature": 0}}, ValueError, "`temperature`"),
         ({"attention_bias": {"weight": 0.0}}, ValueError, "`weight` .*> 0"),
         ({"attention_bias": {"weight": "0.3"}}, TypeError, "`weight`"),
     ],

@@ -78,6 +78,9 @@ TRAINING_FREE = {
     "rs_w21": {"layout": "rolling_sink"},
     "rs_w12_b2": {"layout": {"rolling_sink": {"window_size": 12}}},
     "df_sink14": {"layout": "deep_sink"},
+    "df_pc": {"layout": {"deep_sink": {"budget": 16}}},
+    "mr_w12": {"layout": "memrope"},
+    "tc_k21": {"layout": "tether"},
     "bias_w9": {"layout": {"attention_bias": {"window_size": 9}}},
 }
 
@@ -107,7 +110,12 @@ def check_traces(passes, traces):
     for (kind, queries, keys), trace in zip(passes, traces):
         assert kind == kinds[trace["kind"]]
         assert queries == trace["query_positions"] or kind == "recache"
+        if "keys" not in trace:  # single tokens
+            assert 6 * len(keys) == trace["key_tokens"] and keys[0][1] == trace["sink_position"]
+            continue
         expected = [[*key, 0.0][:3] for key in trace["keys"]]
+        if "keys_layer_1" in trace or isinstance(expected[min(3, len(expected) - 1)][0], str):
+            keys, expected = ([[0, *key[1:]] for key in each] for each in (keys, expected))  # places have their names
         assert sorted(key[:2] for key in keys) == sorted(key[:2] for key in expected)
         weights = ({tuple(key[:2]): key[2] for key in each} for each in (keys, expected))
         assert next(weights) == pytest.approx(next(weights), abs=1e-4)
@@ -134,6 +142,53 @@ def test_training_free_reference(case):
     print(case, (final - tensors["final_latents"]).abs().max().item())
     torch.testing.assert_close(final, tensors["final_latents"], atol=1e-4, rtol=0)
     check_traces(layout.passes, meta["trace"])
+
+
+def memories(case, hook, found, num_chunks):
+    """What `found(memory)` says after each call of a layout's hook, by chunk, then layer."""
+    meta, tensors, transformer, renoise = load_case(case)
+    layout, log = make_layout(TRAINING_FREE[case]["layout"]), []
+    rewrite = getattr(layout, hook)
+
+    def recorded(memory, new, query):
+        rewrite(memory, new, query)
+        log.append((new[0] // 3, found(memory)))
+
+    setattr(layout, hook, recorded)
+    latent_pipeline(transformer, TokenTrimFlowMatchLCMScheduler(shift=5.0))(
+        prompt_embeds=tensors["prompt_embeds"],
+        latents=tensors["initial_noise"].transpose(1, 2)[:, :, : 3 * num_chunks],
+        renoise=renoise,
+        layout=layout,
+        method="plain",
+        output_type="latent",
+    )
+    return meta, log
+
+
+@skip_without_vectors
+def test_tether_admits_the_frames_of_the_reference():
+    def found(memory):
+        return [
+            memory.frames[place] + int(memory.tag[place, 0, 0]) for place in range(3, 17) if len(memory.frames) > 17
+        ]
+
+    meta, log = memories("tc_k21", "before_commit", found, 18)
+    expected = [(each["block"], each["frames"]) for each in meta["memory_after_admission"]]
+    assert [each for each in log if each[0] >= 7] == expected[: 2 * 10]  # the last chunk is not committed
+
+
+@skip_without_vectors
+def test_deep_sink_selects_the_tokens_of_the_reference():
+    def found(memory):
+        places = [(frame, token) for frame in (10, 11) for token in range(6) if len(memory.frames) > 11]
+        return sorted([frame + int(memory.tag[frame, token, 1]), token + int(memory.tag[frame, token, 2])]
+                      for frame, token in places)  # fmt: skip
+
+    meta, log = memories("df_pc", "before_chunk", found, 18)
+    blocks = {each["block"] for each in meta["selected_tokens"]}
+    expected = [(each["block"], sorted(each["frame_and_grid_index"])) for each in meta["selected_tokens"]]
+    assert [each for each in log if each[0] in blocks] == expected
 
 
 @skip_without_vectors
