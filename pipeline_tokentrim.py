@@ -397,7 +397,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 else:
                     draft = run.denoiser.draft(index, run.in_flight)
                     while unstable := run.policies.review(draft.judged):  # eq. 4 to 8, at most R times
-                        run.backbone.evict(unstable)  # eq. 9, 10: {video: grid tokens}
+                        run.evict(unstable)  # eq. 9, 10: {video: grid tokens}
                         draft = run.denoiser.redraft(draft, list(unstable))
                     latents, run.in_flight = run.denoiser.finish(draft)
                     if self.interrupt:

@@ -9,7 +9,6 @@ the model's dtype: their rounding would be cached, read again and amplified.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 
-from .tokentrim_cache import RollingKVCache, TokenBook
+from .tokentrim_cache import RollingKVCache
 from .tokentrim_layout import Pass
 
 
@@ -159,9 +158,9 @@ class WanBackbone:
         self.cache.make_room(num_frames)
         self.context = {frame: self.context[frame] for frame in self.cache.frames}
 
-    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> None:
-        """Hard pruning (eq. 9, 10), as in [`RollingKVCache`]."""
-        self.cache.evict(tokens, since_frame)
+    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0, weight: float = 0.0) -> None:
+        """Hard pruning (eq. 9, 10), or soft pruning to a weight, as in [`RollingKVCache`]."""
+        self.cache.evict(tokens, since_frame, weight)
 
     def predict_flow(
         self,
@@ -222,10 +221,9 @@ class WanBackbone:
         stay, frames = cache.layout.recache(list(cache.frames))
         if not frames:
             return
-        held = cache.held_table(frames).flatten(1)  # what was evicted stays so
+        book = cache.book.of_same(frames, cache.tokens_per_frame)  # what was evicted stays so
         cache.retain(stay)
         cache.next_frame = frames[0]
-        book = replace(TokenBook.of_frames(frames, cache.tokens_per_frame, cache.num_videos), held=held)
         cache.begin_pass(len(frames), Pass("recache"), book)
         latents = torch.cat([self.context[frame] for frame in frames], dim=2)
         latents = latents.repeat(len(text) // len(latents), 1, 1, 1, 1)

@@ -108,15 +108,19 @@ class RollingKVCache:
             self.frames = [frame for frame in self.frames if frame in kept]
         self._forget_views()
 
-    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> None:
+    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0, weight: float = 0.0) -> None:
         """Hard pruning (eq. 9, 10): `tokens[video]` are grid indices to remove from all its unprotected frames, or from
-        those since a certain one."""
+        those since a certain one. Soft pruning: with a `weight` they stay, and count for so much less."""
         gone, sink = torch.zeros_like(self.book.held), self._sink()
         first = max(since_frame, self.num_protected_frames)
         for video, indices in tokens.items():
             named = torch.isin(self.book.token[video], torch.tensor(sorted(indices), dtype=torch.long))
             gone[video] = named & (self.book.frame[video] >= first) & ~torch.isin(self.book.frame[video], sink)
-        self.drop(gone)
+        if weight == 0:
+            self.drop(gone)
+        else:
+            self.book = self.book.weighted(gone, weight)
+            self._changed()
 
     def drop(self, gone: torch.Tensor) -> None:
         """Remove the tokens of the book where `gone`, (B, tokens), is True; what stays moves to the front of each row."""
@@ -139,14 +143,6 @@ class RollingKVCache:
         """A change of prompt: what the layout does not keep through it leaves; after a cut, the next chunk stands apart."""
         self.retain(self.layout.flush(list(self.frames)))
         self._is_cut = is_cut
-
-    def held_table(self, frames: Sequence[int]) -> torch.Tensor:
-        """Which tokens of some latent frames are held, (B, frames, tokens of a frame)."""
-        table = torch.zeros(self.num_videos, self.next_frame + 1, self.tokens_per_frame, dtype=torch.bool)
-        video = torch.arange(self.num_videos)[:, None].expand_as(self.book.held)
-        held = self.book.held
-        table[video[held], self.book.frame[held], self.book.token[held]] = True
-        return table[:, list(frames)]
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -179,7 +175,7 @@ class RollingKVCache:
         return {
             "frames": list(self.frames),
             "next_frame": self.next_frame,
-            "book": [self.book.frame, self.book.token, self.book.held],
+            "book": [self.book.frame, self.book.token, self.book.held, self.book.log_weight],
             "layers": [[each.key, each.value, each.tag, each.note] for _, each in sorted(self._layers.items())],
         }
 
@@ -341,9 +337,12 @@ class RollingKVCache:
         if "mask" not in self._memo:
             book, index, _ = self._reading()
             mask = torch.cat([book.held, self._pass_book.held], dim=1)
-            if self._view.log_weights is not None:
-                weights = torch.tensor([*self._view.log_weights, 0.0], dtype=torch.float32)
-                weights = F.pad(weights[index], (0, self._pass_book.held.shape[1]))
+            of_frames, both = self._view.log_weights, book.appended(self._pass_book).log_weight
+            if of_frames is not None or both is not None:
+                weights = torch.zeros(mask.shape) if both is None else both
+                if of_frames is not None:
+                    of_tokens = torch.tensor([*of_frames, 0.0], dtype=torch.float32)[index]
+                    weights = weights + F.pad(of_tokens, (0, self._pass_book.held.shape[1]))
                 mask = weights.masked_fill(~mask, -torch.inf)
             elif mask.all():
                 mask = None

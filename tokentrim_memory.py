@@ -2,8 +2,9 @@
 """What a rolling cache is made of: the book of tokens, a layer's keys and values, rotary embedding; and the past of one
 video in one layer as a layout may rewrite it."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,11 +46,12 @@ def take_tokens(by_token: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 @dataclass
 class TokenBook:
     """Which (latent frame, index among the places) each token of a sequence is, (B, tokens) each; `held` is False where
-    a row is padding, or where nobody may attend to the token."""
+    a row is padding, or where nobody may attend to the token; `log_weight` is added to its scores, if there is one."""
 
     frame: torch.Tensor
     token: torch.Tensor
     held: torch.Tensor
+    log_weight: torch.Tensor | None = None
 
     @classmethod
     def of_frames(cls, frames: Sequence[int], num_tokens: int, num_videos: int) -> "TokenBook":
@@ -60,11 +62,32 @@ class TokenBook:
 
     def taken(self, columns: torch.Tensor, held: torch.Tensor) -> "TokenBook":
         """The tokens at `columns`, (B, taken), of which `held`, (B, tokens), are."""
-        return TokenBook(*(table.gather(1, columns) for table in (self.frame, self.token, held)))
+        log_weight = None if self.log_weight is None else self.log_weight.gather(1, columns)
+        return TokenBook(*(table.gather(1, columns) for table in (self.frame, self.token, held)), log_weight)
 
     def appended(self, other: "TokenBook") -> "TokenBook":
         pairs = ((self.frame, other.frame), (self.token, other.token), (self.held, other.held))
-        return TokenBook(*(torch.cat(pair, dim=1) for pair in pairs))
+        log_weight = None
+        if self.log_weight is not None or other.log_weight is not None:
+            both = (
+                torch.zeros(book.held.shape) if book.log_weight is None else book.log_weight for book in (self, other)
+            )
+            log_weight = torch.cat(list(both), dim=1)
+        return TokenBook(*(torch.cat(pair, dim=1) for pair in pairs), log_weight)
+
+    def weighted(self, tokens: torch.Tensor, weight: float) -> "TokenBook":
+        """With `tokens`, (B, tokens), counting `weight` times what they count for."""
+        old = torch.zeros(self.held.shape) if self.log_weight is None else self.log_weight
+        return replace(self, log_weight=old + tokens * math.log(weight))
+
+    def of_same(self, frames: Sequence[int], num_tokens: int) -> "TokenBook":
+        """All tokens of some latent frames, held and weighted as they are here."""
+        book, columns = (
+            TokenBook.of_frames(frames, num_tokens, len(self.held)),
+            self.columns(frames, num_tokens).flatten(1),
+        )
+        weight = None if self.log_weight is None else self.log_weight.gather(1, columns.clamp_min(0)) * (columns >= 0)
+        return replace(book, held=columns >= 0, log_weight=weight)
 
     def is_shared(self) -> bool:
         """Whether all rows hold the same tokens, without padding."""
@@ -76,7 +99,9 @@ class TokenBook:
         columns = torch.full((len(self.held), len(frames), num_tokens), -1)
         video, column = self.held.nonzero(as_tuple=True)
         frame, token = self.frame[video, column], self.token[video, column]
-        columns[video, torch.searchsorted(torch.tensor(frames), frame), token] = column
+        known = torch.isin(frame, torch.tensor(frames, dtype=torch.long))
+        place = torch.searchsorted(torch.tensor(frames, dtype=torch.long), frame[known])
+        columns[video[known], place, token[known]] = column[known]
         return columns
 
 
@@ -145,7 +170,7 @@ def rewrite_memory(
     """Let `hook(memory, new, query)` rewrite the past of each row of a layer before a pass over the frames `new` reads
     it; `query` is the pass's, (rows, seq, heads, head_dim), not rotated."""
     columns = book.columns(frames, len(places)).to(past.key.device)
-    tag = torch.zeros(*past.key.shape[:2], 3, dtype=torch.long) if past.tag is None else past.tag.clone()
+    tag = past.key.new_zeros(*past.key.shape[:2], 3, dtype=torch.long) if past.tag is None else past.tag.clone()
     key, value, notes = past.key.clone(), past.value.clone(), []
     for row in range(len(key)):
         places_of_row = columns[row % len(columns)]

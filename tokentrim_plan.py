@@ -128,6 +128,12 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
     sizes = [*partition, *partition[-1:] * (num_given + REPEATED_CHUNKS if is_endless else 0)]
     _check_schedule(pipe.scheduler, call)
     method = make_method(call["method"], {name: call[name] for name in TRIM_SETTINGS})
+    check(
+        not (far and method.prune_weight),
+        "prune_weight",
+        method.prune_weight,
+        "0 for AnyFlow-FAR, which has no weights",
+    )
     num_in_flight = _count_in_flight(pipe, call, method, far)
     for hook in method.hooks:
         if callable(getattr(hook, "check", None)):
