@@ -10,7 +10,7 @@ import torch
 
 from .tokentrim_checks import check, check_int, check_number
 from .tokentrim_field_layouts import DeepSink
-from .tokentrim_layout import Layout, Pass, View
+from .tokentrim_layout import Layout, Pass, View, WindowLayout
 from .tokentrim_memory import Memory
 
 
@@ -157,14 +157,12 @@ class Tether(MemoryLayout):
         kept = sorted(scores.topk(len(old)).indices.tolist())
         key, value, held = memory.key.clone(), memory.value.clone(), memory.held
         for table, rewritten in ((key, memory.key), (value, memory.value)):
-            mean, std = channel_statistics([table[place][held[place]] for place in sink + old])
+            reference = channel_statistics([table[place][held[place]] for place in sink + old])
             for target, choice in zip(old, kept):
                 source, tokens = candidates[choice], (held[target] & held[candidates[choice]])
-                frame = table[source].float()
+                frame = table[source]
                 if source in leaving:
-                    own_mean, own_std = channel_statistics([table[source][held[source]]])
-                    aligned = (frame - own_mean) / own_std * std + mean
-                    frame = torch.lerp(frame, aligned, self.align)
+                    frame = aligned(frame, held[source], reference, self.align)
                 rewritten[target, tokens] = frame[tokens].to(rewritten.dtype)
         tag = memory.tag.clone()
         for target, choice in zip(old, kept):
@@ -191,6 +189,44 @@ class Tether(MemoryLayout):
         shortest = self.num_sink_frames + self.num_recent_frames + longest
         valid = f">= {shortest}: {self.num_sink_frames} sink frames, {size} recent ones and a memory of {longest}"
         check(self.window_size >= shortest, "window_size", self.window_size, valid)
+
+
+class Tame(WindowLayout):
+    """The alignment of TetherCache (TAME) without its memory: keys and values of each frame behind the sink take on the
+    sink's statistics, once, before the next chunk reads them.
+
+    Args:
+        window_size (`int`, *optional*), num_sink_frames (`int`), relative_positions (`bool`): as in [`WindowLayout`].
+        align (`float`): how far frames are moved to the statistics, 0 to 1.
+    """
+
+    one_chunk_a_pass = True
+
+    def __init__(
+        self,
+        window_size: int | None = 21,
+        num_sink_frames: int = 3,
+        relative_positions: bool = False,
+        align: float = 0.35,
+    ):
+        super().__init__(window_size, num_sink_frames, relative_positions)
+        check(num_sink_frames > 0, "num_sink_frames", num_sink_frames, "at least 1: the alignment is to the sink")
+        check_number("align", align, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+        self.align = align
+
+    def before_chunk(self, memory: Memory, new: list[int], query: torch.Tensor) -> None:
+        sink = [place for place, frame in enumerate(memory.frames) if frame < self.num_sink_frames]
+        tag = memory.tag.clone()
+        for table in (memory.key, memory.value):
+            tokens = [table[place][memory.held[place]] for place in sink]
+            if not any(map(len, tokens)):
+                return
+            reference = channel_statistics(tokens)
+            for place in range(len(sink), len(memory.frames)):
+                if memory.held[place].any() and not memory.tag[place].any():
+                    table[place] = aligned(table[place], memory.held[place], reference, self.align).to(table.dtype)
+                    tag[place, :, 0] = 1
+        memory.tag = tag
 
 
 class CompressedSink(MemoryLayout):
@@ -292,6 +328,15 @@ def deep_sink(
         return DeepSink(window_size, num_sink_frames)
     check_int("window_size", window_size, 1)
     return CompressedSink(window_size, num_sink_frames, budget, num_recent_frames)
+
+
+def aligned(
+    frame: torch.Tensor, held: torch.Tensor, reference: tuple[torch.Tensor, torch.Tensor], share: float
+) -> torch.Tensor:
+    """TAME: (1 - tau) x + tau ((x - m) / s * S + M), by head and channel, m and s of the frame's own tokens, in fp32."""
+    (mean, std), (own_mean, own_std) = reference, channel_statistics([frame[held]])
+    frame = frame.float()
+    return torch.lerp(frame, (frame - own_mean) / own_std * std + mean, share)
 
 
 def channel_statistics(frames: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

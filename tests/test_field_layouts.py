@@ -26,10 +26,11 @@ SMALL = {
     "deep_sink, budget": {"deep_sink": {"window_size": 12, "num_sink_frames": 3, "budget": 9}},
     "memrope": {"memrope": {}},
     "tether": {"tether": {"window_size": 12}},
+    "tame": {"tame": {"window_size": 9}},
     "attention_bias": {"attention_bias": {"window_size": 9}},
 }
 ONE_CHUNK_A_PASS = {
-    "infinity_rope", "recency", "rolling_sink", "deep_sink", "deep_sink, budget", "memrope", "tether",
+    "infinity_rope", "recency", "rolling_sink", "deep_sink", "deep_sink, budget", "memrope", "tether", "tame",
 }  # fmt: skip
 EAGER = {"tokentrim": {"drift_sensitivity": 0.0, "prune_fraction": 0.3, "warmup_chunks": 1}}
 
@@ -149,6 +150,8 @@ TABLES = [
     ({"tether": {"window_size": 12}}, {}, 3, "commit", "0@0 1@1 2@2 3@3 4@4 5@5 6@6 7@7 8@8 | 9 10 11"),
     ({"tether": {"window_size": 12}}, {}, 4, "denoise", "0@0 1@1 2@2 3@3 4@4 5@5 6@6 7@7 11@8 | 9 10 11"),
     ({"tether": {"window_size": 12}}, {}, 6, "commit", "0@0 1@1 2@2 3@3 4@4 5@5 6@6 7@7 17@8 | 9 10 11"),
+    # Its alignment alone reads what a window reads
+    ({"tame": {"window_size": 9}}, {}, 4, "commit", "0@0 1@1 2@2 9@9 10@10 11@11 | 12 13 14"),
     # A bias reads what its window reads
     ({"attention_bias": {"window_size": 9, "num_sink_frames": 1}}, {}, 4, "denoise",
      "0@0 7@7 8@8 9@9 10@10 11@11 | 12 13 14"),
@@ -212,7 +215,7 @@ def test_nothing_that_is_read_was_let_go(name):
             )
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "attention_bias" and name != "recency"])
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in ("attention_bias", "recency", "tame")])
 def test_while_all_frames_fit_nothing_changes(name):
     """Where nothing has left, and nothing is weighted, every layout reads everything where it is."""
     ((kind, settings),) = SMALL[name].items()
@@ -323,6 +326,8 @@ def test_rolling_forcing_and_far_are_served_or_refused_with_the_reason(name):
         ({"tether": {"num_recent_frames": 2}}, ValueError, "`num_recent_frames` .*>= 3"),
         ({"tether": {"align": -0.1}}, ValueError, "`align`"),
         ({"tether": {"temperature": 0}}, ValueError, "`temperature`"),
+        ({"tame": {"num_sink_frames": 0}}, ValueError, "`num_sink_frames` .*at least 1"),
+        ({"tame": {"align": 2}}, ValueError, "`align` .*0 to 1"),
         ({"attention_bias": {"weight": 0.0}}, ValueError, "`weight` .*> 0"),
         ({"attention_bias": {"weight": "0.3"}}, TypeError, "`weight`"),
     ],

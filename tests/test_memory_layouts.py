@@ -93,6 +93,22 @@ def test_a_place_keeps_its_token_where_the_admitted_frame_has_none():
     assert torch.equal(memory.key[7, 1], old[7, 1])
 
 
+def test_tame_alone_aligns_each_frame_to_the_sink_once():
+    layout, memory = make_layout({"tame": {"align": 1.0}}), memory_of([0, 1, 2, 6, 7], gone=[(6, 0)])
+    old = memory.key.clone()
+    layout.before_chunk(memory, [8, 9, 10], query_of())
+    assert torch.equal(memory.key[:3], old[:3])
+    sink = old[:3].flatten(0, 1)
+    for place, tokens in ((3, [1, 2, 3, 4, 5]), (4, [0, 1, 2, 3, 4, 5])):
+        torch.testing.assert_close(memory.key[place, tokens].mean(dim=0), sink.mean(dim=0), atol=1e-5, rtol=0)
+        spread = memory.key[place, tokens].std(dim=0, correction=0)
+        torch.testing.assert_close(spread, sink.std(dim=0, correction=0), atol=1e-5, rtol=0)
+    once = memory.key.clone()
+    layout.align = 0.5
+    layout.before_chunk(memory, [11, 12, 13], query_of())
+    assert torch.equal(memory.key, once)
+
+
 # Deep Forcing with a budget
 
 BUDGET = {"deep_sink": {"window_size": 12, "num_sink_frames": 3, "budget": 9}}
