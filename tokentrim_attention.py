@@ -13,13 +13,31 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin, WanTransformer3DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 
 from .tokentrim_cache import RollingKVCache
 from .tokentrim_layout import Pass
+
+
+MASKLESS = ("flash", "_flash", "aiter", "sage", "_sage", "_native_flash", "_native_xla")  # how their names begin
+NUM_EXTRA = 8  # channels: kernels ask for heads of a multiple of this
+
+
+def takes_mask(backend: AttentionBackendName | str | None, mask: torch.Tensor) -> bool:
+    """Whether an attention backend (`None`: the one that is active) takes a mask; those of variable length take boolean
+    ones alone."""
+    if backend is None:
+        backend, _ = _AttentionBackendRegistry.get_active_backend()
+    name = AttentionBackendName(backend).value
+    return not name.startswith(MASKLESS) or ("varlen" in name and mask.dtype == torch.bool)
 
 
 class CachedAttnProcessor:
@@ -33,15 +51,31 @@ class CachedAttnProcessor:
 
     def attend(self, query, key, value, mask=None) -> torch.Tensor:
         """(rows, queries, heads, head_dim)"""
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to(value.dtype)
+        query = query.to(value.dtype)
+        if mask is None:
+            return self._dispatch(query, key, value)
+        if not takes_mask(self._attention_backend, mask):
+            return self._attend_weighted(query, key, value, mask)
+        return self._dispatch(query, key, value, mask.to(value.dtype) if mask.is_floating_point() else mask)
+
+    def _attend_weighted(self, query, key, value, mask) -> torch.Tensor:
+        """The same on a kernel without masks, exactly: sum w e^s v / sum w e^s, with the sum below as one more channel."""
+        weights = (mask.exp() if mask.is_floating_point() else mask)[:, 0, 0, :, None, None].to(value.dtype)
+        head_dim = query.shape[-1]
+        query, key = (F.pad(hidden_states, (0, NUM_EXTRA)) for hidden_states in (query, key))
+        value = F.pad(value, (0, NUM_EXTRA), value=1.0) * weights
+        attended = self._dispatch(query, key, value, scale=head_dim**-0.5)
+        return attended[..., :head_dim] / attended[..., head_dim : head_dim + 1]
+
+    def _dispatch(self, query, key, value, mask=None, scale=None) -> torch.Tensor:
         return dispatch_attention_fn(
-            query.to(value.dtype),
+            query,
             key,
             value,
             attn_mask=mask,
             dropout_p=0.0,
             is_causal=False,
+            scale=scale,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
