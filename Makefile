@@ -2,13 +2,18 @@
 PYTHON = .venv/bin/python
 INSTALLED = .venv/installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast lint clean
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.demo
 
+# Everything, on all cores; each test uses one.
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q tests
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -n auto --dist worksteal tests
+
+# What a change to a method or a layout can break, in a minute or so.
+test-fast: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -n auto --dist worksteal -m "not slow" tests
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .

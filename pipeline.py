@@ -2,7 +2,7 @@
 """What Diffusers reads where `custom_pipeline` is this directory or a Hub repository: all files, named one by one."""
 
 from .pipeline_tokentrim import TokenTrimPipeline  # noqa: F401
-from .tokentrim_attention import WanBackbone  # noqa: F401
+from .tokentrim_attention import check_free  # noqa: F401
 from .tokentrim_cache import RollingKVCache  # noqa: F401
 from .tokentrim_checks import check  # noqa: F401
 from .tokentrim_context import ContextPolicy  # noqa: F401
@@ -18,6 +18,7 @@ from .tokentrim_memory import Memory  # noqa: F401
 from .tokentrim_memory_layouts import MemRoPE  # noqa: F401
 from .tokentrim_methods import make_method  # noqa: F401
 from .tokentrim_output import TokenTrimPipelineOutput  # noqa: F401
+from .tokentrim_partition import partition_chunks  # noqa: F401
 from .tokentrim_plan import plan_rollout  # noqa: F401
 from .tokentrim_policy import TokenTrim  # noqa: F401
 from .tokentrim_prompts import PromptChange  # noqa: F401

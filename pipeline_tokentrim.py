@@ -28,7 +28,7 @@ except ImportError as error:
         f"TokenTrim needs diffusers 0.39.0 or newer, but {__version__} is here: `pip install -U diffusers`."
     ) from error
 
-from .tokentrim_attention import WanBackbone  # noqa: F401
+from .tokentrim_attention import check_free
 from .tokentrim_cache import RollingKVCache  # noqa: F401
 from .tokentrim_checks import check, check_int
 from .tokentrim_context import ContextPolicy
@@ -44,6 +44,7 @@ from .tokentrim_memory import Memory  # noqa: F401
 from .tokentrim_memory_layouts import MemRoPE  # noqa: F401
 from .tokentrim_methods import make_method  # noqa: F401
 from .tokentrim_output import TokenTrimPipelineOutput, concatenated
+from .tokentrim_partition import partition_chunks  # noqa: F401
 from .tokentrim_plan import RolloutPlan, plan_rollout
 from .tokentrim_policy import TokenTrim  # noqa: F401
 from .tokentrim_prompts import PromptChange  # noqa: F401
@@ -385,7 +386,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             run ([`Rollout`]): from [`begin`], or one that was cut; the transformer is restored when the iterator ends or
                 is closed.
         """
-        with run.backbone.attached(), run.progress_bar() as run.denoiser.progress:
+        with run.attached(), run.progress_bar() as run.denoiser.progress:
             for index in run.remaining():
                 if self.interrupt:
                     return
@@ -396,12 +397,13 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                     run.policies.observe(latents)
                 else:
                     draft = run.denoiser.draft(index, run.in_flight)
-                    while unstable := run.policies.review(draft.judged):  # eq. 4 to 8, at most R times
+                    while unstable := {} if self.interrupt else run.policies.review(draft.judged):  # eq. 4 to 8
                         run.evict(unstable)  # eq. 9, 10: {video: grid tokens}
                         draft = run.denoiser.redraft(draft, list(unstable))
-                    latents, run.in_flight = run.denoiser.finish(draft)
+                    latents, in_flight = run.denoiser.finish(draft)
                     if self.interrupt:
                         return
+                    run.in_flight = in_flight
                     context = run.policies.commit(latents) if run.goes_on(index) else latents
                 if run.goes_on(index):
                     run.denoiser.commit(index, context, run.policies.entered)  # clean forward at t = 0
@@ -409,19 +411,16 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 yield Chunk(index, latents, run.policies.close())
 
     def begin(self, plan: RolloutPlan) -> Rollout:
-        """The session of a planned call: the schedule is set, the prompt encoded, the noise drawn; no step is taken."""
-        call, device = plan.call, self._execution_device
-        self.scheduler.set_rollout_timesteps(plan.num_inference_steps, device, plan.sigmas, plan.timesteps)
-        self._guidance_scale = call["guidance_scale"]
-        self._attention_kwargs = call["attention_kwargs"]
-        self._interrupt = False
-        self._num_timesteps = plan.count_steps(len(self.scheduler.timesteps))
+        """The session of a planned call: the prompt is encoded; no step is taken."""
+        check_free(self.transformer)
+        device, self._guidance_scale = self._execution_device, plan.call["guidance_scale"]
         prompt, given = encode_prompts(self, plan, device), encode_given(self, plan, device)
         run = Rollout(self, plan, prompt, device, given)
         for index, change in plan.prompt_changes.items():
             run.schedule_change(index, encode_change(self, plan, change, device), change)
         return run
 
+    @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
         """Latents (B, C, T, H, W) to videos as `output_type` asks; none where a run was interrupted in its first chunk."""
         config = self.vae.config

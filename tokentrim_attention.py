@@ -43,6 +43,8 @@ def takes_mask(backend: AttentionBackendName | str | None, mask: torch.Tensor) -
 class CachedAttnProcessor:
     """What the processors share: the cache, the layer, and the attention backend of the processor they stand for."""
 
+    in_rollout = True  # how another rollout, loaded anew, knows them
+
     def __init__(self, cache: RollingKVCache, layer: int, stock):
         self.cache = cache
         self.layer = layer
@@ -130,10 +132,19 @@ class ExactTimesteps(torch.nn.Module):
         return torch.cat(halves, dim=-1).float()
 
 
+def check_free(transformer: ModelMixin) -> None:
+    """A rollout owns its transformer until it ends or is closed."""
+    if any(getattr(block.attn1.processor, "in_rollout", False) for block in transformer.blocks):
+        raise RuntimeError(
+            "This transformer is in a rollout already: finish or close that stream first, or load a second pipeline."
+        )
+
+
 @contextmanager
 def replaced_processors(transformer: ModelMixin, make_self: Callable, make_cross: Callable) -> Iterator[None]:
     """Give every block of `transformer` the processors that `make_self` and `make_cross` make of a layer's index and the
     stock processor; always puts its own back."""
+    check_free(transformer)
     stock = [(attn, attn.processor) for block in transformer.blocks for attn in (block.attn1, block.attn2)]
     try:
         for layer, block in enumerate(transformer.blocks):

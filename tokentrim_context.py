@@ -71,7 +71,7 @@ DECISION = {
 
 def plain_state(policy: Any) -> dict:
     """The state of a policy: its attributes, but for derived ones."""
-    return {name: copy.copy(value) for name, value in vars(policy).items() if not name.startswith("_")}
+    return {name: copy.deepcopy(value) for name, value in vars(policy).items() if not name.startswith("_")}
 
 
 class ContextPolicies:
@@ -91,10 +91,9 @@ class ContextPolicies:
         self, chain: Sequence, num_videos: int, grid: tuple[int, int], patch_size: tuple[int, int, int] = (1, 2, 2)
     ):
         self.num_tokens = grid[0] * grid[1]
-        self.chains = [copy.deepcopy(list(chain)) for _ in range(num_videos)]
-        for video, policies in enumerate(self.chains):
-            for policy in policies:
-                policy.video, policy.patch_size = video, patch_size
+        self.patch_size = patch_size
+        self._chain = copy.deepcopy(list(chain))
+        self.chains = self._new_chains(num_videos)
         self._open_chunk(0)
 
     def observe(self, latents: torch.Tensor) -> None:
@@ -128,7 +127,7 @@ class ContextPolicies:
         """What becomes context in the place of accepted latents, (B, C, T, H, W); `entered` says of which videos."""
         context = latents.clone()
         for video, policies in enumerate(self.chains):
-            chunk = latents[video]
+            chunk = latents[video].clone()  # not what is shown: a policy may write into it
             for policy in policies:
                 chunk = self._check_latents(policy, policy.commit(chunk), latents[video])
                 if chunk is None:
@@ -158,13 +157,25 @@ class ContextPolicies:
 
     def state_dict(self) -> dict:
         """The state between two chunks."""
-        return {"index": self._index, "chains": [[plain_state(each) for each in chain] for chain in self.chains]}
+        chains = [[[type(policy).__name__, plain_state(policy)] for policy in chain] for chain in self.chains]
+        return {"index": self._index, "chains": chains}
 
     def load_state_dict(self, state: dict) -> None:
-        for policies, states in zip(self.chains, state["chains"], strict=True):
-            for policy, saved in zip(policies, states, strict=True):
-                vars(policy).update({name: copy.copy(value) for name, value in saved.items()})
+        known = [[type(policy).__name__ for policy in chain] for chain in self.chains]
+        saved = [[name for name, _ in chain] for chain in state["chains"]]
+        check(saved == known, "state", saved, f"of a run of the same method and batch, {known}")
+        self.chains = self._new_chains(len(known))  # what is derived is derived again
+        for policies, states in zip(self.chains, state["chains"]):
+            for policy, (_, attributes) in zip(policies, states):
+                vars(policy).update(copy.deepcopy(attributes))
         self._open_chunk(state["index"])
+
+    def _new_chains(self, num_videos: int) -> list[list]:
+        chains = [copy.deepcopy(self._chain) for _ in range(num_videos)]
+        for video, policies in enumerate(chains):
+            for policy in policies:
+                policy.video, policy.patch_size = video, self.patch_size
+        return chains
 
     def _open_chunk(self, index: int) -> None:
         self._index = index

@@ -19,7 +19,8 @@ PREVIEW_OVERLAP = 8  # latent frames; TAEHV's decoder remembers 3 + 3 + 3 / 2
 
 class FrameDecoder:
     r"""
-    Decodes a video of an [`AutoencoderKLWan`] chunk by chunk, bit for bit as `vae.decode` of all latents (fp32, CPU).
+    Decodes a video of an [`AutoencoderKLWan`] chunk by chunk, bit for bit as `vae.decode` of all latents (fp32, CPU,
+    latent frames of at least 12 positions: below that, torch rounds a convolution of one frame differently).
 
     Args:
         vae ([`AutoencoderKLWan`]):

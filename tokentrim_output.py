@@ -31,8 +31,8 @@ class TokenTrimPipelineOutput(BaseOutput):
         decisions (`list[list[dict]]`):
             `decisions[video][chunk]`, plain JSON types: `chunk`, `severity` (`None` for the first), `threshold`
             (`None` while the gate is closed), `trim`, `tokens` (evicted grid indices), `drift` (one per token of the
-            grid, `None` for the first chunk), `regenerated_severity` (`None` where nothing was regenerated) and
-            `quarantined`.
+            grid, `None` for the first chunk), `regenerated_severity` (`None` where nothing was regenerated),
+            `quarantined`, `reanchored` (`"held"`, `"watched"` or `None`), and what policies of one's own report.
         grid (`tuple[int, int]`): tokens of a latent frame, (height, width).
         chunk_frames (`list[int]`, *optional*): frames of each chunk, `None` where the videos are latents.
     """
@@ -55,8 +55,8 @@ class TokenTrimPipelineOutput(BaseOutput):
         size = (9, 2.4 * len(self.decisions))
         figure = optional("matplotlib.figure", "matplotlib").Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(self.decisions), 1, sharex=True, squeeze=False)[:, 0]
-        for video, (axis, of_video) in enumerate(zip(axes, self.decisions)):
-            plot_severity(axis, of_video)
+        for video, (axis, video_decisions) in enumerate(zip(axes, self.decisions)):
+            plot_severity(axis, video_decisions)
             axis.set_title(f"video {video}")
         axis.set_xlabel("chunk")
         return figure
@@ -75,8 +75,8 @@ class TokenTrimPipelineOutput(BaseOutput):
         rows, columns = self.grid
         height, width = videos.shape[2] // rows, videos.shape[3] // columns  # of a token
         line = max(min(height, width) // 12, 1)
-        for video, of_video in zip(videos, self.decisions):
-            for decision, frames in zip(of_video, np.split(video, np.cumsum(self.chunk_frames))):
+        for video, video_decisions in zip(videos, self.decisions):
+            for decision, frames in zip(video_decisions, np.split(video, np.cumsum(self.chunk_frames))):
                 for token in decision["tokens"]:
                     top, left = token // columns * height, token % columns * width
                     patch = frames[:, top : top + height, left : left + width]
@@ -103,12 +103,12 @@ class TokenTrimPipelineOutput(BaseOutput):
         middles = np.cumsum(self.chunk_frames) - self.chunk_frames + np.array(self.chunk_frames) // 2
         edge = max(videos.shape[3] // 32, 2)
         rows = []
-        for video, of_video in zip(videos, self.decisions):
+        for video, video_decisions in zip(videos, self.decisions):
             row = []
             for chunk in choose_chunks(self.decisions, columns):
                 frame = video[[middles[chunk]]]
                 frame = np.pad(frame, ((0, 0), (edge, edge), (edge, edge), (0, 0)), constant_values=1)
-                if event := event_of(of_video[chunk]):
+                if event := decision_event(video_decisions[chunk]):
                     outline(frame, RED if event == "trimmed" else PURPLE, edge)
                 row.append(frame[0])
             rows.append(np.concatenate(row, axis=1))
@@ -173,7 +173,7 @@ def as_uint8(frames: np.ndarray) -> np.ndarray:
     return (frames * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def event_of(decision: dict) -> str | None:
+def decision_event(decision: dict) -> str | None:
     """What happened to a chunk, if anything did."""
     return "quarantined" if decision["quarantined"] else "trimmed" if decision["trim"] else None
 
@@ -181,7 +181,9 @@ def event_of(decision: dict) -> str | None:
 def choose_chunks(decisions: list[list[dict]], columns: int) -> list[int]:
     """Up to `columns` chunks worth showing: the first triggered ones, and others evenly spaced."""
     num_chunks = len(decisions[0])
-    triggered = sorted({each["chunk"] for of_video in decisions for each in of_video if event_of(each)})
+    triggered = sorted(
+        {each["chunk"] for video_decisions in decisions for each in video_decisions if decision_event(each)}
+    )
     shown = set(triggered[: columns // 2])
     for chunk in np.linspace(0, num_chunks - 1, columns).round().astype(int):
         if len(shown) < columns:

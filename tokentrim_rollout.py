@@ -2,7 +2,7 @@
 """The session: all that a run is between two chunks."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class Rollout:
     """A run on its way: which chunk is next, what is in flight, and the parts that remember.
 
     Args:
-        pipe: the pipeline, whose schedule is set.
+        pipe: the pipeline.
         plan ([`RolloutPlan`]): of the call.
         prompt ([`Prompt`]): encoded.
         device (`torch.device`): where it runs.
@@ -38,6 +38,7 @@ class Rollout:
         sizes = [plan.chunk_size(index) for index in range(plan.num_given_chunks)]
         self.given = [] if given is None else list(given.split(sizes, dim=2))
         self.changes: dict[int, tuple[torch.Tensor, str]] = {}  # embeddings (B, text, dim) and transition, by chunk
+        self.guidance_scale = plan.call["guidance_scale"]  # when it starts
         self.shows_steps = True  # whether a bar of denoising steps is shown
         self.index = 0
         self.in_flight: tuple[InFlight, ...] = ()
@@ -85,6 +86,19 @@ class Rollout:
         steps = self.plan.count_steps(len(self.pipe.scheduler.timesteps), self.index)
         return steps - sum(chunk.step > 0 for chunk in self.in_flight)  # each in flight is a step ahead
 
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The pipeline and its transformer serve this run inside: its schedule, its guidance, its processors."""
+        plan, pipe = self.plan, self.pipe
+        with self.backbone.attached():
+            device = pipe._execution_device
+            pipe.scheduler.set_rollout_timesteps(plan.num_inference_steps, device, plan.sigmas, plan.timesteps)
+            pipe._num_timesteps = plan.count_steps(len(pipe.scheduler.timesteps))
+            pipe._guidance_scale = self.guidance_scale
+            pipe._attention_kwargs = plan.call["attention_kwargs"]
+            pipe._interrupt = False
+            yield
+
     def progress_bar(self) -> Any:
         """A context that gives a bar of the denoising steps to go, or `None`."""
         return self.pipe.progress_bar(total=self.num_steps_left()) if self.shows_steps else nullcontext()
@@ -120,20 +134,32 @@ class Rollout:
         """The run between two chunks, as plain values and tensors that `load_state_dict` of a run of the same call takes."""
         prompt, renoise = self.denoiser.prompt, self.denoiser.renoise
         return {
+            "shape": self._shape(),
             "index": self.index,
             "in_flight": [[chunk.latents, chunk.step] for chunk in self.in_flight],
-            "noise": [[*each] for each in self.noise.chunks.items()],
+            "noise": [[index, noise.clone()] for index, noise in self.noise.chunks.items()],
             "num_drawn": self.noise.num_drawn,
             "given": self.given[self.index :],
             "changes": [[chunk, *change] for chunk, change in self.changes.items()],
             "renoise": [[*key, noise] for key, noise in renoise.drawn.items()],
             "prompt": [prompt.embeds, prompt.negative_embeds],
+            "guidance_scale": self.pipe.guidance_scale,
             "generators": [generator.get_state() for generator in self._generators()],
             "policies": self.policies.state_dict(),
             "backbone": self.backbone.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from a saved state, whatever this run has done so far.
+
+        Raises:
+            `ValueError`: the state is of a run of another call.
+        """
+        same_call, ours = "of a run of the same call", self._shape()
+        check(state["shape"] == ours, "state", state["shape"], f"{same_call}, with {ours}")
+        num_saved, num_known = len(state["generators"]), len(self._generators())
+        check(num_saved == num_known, "state", num_saved, f"{same_call}, with {num_known} generators")
+        self.policies.load_state_dict(state["policies"])
         self.index = state["index"]
         self.in_flight = tuple(InFlight(latents, step) for latents, step in state["in_flight"])
         self.noise.chunks, self.noise.num_drawn = dict(state["noise"]), state["num_drawn"]
@@ -141,10 +167,14 @@ class Rollout:
         self.changes = {chunk: (embeds, transition) for chunk, embeds, transition in state["changes"]}
         self.denoiser.renoise.drawn = {(chunk, step): noise for chunk, step, noise in state["renoise"]}
         self.denoiser.prompt = Prompt(*state["prompt"])
-        for generator, saved in zip(self._generators(), state["generators"], strict=True):
-            generator.set_state(saved)
-        self.policies.load_state_dict(state["policies"])
+        self.guidance_scale = state["guidance_scale"]
+        for generator, generator_state in zip(self._generators(), state["generators"]):
+            generator.set_state(generator_state)
         self.backbone.load_state_dict(state["backbone"])
+
+    def _shape(self) -> list:
+        """What runs of one call have in common."""
+        return [list(self.plan.frame_shape), list(self.plan.chunk_partition), self.plan.is_endless]
 
     def _generators(self) -> list[torch.Generator]:
         """All that are drawn from while the run goes on."""

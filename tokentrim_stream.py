@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .tokentrim_checks import check
 from .tokentrim_encoding import encode_change
-from .tokentrim_output import as_array, as_uint8, event_of
+from .tokentrim_output import as_array, as_uint8, decision_event
 from .tokentrim_plan import is_far
 from .tokentrim_prompts import check_change, make_change
 from .tokentrim_rollout import Rollout
@@ -239,7 +239,7 @@ class _ProgressBar:
 
     def update(self, chunk: Chunk, num_frames: int) -> None:
         self.num_frames += as_array(chunk.frames).shape[1]
-        self.triggers += sum(event_of(decision) is not None for decision in chunk.decisions)
+        self.triggers += sum(decision_event(decision) is not None for decision in chunk.decisions)
         rate = self.num_frames / (time.perf_counter() - self.start)
         told = [f"{num_frames / self.fps:.1f} s", f"{rate:.1f} frames/s", f"{self.triggers} triggers"]
         if (memory := resident_bytes()) is not None:

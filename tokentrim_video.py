@@ -5,7 +5,6 @@ The file is a fragmented mp4: `ftyp moov`, then `moof mdat` for each chunk. Each
 first frame to its last, so that the bytes do not depend on which process wrote the chunks before.
 """
 
-import errno
 import io
 import os
 import struct
@@ -26,15 +25,16 @@ TICKS = 1000  # of the track's clock for each tick of the frame rate
 
 class VideoWriter:
     r"""
-    Writes h264 in yuv420p, which every player decodes. That needs an even width and height: a frame of odd width or
-    height gets one more column or row, a copy of its last one.
+    Appends chunks of frames to an mp4.
+
+    The format is h264 in yuv420p, which every player decodes. That needs an even width and height: frames of odd width
+    or height get one more column or row, a copy of the last one. `state` is a plain dict of what is in the file:
+    `bytes`, `frames`, `chunks`, `fps` and `crf`; each chunk makes a new one.
 
     Args:
         path (`str` or `os.PathLike`): the file; what it held is lost.
         fps (`float`, defaults to `16`): frames per second; 16 is Wan's.
         crf (`float`, defaults to `16`): x264's quality, from 0 (best) to 51.
-
-    `state` is a plain dict of what is in the file: `bytes`, `frames`, `chunks`, `fps`, `crf`. Each chunk makes a new one.
 
     Raises:
         `ImportError`: imageio-ffmpeg is not installed.
@@ -94,7 +94,7 @@ class VideoWriter:
             frames (`np.ndarray`): uint8 (T, H, W, 3), T > 0.
 
         Raises:
-            `OSError`: ffmpeg fails, or the disk is full.
+            `OSError`: ffmpeg fails, the disk is full, or the file was cut or removed meanwhile.
             `ValueError`: the frames are of another size than those before.
         """
         check(isinstance(frames, np.ndarray), "frames", type(frames).__name__, "a numpy array", TypeError)
@@ -109,6 +109,9 @@ class VideoWriter:
             raise OSError(
                 f"The chunk does not fit the beginning of {self.path}: frames of another size, or another ffmpeg."
             )
+        (num_frames,) = struct.unpack_from(">I", fragment, fragment.index(b"trun") + 8)
+        if num_frames != len(frames):
+            raise OSError(f"ffmpeg encoded {num_frames} frames instead of {len(frames)}.")
         rate = frame_rate(state["fps"])
         fragment = place_fragment(fragment, state["chunks"], state["frames"] * rate.denominator * TICKS)
         added = fragment if self.header else header + fragment
@@ -184,9 +187,9 @@ def encode_chunk(ffmpeg: str, frames: np.ndarray, fps: float, crf: float) -> byt
     command += ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-map_metadata", "-1"]
     command += ["-video_track_timescale", str(rate.numerator * TICKS)]
     command += ["-movflags", "empty_moov+default_base_moof+skip_trailer", "-f", "mp4", "pipe:1"]
-    # A group of its own: Ctrl-C is for this process, which may want to finish the chunk.
-    done = subprocess.run(command, input=frames.tobytes(), capture_output=True, process_group=0)
-    if done.returncode:
+    # A session of its own: Ctrl-C is for this process, which may want to finish the chunk.
+    done = subprocess.run(command, input=frames.tobytes(), capture_output=True, start_new_session=True)
+    if done.returncode or not done.stdout:
         reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
         raise OSError(
             f"ffmpeg could not encode {len(frames)} frames of {width} x {height} (exit status {done.returncode}): "
@@ -207,7 +210,7 @@ def split_header(encoded: bytes) -> tuple[bytes, bytearray]:
 
 def place_fragment(fragment: bytearray, number: int, ticks: int) -> bytearray:
     """With its number in the file, from 1, and the time of its first frame."""
-    sequence, time = fragment.index(b"mfhd"), fragment.index(b"tfdt")  # both before any media data
+    sequence, time = fragment.index(b"mfhd"), fragment.index(b"tfdt")  # kind, version and flags, value
     if fragment[time + 4] != 1:
         raise OSError("ffmpeg wrote a fragment whose time has 32 bits.")
     struct.pack_into(">I", fragment, sequence + 8, number + 1)
@@ -217,10 +220,13 @@ def place_fragment(fragment: bytearray, number: int, ticks: int) -> bytearray:
 
 def append(path: Path, size: int, added: bytes) -> None:
     """At `size`, to the disk; all of it, or nothing."""
+    now = os.path.getsize(path)
+    if now < size:
+        raise OSError(
+            f"{path} held {size} bytes when it was last written, but holds {now} now: something else cut it."
+        )
     try:
         with open(path, "r+b", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size < size:
-                raise OSError(errno.EIO, "it was cut meanwhile")
             file.truncate(size)
             file.seek(size)
             try:

@@ -153,7 +153,7 @@ def compare(transformer, num_frames: int, size: tuple[int, int], repeats: int, d
     for result in results.values():
         result["seconds"] = statistics.median(finished[-1] for finished in result["finished"])
         by_chunk = zip(*([b - a for a, b in zip([0.0, *finished], finished)] for finished in result["finished"]))
-        result["of_chunk"] = [min(seconds) for seconds in by_chunk]  # what else the machine does only adds
+        result["chunk_seconds"] = [min(seconds) for seconds in by_chunk]  # what else the machine does only adds
         result["difference"] = (result["frames"] - results["upstream"]["frames"]).abs().max().item()
     return results
 
@@ -219,23 +219,23 @@ def main() -> None:
         upstream = results["upstream"]
         for contestant, result in results.items():
             ratios = (upstream[key] / result[key] for key in ("seconds", "tokens"))
-            per_chunk = result["seconds"] / len(result["of_chunk"])
+            per_chunk = result["seconds"] / len(result["chunk_seconds"])
             print(
-                f"{num_frames:6}{len(result['of_chunk']):8}  {contestant:14}{result['seconds']:10.2f}{per_chunk:9.3f}"
+                f"{num_frames:6}{len(result['chunk_seconds']):8}  {contestant:14}{result['seconds']:10.2f}{per_chunk:9.3f}"
                 + "{:8.2f}{:8.2f}".format(*ratios)
                 + f"{result['difference']:16.1e}{statistics.median(result['memory']) / 2**20:10.1f}",
                 flush=True,
             )
     print(f"\nseconds of a chunk in {num_frames} frames: least of the runs, mean of the chunks")
-    ranges = [(first, first + 10) for first in range(0, len(upstream["of_chunk"]), 10)]
+    ranges = [(first, first + 10) for first in range(0, len(upstream["chunk_seconds"]), 10)]
     ranges = [
-        (first, min(last, len(upstream["of_chunk"])))
+        (first, min(last, len(upstream["chunk_seconds"])))
         for first, last in ranges
-        if first + 5 <= len(upstream["of_chunk"])
+        if first + 5 <= len(upstream["chunk_seconds"])
     ]
     print(f"{'contestant':14}" + "".join(f"{f'{first}-{last - 1}':>10}" for first, last in ranges))
     for contestant, result in results.items():
-        means = (statistics.mean(result["of_chunk"][first:last]) for first, last in ranges)
+        means = (statistics.mean(result["chunk_seconds"][first:last]) for first, last in ranges)
         print(f"{contestant:14}" + "".join(f"{mean:10.4f}" for mean in means))
 
 

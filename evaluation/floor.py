@@ -15,7 +15,7 @@ from training.world import Appearance, parse, render
 
 from .experiment import Experiment, sample_prompts
 from .measures import measure_chunks
-from .report import of_videos
+from .report import video_table
 from .rollouts import WORLD, load_pipeline
 
 
@@ -41,7 +41,7 @@ def main() -> None:
             for chunk, measures in enumerate(measure_chunks(frames, prompt, per_chunk)):
                 blank = dict.fromkeys(("trim", "quarantined", "calls", "seconds"), 0)
                 rows.append({"method": name, "seed": seed, "prompt": prompt, "chunk": chunk, **measures, **blank})
-    videos = of_videos(pd.DataFrame(rows), Experiment("floor", {"rendered": {}, "through the VAE": {}}))
+    videos = video_table(pd.DataFrame(rows), Experiment("floor", {"rendered": {}, "through the VAE": {}}))
     print(f"{args.videos} rendered clips of {args.chunks} chunks, means")
     print(videos.groupby("method", sort=False)[list(MEASURES)].mean().to_string(float_format="%.4f"))
 

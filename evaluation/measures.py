@@ -92,14 +92,14 @@ def as_rgb(colors: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(colors), 0.5, lab2rgb(np.nan_to_num(colors)[None])[0])
 
 
-def mean_of_present(values: np.ndarray) -> float:
+def present_mean(values: np.ndarray) -> float:
     """Mean without the NaNs; NaN where there is nothing else."""
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 def motion(colors: Colors) -> float:
     """Mean distance in pixels that the object moves from frame to frame: freezing must not pass for stability."""
-    return mean_of_present(np.linalg.norm(np.diff(colors.center, axis=0), axis=1))
+    return present_mean(np.linalg.norm(np.diff(colors.center, axis=0), axis=1))
 
 
 def summarize_drift(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> dict[str, float]:
@@ -108,7 +108,7 @@ def summarize_drift(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) 
     half = len(colors.background) // 2
     return {
         "background_drift": float(color_drift(colors.background)[half:].mean()),
-        "object_drift": mean_of_present(color_drift(colors.object)[half:]),
+        "object_drift": present_mean(color_drift(colors.object)[half:]),
         "object_lost": float(np.mean(colors.area[half * num_frames_per_chunk :] < 0.01)),
         "motion": motion(colors),
     }
@@ -121,7 +121,7 @@ def flow_amplitude(frames: np.ndarray) -> float:
     return float(np.mean([np.linalg.norm(flow, axis=-1).mean() for flow in flows]))
 
 
-def look_of(frames: np.ndarray) -> dict[str, float]:
+def frame_look(frames: np.ndarray) -> dict[str, float]:
     """M of a chunk, (frames, H, W, 3) in [0, 1]: what needs neither prompt nor pretrained model."""
     lab, grey = rgb2lab(frames), rgb2gray(frames)
     means, spreads = lab.mean(axis=(0, 1, 2)), lab.std(axis=(0, 1, 2))
@@ -155,8 +155,8 @@ def measure_chunks(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -
                 "present": bool(colors.area[middle] >= 0.01 and apart >= 10),
                 "shape_right": name_shape(colors.mask[middle]) == scene.shape,
                 "scattered": scattered(colors.mask[middle]),
-                "motion": mean_of_present(steps[max(start - 1, 0) : stop - 1]),
-                **look_of(frames[start:stop]),
+                "motion": present_mean(steps[max(start - 1, 0) : stop - 1]),
+                **frame_look(frames[start:stop]),
             }
         )
     return rows

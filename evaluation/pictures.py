@@ -14,7 +14,7 @@ from tokentrim.tokentrim_output import (
     TRIM,
     as_uint8,
     choose_chunks,
-    event_of,
+    decision_event,
     plot_severity,
     save_video,
 )
@@ -69,7 +69,7 @@ def film_strip(
                 corner = (token % grid[1], token // grid[1])
                 axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="white", linewidth=1.2))
                 axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=TRIM, linewidth=0.6))
-            event = event_of(decision)
+            event = decision_event(decision)
             color = {"trimmed": TRIM, "quarantined": QUARANTINE}.get(event, "0.8")
             for spine in axis.spines.values():
                 spine.set(visible=True, color=color, linewidth=2 if event else 1)
@@ -98,17 +98,17 @@ def drift_plot(
     figure = Figure(figsize=(9, height), layout="constrained")
     rows = [2.2] * len(decisions) + [0.32 * len(decisions), 2.0] * len(parts)
     axes = list(figure.subplots(len(rows), 1, sharex=True, height_ratios=rows))
-    for name, of_method in decisions.items():
+    for name, method_decisions in decisions.items():
         axis = axes.pop(0)
-        plot_severity(axis, of_method)
+        plot_severity(axis, method_decisions)
         axis.set(title=name)
     for part in parts:
         strip, axis = axes.pop(0), axes.pop(0)
-        colors = np.stack([of_method[part] for of_method in swatches.values()])  # (methods, chunks, 3)
+        colors = np.stack([method_colors[part] for method_colors in swatches.values()])  # (methods, chunks, 3)
         strip.imshow(colors.clip(0, 1), aspect="auto", extent=(-0.5, colors.shape[1] - 0.5, len(colors), 0))
         strip.set(yticks=np.arange(len(colors)) + 0.5, yticklabels=list(swatches), title=f"colour of the {part}")
-        for name, of_method in drifts.items():
-            axis.plot(of_method[part], label=name)
+        for name, method_drifts in drifts.items():
+            axis.plot(method_drifts[part], label=name)
         axis.set_ylabel("CIEDE2000\nto chunk 0")
         axis.set_ylim(top=1.25 * axis.get_ylim()[1])  # room for the legend
         axis.legend(loc="upper left", ncols=len(drifts), frameon=False)

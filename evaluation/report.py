@@ -26,7 +26,7 @@ def bootstrap(values: np.ndarray, num_samples: int = 10_000) -> tuple[float, flo
     return tuple(np.quantile(means, (0.025, 0.975)))
 
 
-def of_videos(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
+def video_table(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     """One row for each method and video: drift over the last half, and start-end contrasts (first and last 15%)."""
     rows = []
     for (method, seed), video in table.groupby(["method", "seed"], sort=False):
@@ -168,7 +168,7 @@ def cases(videos: pd.DataFrame, experiment: Experiment, out: Path, method: str, 
 def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
     """`report.md`, `videos.csv`, `curves.png` and film strips in `out`; returns the report."""
     methods, reference = list(experiment.methods), next(iter(experiment.methods))
-    videos = of_videos(table, experiment)
+    videos = video_table(table, experiment)
     videos.to_csv(out / "videos.csv", index=False, float_format="%.5g")
     shown = {"identity_error": "identity error", "background_error": "background\nCIEDE2000", "motion": "motion"}
     curves(table, shown).savefig(out / "curves.png", dpi=110)

@@ -48,6 +48,13 @@ def counted_calls(pipe: TokenTrimPipeline) -> Iterator[list]:
         hook.remove()
 
 
+def draw_noise(pipe: TokenTrimPipeline, seeds: list[int], num_frames: int) -> torch.Tensor:
+    """Initial noise of whole videos, (B, C, T, H, W), drawn at once: the published results are of this noise."""
+    size = [pipe.config.height // pipe.vae_scale_factor_spatial, pipe.config.width // pipe.vae_scale_factor_spatial]
+    shape = (pipe.transformer.config.in_channels, (num_frames - 1) // pipe.vae_scale_factor_temporal + 1, *size)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
 def run_method(pipe: TokenTrimPipeline, method: str, prompts: list[str], seeds: list[int], num_chunks: int) -> Run:
     """Generate one video for each prompt and seed; the same seeds give every method the same noise."""
     start = time.perf_counter()

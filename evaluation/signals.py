@@ -16,7 +16,7 @@ def _summaries(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) ->
 def _over_pairs(measure: Callable, latents: list[torch.Tensor], references: list[torch.Tensor]) -> torch.Tensor:
     """A measure of two chunks of one video, for each video and pair, (B, chunks)."""
     pairs = [list(zip(chunk, reference)) for chunk, reference in zip(latents, references)]
-    return torch.tensor([[measure(*pair) for pair in of_chunk] for of_chunk in pairs]).T
+    return torch.tensor([[measure(*pair) for pair in chunk_pairs] for chunk_pairs in pairs]).T
 
 
 def paper_severity(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
@@ -26,14 +26,14 @@ def paper_severity(latents: list[torch.Tensor], patch_size: tuple[int, int, int]
     return torch.stack([severity(drift, unstable_tokens(drift, 0.1)) for drift in drifts], dim=1)
 
 
-def anchor_severity(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
+def reference_severity(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
     """The same against the first chunk."""
     first, *_ = summaries = _summaries(latents, patch_size)
     drifts = [token_drift(now, first) for now in summaries]
     return torch.stack([severity(drift, unstable_tokens(drift, 0.1)) for drift in drifts], dim=1)
 
 
-def anchor_median(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
+def reference_median(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
     """The median token's distance to the first chunk."""
     first, *_ = summaries = _summaries(latents, patch_size)
     return torch.stack([token_drift(now, first).median(dim=-1).values for now in summaries], dim=1)
@@ -46,7 +46,7 @@ def previous_median(latents: list[torch.Tensor], patch_size: tuple[int, int, int
     return torch.stack([token_drift(now, before).median(dim=-1).values for now, before in pairs], dim=1)
 
 
-def nearest_anchor(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
+def nearest_reference(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
     """Mean distance of the tenth of tokens that are farthest from their nearest token of the first chunk, wherever
     that is, the chunk's offset in mean taken away."""
     first = summarize(latents[0], patch_size)
@@ -65,12 +65,12 @@ def previous_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int])
     return _over_pairs(jump, values, [first, *values])
 
 
-def anchor_offset(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
+def reference_offset(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
     """Re-anchoring's signal: distance of the channels' means to the first chunk's, in its standard deviations."""
     return _over_pairs(mean_offset, latents, [latents[0]] * len(latents))
 
 
-def anchor_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
+def reference_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
     """How far the distributions of values are from the first chunk."""
     first, *_ = values = [quantiles(chunk) for chunk in latents]
     return _over_pairs(jump, values, [first] * len(values))
@@ -82,10 +82,10 @@ SIGNALS = {
         paper_severity,
         previous_median,
         previous_jump,
-        anchor_severity,
-        anchor_median,
-        anchor_offset,
-        anchor_jump,
-        nearest_anchor,
+        reference_severity,
+        reference_median,
+        reference_offset,
+        reference_jump,
+        nearest_reference,
     )
 }

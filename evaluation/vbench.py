@@ -5,7 +5,7 @@
     python -m evaluation.vbench score runs/vbench/*/
     python -m evaluation.vbench table runs/vbench/*/
 
-Scores are the package `vbench`'s own, which lives in an environment of its own: see the README. What is there already
+Scores are the package `vbench`'s own, which lives in an environment of its own: see docs/vbench.md. What is there already
 is neither generated nor scored again. `accelerate launch -m evaluation.vbench generate` takes several processes.
 """
 
@@ -51,7 +51,7 @@ def read_prompts(python: Path) -> list[dict]:
     if located is None or located.returncode:
         raise FileNotFoundError(
             f"--python has to be the python of an environment with the package vbench, but '{python}' "
-            f"{'has no vbench' if located else 'is not there'}. The README says how to make one."
+            f"{'has no vbench' if located else 'is not there'}. docs/vbench.md says how to make one."
         )
     return json.loads((Path(located.stdout.strip()) / "VBench_full_info.json").read_text())
 

@@ -12,12 +12,13 @@ import torch
 from accelerate import PartialState
 
 from tokentrim import TokenTrimPipeline
+from tokentrim.tokentrim_policy import SeverityMonitor
 
 from .controls import CONTROLS, correct_afterwards
 from .defects import Painted, paint_chunk
 from .experiment import Experiment, part
 from .measures import measure_chunks
-from .rollouts import ROOT, counted_calls
+from .rollouts import ROOT, counted_calls, draw_noise
 from .signals import SIGNALS
 
 
@@ -31,14 +32,14 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
     if control is not None:
         arguments = CONTROLS[control](pipe, arguments)
     if experiment.defects:
-        arguments["method"] = [painted, arguments["method"]]
+        arguments["method"] = [painted, SeverityMonitor(), arguments["method"]]  # severities are of painted chunks
 
     start = time.perf_counter()
     with counted_calls(pipe) as calls:
         output = pipe(
             prompts,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            num_frames=experiment.num_chunks * per_chunk,
+            latents=draw_noise(pipe, seeds, experiment.num_chunks * per_chunk),
             output_type="latent",
             **arguments,
         )

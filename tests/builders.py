@@ -1,5 +1,7 @@
 """Small real components, and what the tests do with them."""
 
+import re
+
 import torch
 from diffusers import (
     AnyFlowFARTransformer3DModel,
@@ -95,6 +97,11 @@ def full_pipeline(scheduler=None, **settings) -> TokenTrimPipeline:
     settings = {"height": 32, "width": 48, "max_sequence_length": TEXT_LENGTH, "num_inference_steps": 2, **settings}
     components = (tiny_tokenizer(), tiny_text_encoder(), tiny_transformer(), tiny_vae(), scheduler)
     return quiet(TokenTrimPipeline(*components, **settings))
+
+
+def case_id(value) -> str:
+    """A value as the name of a test: the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))[:60]
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

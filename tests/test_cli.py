@@ -10,7 +10,7 @@ from conftest import ROOT
 from tokentrim.tools import cli
 
 
-COMMANDS = ("generate", "convert", "publish", "bundle")
+COMMANDS = ("generate", "convert", "publish", "bundle", "drift")
 
 
 def start(folder, *arguments):
@@ -31,7 +31,7 @@ for arguments in {calls}:
         main(arguments)
     except SystemExit as end:
         print("exit", end.code)
-heavy = {{"torch", "diffusers", "numpy", "matplotlib"}} & set(sys.modules)
+heavy = {{"torch", "diffusers", "numpy", "cv2", "matplotlib"}} & set(sys.modules)
 assert not heavy, heavy
 """
     process = start(tmp_path, "-c", script)

@@ -13,6 +13,7 @@ import torch
 from builders import full_pipeline, generators, quiet, tiny_transformer
 from conftest import ROOT
 from diffusers import FlowMatchLCMScheduler, WanTransformer3DModel
+from originals import original_weights
 from safetensors.torch import save_file
 
 from tokentrim import TokenTrimPipeline
@@ -24,48 +25,6 @@ from tokentrim.tools.presets import PRESETS, SCHEDULES
 HEAD_DIM = 12
 PROMPT = "a red circle moving right over a blue background"
 CALL = {"num_frames": 57, "height": 32, "width": 48, "max_sequence_length": 8, "output_type": "latent"}
-
-TOP = {
-    "patch_embedding": "patch_embedding",
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "proj_out": "head.head",
-    "scale_shift_table": "head.modulation",
-}
-BLOCK = {
-    **{
-        f"{attn}.{name}": f"{original}.{short}"
-        for attn, original in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-        for name, short in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
-    },
-    **{
-        f"{attn}.{name}": f"{original}.{name}"
-        for attn, original in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-        for name in ("norm_q", "norm_k")
-    },
-    "norm2": "norm3",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-    "scale_shift_table": "modulation",
-}
-
-
-def original(key: str) -> str:
-    """The name that Wan's own code gives to a tensor of Diffusers' transformer."""
-    block, table = "", TOP
-    if key.startswith("blocks."):
-        _, index, key = key.split(".", 2)
-        block, table = f"blocks.{index}.", BLOCK
-    (name,) = (name for name in table if key == name or key.startswith(f"{name}."))
-    return block + table[name] + key.removeprefix(name)
-
-
-def original_weights(seed: int = 0, wrapped=lambda key: key) -> dict[str, torch.Tensor]:
-    state = tiny_transformer(seed).state_dict()
-    return {wrapped(original(key)): tensor.clone() for key, tensor in state.items()}
 
 
 def in_model(key: str) -> str:
@@ -212,8 +171,10 @@ def test_latents_are_those_of_the_weights(layout, tmp_path, base):
     ours, expected = (TokenTrimPipeline.from_pretrained(tmp_path / folder) for folder in ("out", "direct"))
     assert torch.equal(latents(ours), latents(expected))
     ours, expected = (tmp_path / folder / "transformer" for folder in ("out", "direct"))
-    file = "diffusion_pytorch_model.safetensors"
-    assert (ours / file).read_bytes() == (expected / file).read_bytes()
+    for file in ("diffusion_pytorch_model.safetensors", "config.json", "../scheduler/scheduler_config.json"):
+        assert (ours / file).read_bytes() == (expected / file).read_bytes()
+    ours, expected = (json.loads((tmp_path / folder / "model_index.json").read_text()) for folder in ("out", "direct"))
+    assert ours == expected | {"height": None, "width": None, "max_sequence_length": None}
 
 
 @pytest.mark.parametrize(
@@ -272,11 +233,11 @@ BAD_FILES = {
     ),
     "missing": (
         without("blocks.1.norm3.bias", without("head.head.bias", original_weights())),
-        r"are 2 missing \(Diffusers' names\): blocks.1.norm2.bias, proj_out.bias\.",
+        r"are 2 missing: blocks.1.norm3.bias, head.head.bias\.",
     ),
     "a block missing": (
         {key: tensor for key, tensor in original_weights().items() if "blocks.0." not in key or "ffn" in key},
-        "missing.*blocks.0.attn1.to_q.weight",
+        "23 missing.*blocks.0.self_attn.q.weight",
     ),
     "shape": (
         {**original_weights(), "blocks.0.self_attn.q.bias": torch.zeros(5)},
@@ -379,12 +340,11 @@ def test_bad_file_for_the_command(tmp_path, base, fail, nothing_written):
 
 
 def test_failure_while_saving(tmp_path, base, fail, nothing_written, monkeypatch):
-    def run_out_of_space(self, folder):
-        folder.mkdir()
-        (folder / "model_index.json").write_text("{}")
+    def run_out_of_space(path, *_):
+        path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(TokenTrimPipeline, "save_pretrained", run_out_of_space)
+    monkeypatch.setattr("tokentrim.tools.convert.write_safetensors", run_out_of_space)
     fail(arguments(write(tmp_path, LAYOUTS["bare"]()), base, tmp_path / "out"), "No space left on device")
 
 

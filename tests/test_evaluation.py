@@ -15,8 +15,8 @@ from evaluation.controls import CONTROLS, correct_afterwards
 from evaluation.defects import DEFECTS, Painted, paint_chunk
 from evaluation.experiment import Experiment, sample_prompts
 from evaluation.identity import Appearance
-from evaluation.measures import look_of, measure_chunks, track_colors
-from evaluation.report import area_under_curve, of_videos, paired
+from evaluation.measures import frame_look, measure_chunks, track_colors
+from evaluation.report import area_under_curve, paired, video_table
 from evaluation.rollouts import load_pipeline
 from evaluation.signals import SIGNALS
 from tokentrim.tokentrim_statistics import MatchDistribution
@@ -91,11 +91,11 @@ def test_scattered_sees_an_object_in_pieces():
 def test_looks_without_a_prompt():
     _, frames = rendered(0, 6)
     still = np.repeat(frames[:1], 3, axis=0)
-    assert look_of(still)["flow"] == pytest.approx(0, abs=1e-3) and look_of(still)["flicker"] == 0
-    assert look_of(frames)["flow"] > 0.02
+    assert frame_look(still)["flow"] == pytest.approx(0, abs=1e-3) and frame_look(still)["flicker"] == 0
+    assert frame_look(frames)["flow"] > 0.02
     grey = np.full((3, 64, 64, 3), 0.5)
-    assert look_of(grey)["saturation"] == look_of(grey)["contrast"] == look_of(grey)["sharpness"] == 0
-    assert look_of(frames * 0.5)["L_mean"] < look_of(frames)["L_mean"]
+    assert frame_look(grey)["saturation"] == frame_look(grey)["contrast"] == frame_look(grey)["sharpness"] == 0
+    assert frame_look(frames * 0.5)["L_mean"] < frame_look(frames)["L_mean"]
 
 
 # Controls and defects
@@ -169,7 +169,7 @@ def test_signals_start_at_zero_and_see_a_shift(pipe):
         values, moved = signal(latents, (1, 2, 2)), signal(shifted, (1, 2, 2))
         assert values.shape == (2, 4) and torch.isfinite(values).all()
         assert torch.equal(values[:, :3], moved[:, :3])
-        if name == "nearest_anchor":  # blind to a global offset on purpose
+        if name == "nearest_reference":  # blind to a global offset on purpose
             torch.testing.assert_close(values, moved, atol=1e-3, rtol=0)
         else:
             assert (moved[:, 3] > values[:, 3]).all() and (values[:, 0] == 0).all()
@@ -290,7 +290,7 @@ def test_summaries_by_video():
     chunks = np.arange(20)
     still = ("background_error", "object_error", "scattered", "motion", "flow", "calls", "seconds")
     rows = {name: np.zeros(20) for name in still}
-    looks = dict.fromkeys(look_of(np.full((3, 64, 64, 3), 0.5)), chunks / 10)
+    looks = dict.fromkeys(frame_look(np.full((3, 64, 64, 3), 0.5)), chunks / 10)
     table = pd.concat(
         pd.DataFrame(
             {
@@ -311,7 +311,7 @@ def test_summaries_by_video():
         for method, slope in (("plain", 0.01), ("held", 0.0))
         for seed in (1, 2)
     )
-    videos = of_videos(table, Experiment("x", {"plain": {}, "held": {}}))
+    videos = video_table(table, Experiment("x", {"plain": {}, "held": {}}))
     plain = videos[videos["method"] == "plain"]
     np.testing.assert_allclose(plain["excess_drift"], 0.01 * (14.5 - 2))
     np.testing.assert_allclose(plain["slope_saturation"], 0.1)

@@ -77,9 +77,11 @@ def test_many_prompts(here):
         assert (here / "deep" / "down" / "square.mp4").read_bytes() == contents(here / "one")[f"{NAMES[1]}.mp4"]
         assert "0 to generate, 1 there already" in start(nursery, here, PROMPTS[2], "--out", "deep/down/square.mp4")
 
-    record = json.loads((here / "one" / f"{NAMES[1]}.json").read_text())
-    assert (record["prompt"], record["seed"], len(record["decisions"])) == (PROMPTS[2], 2, 3)
-    assert record["decisions"][2]["trim"]  # the sensitivity of the second config file
+    records = [json.loads((here / "one" / f"{name}.json").read_text()) for name in NAMES]
+    found = [(record["prompt"], record["seed"], len(record["decisions"])) for record in records]
+    assert found == [(PROMPTS[number], number, 3) for number in (0, 2, 3)]
+    trims = [decision["trim"] for record in records for decision in record["decisions"]]
+    assert any(trims)  # at the sensitivity of the second config file, half of the chunks after warm-up
 
 
 def test_seeds_do_not_depend_on_the_number_of_prompts(tmp_path):
@@ -107,12 +109,29 @@ SHARED = ["--checkpoint", "nowhere"]
         (["a prompt", "--prompts", "prompts.txt", "--out", "videos", *SHARED], "not allowed with"),
         (["--out", "a.mp4", *SHARED], "one of the arguments"),
         (["a prompt", "--out", "a.mp4"], "required: --checkpoint"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--method", "none"], "--method has to be one of plain, tokentrim, "),
     ],
 )
 def test_wrong_usage(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
         main(["generate", *arguments])
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_options_count_more_than_files(here, monkeypatch):
+    jobs = []
+    monkeypatch.setattr("tokentrim.tools.generate.generate_missing", lambda listed, *_: jobs.extend(listed) or 0)
+    (here / "method.json").write_text(json.dumps({"method": "paper", "num_frames": 33, "window_size": 9}))
+    config = ["--config", str(here / "method.json")]
+    assert (
+        main(["generate", "a prompt", "--out", "a.mp4", *SHARED, *config, "--method", "plain", "--num-frames", "9"])
+        == 0
+    )
+    assert main(["generate", "a prompt", "--out", "a.mp4", *SHARED, *config]) == 0
+    assert [job.settings for job in jobs] == [
+        {"method": "plain", "num_frames": 9, "window_size": 9},
+        {"method": "paper", "num_frames": 33, "window_size": 9},
+    ]
 
 
 def test_files_that_are_missing(tmp_path, capsys):

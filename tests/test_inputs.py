@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from builders import CHUNK, embeds, full_pipeline, generators, latent_pipeline, noise, processors, randn, roll
+from builders import CHUNK, case_id, embeds, full_pipeline, generators, latent_pipeline, noise, processors, randn, roll
 from diffusers import DDIMScheduler, FlowMatchLCMScheduler, UNet2DModel, UniPCMultistepScheduler, WanTransformer3DModel
 
 
@@ -179,7 +179,8 @@ def each(cases):
 
 
 def show(arguments):
-    return ", ".join(f"{k}={tuple(v.shape) if hasattr(v, 'shape') else v}" for k, v in arguments.items())
+    shown = ", ".join(f"{k}={tuple(v.shape) if hasattr(v, 'shape') else v}" for k, v in arguments.items())
+    return case_id(shown)
 
 
 @each(BAD)

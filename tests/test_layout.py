@@ -4,7 +4,18 @@ import logging
 
 import pytest
 import torch
-from builders import CHUNK, GRID, NUM_TOKENS, latent_pipeline, noise, processors, randn, roll, tiny_transformer
+from builders import (
+    CHUNK,
+    GRID,
+    NUM_TOKENS,
+    case_id,
+    latent_pipeline,
+    noise,
+    processors,
+    randn,
+    roll,
+    tiny_transformer,
+)
 
 from tokentrim import Layout, RollingKVCache, TokenTrimPipeline, View, WindowLayout
 from tokentrim.tokentrim_attention import CachedSelfAttnProcessor
@@ -132,7 +143,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "error", "message"), BAD, ids=[str(case[0])[:50] for case in BAD])
+@pytest.mark.parametrize(("layout", "error", "message"), BAD, ids=[case_id(case[0]) for case in BAD])
 def test_bad_layout_is_refused_before_any_model_runs(layout, error, message):
     pipe, forwards = latent_pipeline(), []
     pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))

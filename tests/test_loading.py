@@ -1,4 +1,4 @@
-"""Loading, as strangers do it: in fresh processes, from files and from a Hub, every row of the README's table."""
+"""Loading, as strangers do it: in fresh processes, from files and from a Hub, every row of the table in docs/loading.md."""
 
 import ast
 import json
@@ -46,9 +46,9 @@ PROMPT = "a red circle moving right over a blue background"
 SETTINGS = {"window_size": 9, "num_sink_frames": 3, "relative_positions": True}
 SIZE = {"height": 32, "width": 48, "max_sequence_length": 8, "num_inference_steps": 2}
 CALL = {"num_frames": 45, "drift_sensitivity": 0.0, "output_type": "latent"}
-README = (ROOT / "README.md").read_text().split("## Every way in\n")[1].split("\n## ")[0]
-PREAMBLE = re.search(r"```python\n(.*?)```", README, flags=re.S)[1]
-WAYS = dict(re.findall(r"^\| (.+?) \| `(.+?)` \|", README, flags=re.M))
+PAGE = (ROOT / "docs" / "loading.md").read_text()
+PREAMBLE = re.search(r"```python\n(.*?)```", PAGE, flags=re.S)[1]
+WAYS = dict(re.findall(r"^\| (.+?) \| `(.+?)` \|", PAGE, flags=re.M))
 
 
 # What the sources have to look like for Diffusers' loader
@@ -174,7 +174,7 @@ def test_saving_with_and_without_code(tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """What the README's table loads, in folders and on a Hub."""
+    """What the table of docs/loading.md loads, in folders and on a Hub."""
     folder = tmp_path_factory.mktemp("world")
     ours = full_pipeline(FlowMatchLCMScheduler(shift=5.0), **SETTINGS)
     ours.save_pretrained(folder / "checkpoint")
@@ -253,7 +253,7 @@ def run(world, here):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_row_of_the_readme(way, world, here, run):
+def test_every_way_in_makes_the_same_latents(way, world, here, run):
     code = WAYS[way]
     script = [PREAMBLE, f"rollout = {SETTINGS}"]
     if "snapshots" in code:

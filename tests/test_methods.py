@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from builders import CHANNELS, CHUNK, GRID, NUM_TOKENS, embeds, latent_pipeline, noise, processors, roll, steady_noise
+from builders import (
+    CHANNELS,
+    CHUNK,
+    GRID,
+    NUM_TOKENS,
+    case_id,
+    embeds,
+    latent_pipeline,
+    noise,
+    processors,
+    roll,
+    steady_noise,
+)
 
 from tokentrim import ContextPolicy, FlowMo, Quarantine, Reanchor, TokenTrim, TokenTrimPipeline
 from tokentrim.tokentrim_context import ContextPolicies
@@ -175,7 +187,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=[str(case[0])[:60] for case in BAD])
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=[case_id(case[0]) for case in BAD])
 def test_bad_method_is_refused_before_any_model_runs(arguments, error, message):
     pipe, forwards = latent_pipeline(), []
     pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
@@ -383,6 +395,44 @@ def test_what_one_policy_commits_the_next_one_sees():
         policies = ContextPolicies(chain, 2, GRID)
         torch.testing.assert_close(policies.commit(latents), expected)
     assert torch.equal(latents, noise(1, 2))
+
+
+class ShiftInPlace(Shift):
+    def commit(self, chunk):
+        return chunk.mul_(self.factor).add_(self.offset)
+
+
+def test_a_policy_that_writes_into_the_chunk_changes_the_context_alone():
+    for rest in ([], [Reject(1)]):
+        in_place, pure = (
+            roll(latent_pipeline(), noise(4, 2), method=[shift(0.5, 1.0), *rest]) for shift in (ShiftInPlace, Shift)
+        )
+        assert torch.equal(in_place.frames, pure.frames) and in_place.decisions == pure.decisions
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_policies_never_see_a_draft_that_an_interrupt_left_unfinished(at):
+    """Of 2 x 4 steps; the policy asks for another attempt at chunk 2, from step 5 on."""
+
+    class Seen(Trimmer):
+        def __deepcopy__(self, memo):
+            return self
+
+        def review(self, draft):
+            seen.append(draft.clone())
+            return super().review(draft)
+
+    def callback(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = len(steps) == at
+        return {}
+
+    seen, steps = [], []
+    roll(latent_pipeline(), noise(3), method=[Seen()])
+    whole, seen = seen, []
+    roll(latent_pipeline(), noise(3), method=[Seen()], callback_on_step_end=callback)
+    assert len(whole) == 4 and len(seen) == (at - 1) // 2
+    assert all(torch.equal(one, other) for one, other in zip(seen, whole))
 
 
 def test_what_is_committed_is_what_later_chunks_read():

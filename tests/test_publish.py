@@ -66,14 +66,32 @@ def test_code_and_checkpoint(checkpoint, tmp_path):
     assert 'pipe("a red circle"' in snippet(written)
 
 
-def test_a_card_says_what_the_readme_says_without_its_links(checkpoint, tmp_path):
+def test_cards_have_no_relative_links_and_no_template_left(checkpoint, tmp_path):
     for number, card in enumerate(
         (publish("you/code", tmp_path / "code"), publish("you/both", tmp_path / "both", checkpoint))
     ):
         sections = re.split(r"^## (.*)\n", card.text, flags=re.M)[1:]
-        assert sections[::2] == ["Licence", *["These weights"] * number, "Measured results", "Limits"]
+        assert sections[::2] == ["Licence", *(["These weights"] if number else ["Measured results"]), "Limits"]
         assert all(len(text.strip()) > 10 for text in sections[1::2])
         assert not re.search(r"\]\((?!https:)", card.text) and "{{" not in card.text and "{%" not in card.text
+        assert "\n\n\n" not in card.text
+
+
+def test_a_card_of_weights_has_no_numbers_of_the_toy_model(checkpoint, tmp_path):
+    card = publish("you/both", tmp_path, checkpoint)
+    assert "toy" not in card.text and not re.search(r"\d%|0\.0\d", card.text)
+
+
+def test_numbers_of_the_card_are_those_of_the_reports(tmp_path):
+    text = publish("you/code", tmp_path).text
+    for report, numbers in {
+        "paper": ["+0.001129 [-0.006153, +0.009272]", "0.06143", "| tokentrim | 4.5% | 81% |"],
+        "natural": ["0.04483", "0.005426", "-0.03941 [-0.04347, -0.03556]", "+0.2676 [+0.2364, +0.2992] | +37%"],
+        "change": ["| plain | 48.62 |", "| tokentrim_plus | 2.136 |"],  # 4%
+    }.items():
+        assert all(n in (ROOT / "evaluation" / "results" / report / "report.md").read_text() for n in numbers)
+    for number in ("+0.0011 [-0.0062, +0.0093]", "0.0614", "0.0448 to 0.0054", "-0.0394 [-0.0435, -0.0356]", "37%"):
+        assert number in text
 
 
 def test_bad_input(checkpoint, tmp_path):

@@ -12,6 +12,7 @@ from builders import (
     HEIGHT,
     NUM_TOKENS,
     WIDTH,
+    case_id,
     embeds,
     full_pipeline,
     generators,
@@ -524,7 +525,7 @@ def test_scheduler_with_a_history_is_refused(scheduler):
         ({"relative_positions": 1}, TypeError, "`relative_positions` .*1"),
         ({"renoise": draws()}, ValueError, "`renoise` .*does not re-noise"),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    ids=lambda value: case_id(value) if isinstance(value, dict) else "",
 )
 def test_bad_argument(arguments, error, message):
     refuse(latent_pipeline(), error, message, **arguments)

@@ -14,6 +14,7 @@ from evaluation.experiment import sample_prompts
 from evaluation.measures import difference, name_shape, summarize_drift, track_colors
 from evaluation.report import bootstrap
 from evaluation.rollouts import CHECKPOINT, METHODS, load_pipeline, run_method
+from tokentrim.tokentrim_methods import make_method
 from training.world import COLORS, Appearance, Scene, centers, parse, render
 
 
@@ -96,6 +97,14 @@ def test_configs_are_arguments_of_the_call(pipe, name):
     json.dumps(output.decisions)
 
 
+@pytest.mark.parametrize("name", ["paper", "tokentrim_plus"])
+def test_config_of_a_method_spells_out_the_named_one(name):
+    config = json.loads((ROOT / "configs" / f"{name}.json").read_text())
+    named, spelled_out = (make_method(method, {}) for method in (name, config["method"]))
+    for ours, theirs in ((named.policies, spelled_out.policies), (named.hooks, spelled_out.hooks)):
+        assert [(type(part), vars(part)) for part in ours] == [(type(part), vars(part)) for part in theirs]
+
+
 def test_a_prompt_is_enough_and_the_checkpoint_sets_the_rollout(pipe):
     prompt = "a red circle moving right over a blue background"
     world = json.loads((ROOT / "configs" / "tiny_world.json").read_text())
@@ -124,17 +133,17 @@ def test_demo_writes_what_it_promises(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == promised.split()
     assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
     decisions = json.loads((tmp_path / "decisions.json").read_text())
-    assert [len(of_method) for of_method in decisions.values()] == [6, 6, 6]
+    assert [len(method_decisions) for method_decisions in decisions.values()] == [6, 6, 6]
     assert "tokentrim_plus" in result.stdout
 
 
-def test_rolling_forcing_trims_on_the_world_and_leaves_the_anchor(pipe):
+def test_rolling_forcing_trims_on_the_world_and_keeps_the_sink(pipe):
     """It was not trained for it."""
-    seeds, anchors = [0, 1, 2], []
+    seeds, sinks = [0, 1, 2], []
 
     def on_chunk(index, latents, decisions):
         cache = pipe.transformer.blocks[0].attn1.processor.cache
-        anchors.append([cache.held_tokens(video)[: 3 * 64] for video in range(3)])
+        sinks.append([cache.held_tokens(video)[: 3 * 64] for video in range(3)])
 
     output = pipe(
         sample_prompts(seeds),
@@ -146,4 +155,4 @@ def test_rolling_forcing_trims_on_the_world_and_leaves_the_anchor(pipe):
         on_chunk=on_chunk,
     )
     assert any(each["trim"] for decisions in output.decisions for each in decisions)
-    assert anchors == [[[(frame, token) for frame in range(3) for token in range(64)]] * 3] * 12
+    assert sinks == [[[(frame, token) for frame in range(3) for token in range(64)]] * 3] * 12

@@ -7,6 +7,7 @@ stderr. The exit code is 0, 1 for a failure, which is one sentence on stderr, or
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # as in `tokentrim drift videos | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"tokentrim {options.command}: error: {error}", file=sys.stderr)
         return 1
@@ -42,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert(commands)
     add_publish(commands)
     add_bundle(commands)
+    add_drift(commands)
     return parser
 
 
@@ -69,7 +74,7 @@ end, and the rest goes on. `accelerate launch` and `torchrun` split the prompts 
 
 examples:
   tokentrim generate "a red fox trots through snow" --checkpoint self-forcing-diffusers --out fox.mp4
-  tokentrim generate --prompts prompts.txt --checkpoint self-forcing-diffusers --config paper.json --out videos
+  tokentrim generate --prompts prompts.txt --checkpoint self-forcing-diffusers --method tokentrim_plus --out videos
   accelerate launch -m tokentrim generate --prompts prompts.txt --checkpoint self-forcing-diffusers --out videos"""
     parser = add_command(commands, run_generate, "generate", "videos of one prompt, or of a file of prompts", details)
     given = parser.add_mutually_exclusive_group(required=True)
@@ -86,6 +91,9 @@ examples:
         help="JSON of arguments of the call; may be repeated, the later file counts",
     )
     parser.add_argument(
+        "--method", help="plain, tokentrim, tokentrim_plus or paper (default: the config's, or tokentrim)"
+    )
+    parser.add_argument(
         "--num-frames", type=int, metavar="N", help="frames of each video (default: the config's, or 81)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first prompt (default: %(default)s)")
@@ -96,11 +104,13 @@ examples:
 def run_generate(options: argparse.Namespace) -> int:
     if options.prompt is not None and options.out.suffix != ".mp4":
         options.parser.error(f"--out has to end with .mp4 for one prompt, but is {str(options.out)!r}")
+    from ..tokentrim_methods import METHODS
     from .generate import Job, generate_missing, read_jobs, read_settings
 
-    settings = read_settings(options.config)
-    if options.num_frames is not None:
-        settings["num_frames"] = options.num_frames
+    if options.method not in (None, *METHODS):
+        options.parser.error(f"--method has to be one of {', '.join(METHODS)}, but is {options.method!r}")
+    given = {"method": options.method, "num_frames": options.num_frames}
+    settings = read_settings(options.config) | {name: value for name, value in given.items() if value is not None}
     if options.prompts is None:
         jobs = [Job(options.prompt, options.seed, options.out, settings)]
     else:
@@ -114,32 +124,53 @@ def run_generate(options: argparse.Namespace) -> int:
 def add_convert(commands) -> None:
     details = """\
 The folder that it writes says how its model is rolled out: `from_pretrained` and a prompt are enough. Conversion fails
-if a tensor is left over or missing, and a failure leaves nothing behind. Only tensors are unpickled.
+if a tensor is left over or missing, and a failure leaves nothing behind. Only tensors are unpickled. Weights are read,
+merged and written one by one: memory is needed for a few of them.
 
-example:
+examples:
+  tokentrim convert self_forcing_dmd.pt --check
   tokentrim convert self_forcing_dmd.pt --preset self_forcing --base Wan2.1-T2V-1.3B-Diffusers \\
-      --out self-forcing-diffusers"""
+      --out self-forcing-diffusers
+  tokentrim convert longlive_base.pt --lora lora.pt --preset longlive --base Wan2.1-T2V-1.3B-Diffusers \\
+      --out longlive-diffusers"""
     summary = "original files of Self Forcing, Rolling Forcing and others to Diffusers folders"
     parser = add_command(commands, run_convert, "convert", summary, details)
     layouts = "{'generator': ..., 'generator_ema': ...}, {'model': ...} or a bare state dict"
-    parser.add_argument("path", metavar="FILE", help=f".pt or .safetensors, laid out as {layouts}")
+    parser.add_argument(
+        "path",
+        metavar="FILE",
+        type=Path,
+        help=f".pt or .safetensors, laid out as {layouts}; or the folder or index of sharded safetensors",
+    )
     parser.add_argument(
         "--base",
-        required=True,
+        type=Path,
         metavar="FOLDER",
         help="Wan2.1 text-to-video folder in Diffusers format, for tokenizer, text encoder and VAE",
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, new or empty")
-    parser.add_argument("--preset", required=True, choices=PRESETS, help="what the model was trained for")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the folder to write, new or empty")
+    parser.add_argument("--preset", choices=PRESETS, help="what the model was trained for")
+    parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA of LongLive, peft or Diffusers to merge")
     parser.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
         help="moving average of the weights (default: if the file has it)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the transformer (default: as in the file)")
+    parser.add_argument(
+        "--check", action="store_true", help="say what is in FILE and whether it fits; only headers are read"
+    )
 
 
 def run_convert(options: argparse.Namespace) -> int:
+    if options.check:
+        from .dry_run import describe_conversion
+
+        print(describe_conversion(options.path, options.ema, options.lora, options.base, options.preset))
+        return 0
+    lacks = [f"--{name}" for name in ("base", "out", "preset") if getattr(options, name) is None]
+    if lacks:
+        options.parser.error(f"the following arguments are required: {', '.join(lacks)}")
     import torch
 
     from .convert import convert_checkpoint, logger
@@ -147,7 +178,7 @@ def run_convert(options: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    convert_checkpoint(options.path, options.base, options.out, options.preset, options.ema, dtype)
+    convert_checkpoint(options.path, options.base, options.out, options.preset, options.ema, dtype, options.lora)
     print(options.out)
     return 0
 
@@ -157,7 +188,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
 def add_publish(commands) -> None:
     details = """\
-The model card's snippet pins the revision; its results and limits are those of this project's README. Nothing is
+The model card's snippet pins the revision; its text about your weights is that of the checkpoint's own card. Nothing is
 uploaded: the commands that do so are printed.
 
 examples:
@@ -208,3 +239,60 @@ def run_bundle(options: argparse.Namespace) -> int:
     options.out.write_text(bundle())
     print(options.out)
     return 0
+
+
+# drift
+
+
+def add_drift(commands) -> None:
+    details = """\
+Everything is measured from the frames alone, without a model: colour similarity of end and start, slopes of brightness,
+contrast, saturation and sharpness, start-end contrast, VDE, late / early motion, the worst twentieth, and whether the
+videos of a folder grow alike. docs/drift.md says what each number means and what it cannot tell.
+
+examples:
+  tokentrim drift fox.mp4
+  tokentrim drift videos/plain videos/tokentrim_plus --plot drift.png --csv drift.csv"""
+    summary = "how much videos of any model drift, as tables and a figure"
+    parser = add_command(commands, run_drift, "drift", summary, details)
+    parser.add_argument(
+        "videos",
+        type=Path,
+        nargs="+",
+        metavar="VIDEO",
+        help="mp4, gif, webm, mov, mkv or avi; a folder of pictures, which is one video; or a folder of videos",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="figure to write: .png, .pdf or .svg")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all measures, and their values over time")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="all measures, a row for each video")
+
+
+def run_drift(options: argparse.Namespace) -> int:
+    if options.plot is not None and options.plot.suffix not in (".png", ".pdf", ".svg"):
+        options.parser.error(f"--plot has to end with .png, .pdf or .svg, but is {str(options.plot)!r}")
+    try:
+        from tqdm import tqdm
+
+        from .drift import format_report, measure_video, write_csv, write_json
+        from .drift_plot import plot_drift
+        from .frames import find_videos, read_frames
+    except ImportError as error:
+        raise ImportError(
+            f"{error.name} is not installed: `pip install opencv-python-headless matplotlib`."
+        ) from error
+
+    videos, drifts = find_videos(options.videos), []
+    for path in videos:
+        try:
+            frames = tqdm(read_frames(path), desc=path.name, unit=" frames", leave=False, disable=None)
+            drifts.append(measure_video(str(path), frames))
+        except ValueError as error:  # the other videos are worth their numbers
+            print(f"tokentrim drift: error: {error}", file=sys.stderr)
+    if drifts:
+        print(format_report(drifts))
+        for path, write in ((options.json, write_json), (options.csv, write_csv)):
+            if path is not None:
+                write(path, drifts)
+        if options.plot is not None:
+            plot_drift(drifts).savefig(options.plot, dpi=110)
+    return int(len(drifts) < len(videos))

@@ -1,7 +1,8 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Folders that are ready for the Hub: the code of the pipeline, or the code and a checkpoint, with a model card.
 
-What the card says about licences, results and limits is what README.md says.
+A card is made of `model_card.md` and the `card_*.md` beside it. What was measured on this project's toy model stands on
+the card of the code alone: it says nothing about other weights.
 """
 
 import os
@@ -18,6 +19,7 @@ from ..tokentrim_saving import INDEX, copy_code, name_our_classes
 
 
 ROOT = Path(__file__).parent.parent  # of the package
+PAGES = Path(__file__).parent  # that cards are made of
 TAGS = ["diffusers", "video-generation", "long-video", "wan", "causal", "kv-cache", "tokentrim", "arxiv:2602.00268"]
 
 
@@ -77,7 +79,7 @@ def publish(
 
     card = ModelCard.from_template(
         ModelCardData(library_name="diffusers", pipeline_tag="text-to-video", license=license, tags=TAGS),
-        template_str=Path(__file__).with_name("model_card.md").read_text(),
+        template_str=(PAGES / "model_card.md").read_text(),
         title=repo_id.split("/")[1],
         repo_id=repo_id,
         revision=revision,
@@ -85,17 +87,11 @@ def publish(
         checkpoint=checkpoint,
         license=license,
         body=body,
-        results=readme_section("Results"),
-        limits=readme_section("Limits"),
+        results=(PAGES / "card_results.md").read_text().strip() if checkpoint is None else None,
+        limits=(PAGES / "card_limits.md").read_text().strip(),
     )
     card.save(out / "README.md")
     return card
-
-
-def readme_section(title: str) -> str:
-    """The section of this project's README whose title begins so."""
-    section = re.search(rf"^## {title}.*?\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(), flags=re.M | re.S)
-    return unlinked(section[1].strip())
 
 
 def nested(text: str) -> str:

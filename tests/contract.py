@@ -1,0 +1,30 @@
+"""The one list of methods, and the rollouts that they run on, over which contract tests run."""
+
+from builders import CHUNK, far_pipeline, latent_pipeline, tiny_far
+
+
+EAGER = {"drift_sensitivity": 0.0, "prune_fraction": 0.3, "warmup_chunks": 1}
+METHODS = {
+    "plain": {"method": "plain"},
+    "tokentrim": EAGER,
+    "paper": {"method": "paper", **EAGER},
+    "tokentrim_plus": {"method": {"quarantine": {"sensitivity": 0.0}, "reanchor": {}}},
+    "reanchor with tolerance": {
+        "method": {"quarantine": {"sensitivity": 1.0}, "reanchor": {"tolerance": 0.2, "patience": 2}}
+    },
+    "trimmed and reanchored": {"method": {"tokentrim": EAGER, "reanchor": {"match": "moments"}}},
+    "first_step": {"drift_signal": "first_step", **EAGER},
+}
+ROLLOUTS = {
+    "self_forcing": (latent_pipeline, {"window_size": 15}),
+    "rolling_forcing": (
+        latent_pipeline,
+        {"rollout": "rolling_forcing", "num_inference_steps": 3, "window_size": 18},
+    ),
+    "far": (lambda: far_pipeline(tiny_far(chunk_partition=(CHUNK,))), {}),
+}
+
+
+def runs(method: str, rollout: str) -> bool:
+    """Whether a rollout can do a method."""
+    return (method, rollout) != ("first_step", "rolling_forcing")

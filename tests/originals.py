@@ -1,0 +1,47 @@
+"""Original files of causal Wan models, made from tiny transformers."""
+
+import torch
+from builders import tiny_transformer
+
+
+TOP = {
+    "patch_embedding": "patch_embedding",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+}
+BLOCK = {
+    **{
+        f"{attn}.{name}": f"{original}.{short}"
+        for attn, original in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for name, short in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
+    },
+    **{
+        f"{attn}.{name}": f"{original}.{name}"
+        for attn, original in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for name in ("norm_q", "norm_k")
+    },
+    "norm2": "norm3",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "scale_shift_table": "modulation",
+}
+
+
+def original(key: str) -> str:
+    """The name that Wan's own code gives to a tensor of Diffusers' transformer."""
+    block, table = "", TOP
+    if key.startswith("blocks."):
+        _, index, key = key.split(".", 2)
+        block, table = f"blocks.{index}.", BLOCK
+    (name,) = (name for name in table if key == name or key.startswith(f"{name}."))
+    return block + table[name] + key.removeprefix(name)
+
+
+def original_weights(seed: int = 0, wrapped=lambda key: key) -> dict[str, torch.Tensor]:
+    state = tiny_transformer(seed).state_dict()
+    return {wrapped(original(key)): tensor.clone() for key, tensor in state.items()}

@@ -1,0 +1,235 @@
+"""LoRA files merged while converting: every layout gives W + (alpha / rank) B A, and what peft computes."""
+
+import json
+
+import pytest
+import torch
+from builders import full_pipeline, randn, tiny_transformer
+from originals import original, original_weights
+from safetensors.torch import save_file
+
+from tokentrim.tools.cli import main
+from tokentrim.tools.convert import load_original_transformer
+from tokentrim.tools.lora import name_module
+from tokentrim.tools.original import list_shapes
+
+
+HEAD_DIM, RANK, ALPHA = 12, 4, 6.0
+SHAPES = {name: tuple(tensor.shape) for name, tensor in original_weights().items()}
+LINEAR = [name.removesuffix(".weight") for name in SHAPES if name.startswith("blocks") and len(SHAPES[name]) == 2]
+TO_DIFFUSERS = {
+    original(key).removesuffix(".weight"): key.removesuffix(".weight") for key in tiny_transformer().state_dict()
+}
+
+
+def matrices() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A and B of every linear module of the blocks."""
+    pairs = {}
+    for seed, module in enumerate(LINEAR):
+        out, width = SHAPES[f"{module}.weight"]
+        pairs[module] = (randn(RANK, width, seed=seed), randn(out, RANK, seed=1000 + seed))
+    return pairs
+
+
+def keys(template_a: str, template_b: str, rename=lambda module: module) -> dict[str, torch.Tensor]:
+    pairs = {}
+    for module, (down, up) in matrices().items():
+        pairs[template_a.format(rename(module))] = down
+        pairs[template_b.format(rename(module))] = up
+    return pairs
+
+
+def wrapped(module: str) -> str:
+    blocks, number, rest = module.split(".", 2)
+    return f"{blocks}.{number}._fsdp_wrapped_module._checkpoint_wrapped_module.{rest}"
+
+
+def write_longlive(folder, scaled):
+    state = keys("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight", wrapped)
+    torch.save({"generator_lora": state, "step": 3000}, folder / "lora.pt")
+    return folder / "lora.pt"
+
+
+def write_peft(folder, scaled):
+    state = keys("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight")
+    save_file(state, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA if scaled else RANK}))
+    return folder
+
+
+def write_adapter_in_memory(folder, scaled):
+    torch.save(keys("model.{}.lora_A.default.weight", "model.{}.lora_B.default.weight"), folder / "lora.pt")
+    return folder / "lora.pt"
+
+
+def write_diffusers(folder, scaled):
+    state = keys("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight", TO_DIFFUSERS.get)
+    settings = {"transformer.r": RANK, "transformer.lora_alpha": ALPHA}
+    metadata = {"format": "pt"} | ({"lora_adapter_metadata": json.dumps(settings)} if scaled else {})
+    save_file(state, folder / "pytorch_lora_weights.safetensors", metadata)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def write_with_alphas(folder, scaled):
+    state = keys("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight")
+    state |= {f"diffusion_model.{module}.alpha": torch.tensor(ALPHA) for module in LINEAR if scaled}
+    save_file(state, folder / "lora.safetensors")
+    return folder / "lora.safetensors"
+
+
+LAYOUTS = [write_longlive, write_peft, write_adapter_in_memory, write_diffusers, write_with_alphas]
+HAS_ALPHA = [write_peft, write_diffusers, write_with_alphas]
+
+
+def merged(alpha: float) -> dict[str, torch.Tensor]:
+    weights = original_weights()
+    for module, (down, up) in matrices().items():
+        weights[f"{module}.weight"] = weights[f"{module}.weight"] + alpha / RANK * (up @ down)
+    return weights
+
+
+@pytest.fixture
+def model(tmp_path):
+    torch.save(original_weights(), tmp_path / "original.pt")
+    return tmp_path / "original.pt"
+
+
+def load(path, **kwargs):
+    return load_original_transformer(path, attention_head_dim=HEAD_DIM, **kwargs)
+
+
+# What comes out
+
+
+@pytest.mark.parametrize(
+    "write, scaled", [(write, False) for write in LAYOUTS] + [(write, True) for write in HAS_ALPHA]
+)
+def test_every_layout(write, scaled, model, tmp_path):
+    """Without an alpha, it is the rank; weights that the LoRA does not change stay as they are, bit by bit."""
+    lora = write(tmp_path, scaled)
+    weights, plain = load(model, lora=lora).state_dict(), load(model).state_dict()
+    expected = merged(ALPHA if scaled else RANK)
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight, expected[original(key)], rtol=1e-5, atol=1e-5)
+        assert weight.equal(plain[key]) != (original(key).removesuffix(".weight") in LINEAR)
+
+
+def test_the_merged_model_is_what_peft_computes(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    modules = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+    adapted = tiny_transformer()
+    adapted.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules))
+    for seed, (name, parameter) in enumerate(adapted.named_parameters()):
+        if "lora_" in name:
+            parameter.data = 0.3 * randn(*parameter.shape, seed=seed)
+    adapted.save_lora_adapter(tmp_path / "adapter")
+    inputs = (randn(1, 4, 3, 4, 6), torch.tensor([500.0]), randn(1, 8, 32))
+    expected, plain = (transformer(*inputs).sample for transformer in (adapted, tiny_transformer()))
+    (lora,) = (tmp_path / "adapter").glob("*.safetensors")
+    torch.testing.assert_close(load(model, lora=lora)(*inputs).sample, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - plain).abs().max() > 0.1
+
+
+def test_half_precision_is_rounded_once(tmp_path):
+    """The sum is taken in fp32, whatever the dtypes of the files."""
+    weights = {name: tensor.bfloat16() for name, tensor in original_weights().items()}
+    torch.save(weights, tmp_path / "original.pt")
+    lora = write_longlive(tmp_path, False)
+    name = f"{LINEAR[0]}.weight"
+    down, up = matrices()[LINEAR[0]]
+    expected = (weights[name].float() + up @ down).bfloat16()
+    key = next(key for key in tiny_transformer().state_dict() if original(key) == name)
+    assert load(tmp_path / "original.pt", lora=lora).state_dict()[key].equal(expected)
+
+
+def test_converted_with_a_lora_is_converted_from_the_merged_model(model, tmp_path, caplog):
+    """The same folder, byte by byte."""
+    full_pipeline().save_pretrained(tmp_path / "base")
+    lora = write_longlive(tmp_path, False)
+    merged_model = load(model, lora=lora).state_dict()
+    torch.save({original(key): tensor for key, tensor in merged_model.items()}, tmp_path / "merged.pt")
+    arguments = ["--base", str(tmp_path / "base"), "--preset", "longlive"]
+    assert main(["convert", str(model), "--lora", str(lora), "--out", str(tmp_path / "ours"), *arguments]) == 0
+    assert "20 weights, rank 4, alpha as the rank, since none is given" in caplog.text
+    assert main(["convert", str(tmp_path / "merged.pt"), "--out", str(tmp_path / "expected"), *arguments]) == 0
+    files = sorted(path.relative_to(tmp_path / "ours") for path in (tmp_path / "ours").rglob("*") if path.is_file())
+    assert len(files) > 5
+    for file in files:
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
+
+
+def test_names_of_diffusers_are_known():
+    for key, name in ((key, original(key)) for key in tiny_transformer().state_dict()):
+        if name.endswith(".weight") and len(SHAPES[name]) == 2:
+            assert name_module(f"transformer.{key}") == f"{name_module(name)}"
+            assert name_module(name) == name
+
+
+# Wrong files
+
+
+def change(state: dict, **changes: torch.Tensor | None) -> dict:
+    return {key: tensor for key, tensor in (state | changes).items() if tensor is not None}
+
+
+FIRST = f"base_model.model.{LINEAR[0]}"
+GOOD = keys("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight")
+BAD_FILES = {
+    "no LoRA": (
+        original_weights(),
+        "whose keys are MODULE.lora_A.weight .* but .* has 69 other keys, such as head.modulation",
+    ),
+    "empty": ({}, "is empty"),
+    "list": ([torch.zeros(1)], "a LoRA file, but .* holds a list"),
+    "half": (change(GOOD, **{f"{FIRST}.lora_B.weight": None}), rf"two matrices .* no {{'B'}} of {LINEAR[0]}"),
+    "another rank": (
+        change(GOOD, **{f"{FIRST}.lora_A.weight": torch.zeros(3, 24)}),
+        rf"whose {LINEAR[0]} is \(24, 24\), but in .* A is \(3, 24\) and B is \(24, 4\)",
+    ),
+    "another width": (
+        change(GOOD, **{f"{FIRST}.lora_A.weight": torch.zeros(4, 32)}),
+        r"of this model, .* A is \(4, 32\)",
+    ),
+    "another model": (
+        {
+            "blocks.7.self_attn.q.lora_A.weight": torch.zeros(4, 24),
+            "blocks.7.self_attn.q.lora_B.weight": torch.zeros(24, 4),
+        },
+        "is for blocks.7.self_attn.q, which it does not have",
+    ),
+    "more than a LoRA": (
+        change(GOOD, **{"blocks.0.norm3.diff": torch.zeros(24)}),
+        "1 other keys, such as blocks.0.norm3.diff",
+    ),
+    "two": (change(GOOD, **{f"{FIRST}.lora_A.other.weight": torch.zeros(4, 24)}), f"two A of {LINEAR[0]}"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(case, model, tmp_path):
+    content, message = BAD_FILES[case]
+    torch.save(content, tmp_path / "lora.pt")
+    with pytest.raises(ValueError, match=f"`lora` has to be .*{message}"):
+        load(model, lora=tmp_path / "lora.pt")
+
+
+def test_settings_that_are_no_plain_lora(model, tmp_path):
+    folder = write_peft(tmp_path, True)
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "use_dora": True}))
+    with pytest.raises(ValueError, match="`lora` has to be a LoRA with one alpha and one rank, .* have use_dora"):
+        load(model, lora=folder)
+    with pytest.raises(ValueError, match="`lora` has to be .*none.pt does not exist"):
+        load(model, lora=tmp_path / "none.pt")
+
+
+def test_a_failure_leaves_nothing(model, tmp_path, capsys):
+    full_pipeline().save_pretrained(tmp_path / "base")
+    torch.save({}, tmp_path / "lora.pt")
+    arguments = ["convert", str(model), "--lora", str(tmp_path / "lora.pt"), "--base", str(tmp_path / "base")]
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--preset", "longlive"]) == 1
+    assert "error: `lora` has to be" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_shapes_are_those_of_the_model():
+    assert list_shapes(tiny_transformer().config) == SHAPES

@@ -1,0 +1,223 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""How much videos drift: measured, and as a table, JSON or CSV."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from .measures import (
+    LOOKS,
+    NUM_SEGMENTS,
+    Timeline,
+    color_distance,
+    color_histogram,
+    color_similarity,
+    color_spread,
+    fit_slope,
+    measure_look,
+    reduce,
+    start_and_end,
+    video_drift_error,
+)
+
+
+MAX_THUMBNAILS, THUMBNAIL_HEIGHT = 128, 96
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What is known of one video.
+
+    Args:
+        name (`str`): its path.
+        num_frames (`int`): its frames.
+        ends (`np.ndarray`): the frame behind the last one of each segment, (segments,).
+        looks (`np.ndarray`): mean look of each segment, (segments, 5).
+        histograms (`np.ndarray`): mean colour histogram of each segment, (segments, 512).
+        thumbnails (`list[np.ndarray]`): small frames, evenly spaced.
+    """
+
+    name: str
+    num_frames: int
+    ends: np.ndarray
+    looks: np.ndarray
+    histograms: np.ndarray
+    thumbnails: list[np.ndarray]
+
+    def similarities(self) -> np.ndarray:
+        """Colour similarity of each segment to the start, (segments,)."""
+        return color_similarity(self.histograms, start_and_end(self.histograms)[0])
+
+    def measures(self) -> dict[str, float | None]:
+        """Every measure by name; None where it is not defined."""
+        similarities, neighbors = self.similarities(), color_similarity(self.histograms[1:], self.histograms[:-1])
+        worst = int(similarities.argmin())
+        measures = {
+            "color_similarity": float(color_similarity(*start_and_end(self.histograms))),
+            "color_similarity_of_neighbors": float(np.median(neighbors)),
+            "color_distance": color_distance(*start_and_end(self.histograms)),
+            "worst_similarity": float(similarities[worst]),
+            "worst_first_frame": int(self.ends[worst - 1]) if worst else 0,
+            "worst_last_frame": int(self.ends[worst]) - 1,
+        }
+        for look, values, start, end in zip(LOOKS, self.looks.T, *start_and_end(self.looks)):
+            measures |= {
+                f"{look}_start": float(start),
+                f"{look}_end": float(end),
+                f"{look}_start_end_contrast": float(abs(end - start)),
+                f"{look}_slope": fit_slope(values),
+                f"{look}_vde": video_drift_error(values),
+            }
+        start, end = measures["motion_start"], measures["motion_end"]
+        return measures | {"motion_late_to_early": end / start if start else None}
+
+
+def measure_video(name: str, frames: Iterable[np.ndarray]) -> Drift:
+    """
+    Read a video once, with two frames in memory at a time.
+
+    Args:
+        name (`str`): for reports.
+        frames (`Iterable[np.ndarray]`): uint8 (H, W, 3).
+
+    Raises:
+        `ValueError`: there are fewer than 21 frames.
+    """
+    looks, histograms = Timeline(), Timeline()
+    thumbnails, spacing, number = [], 1, -1
+    for number, (before, frame) in enumerate(pairwise(map(reduce, frames))):
+        looks.add(measure_look(frame, before))
+        histograms.add(color_histogram(frame))
+        if number % spacing == 0:
+            if len(thumbnails) == MAX_THUMBNAILS:
+                thumbnails, spacing = thumbnails[::2], 2 * spacing
+            thumbnails.append(make_thumbnail(frame))
+    num_frames = number + 2  # the first one has no motion: it only tells that of the second
+    if num_frames <= NUM_SEGMENTS:
+        raise ValueError(f"{name} has fewer than {NUM_SEGMENTS + 1} frames, too few to measure drift.")
+    (looks, ends), (histograms, _) = looks.split(NUM_SEGMENTS), histograms.split(NUM_SEGMENTS)
+    return Drift(name, num_frames, ends + 1, looks, histograms, thumbnails)
+
+
+def make_thumbnail(frame: np.ndarray) -> np.ndarray:
+    height, width = frame.shape[:2]
+    size = (max(round(width * THUMBNAIL_HEIGHT / height), 1), THUMBNAIL_HEIGHT)
+    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+
+
+def measure_convergence(drifts: Sequence[Drift]) -> dict[str, float | None]:
+    """Whether videos grow alike: how different their colours are at the start and at the end, and by how much less, in
+    percent; None for fewer than two videos, or for equal ones."""
+    if len(drifts) < 2:
+        return {"spread_start": None, "spread_end": None, "convergence": None}
+    start, end = (color_spread(np.stack(ends)) for ends in zip(*(start_and_end(each.histograms) for each in drifts)))
+    return {"spread_start": start, "spread_end": end, "convergence": 100 * (1 - end / start) if start else None}
+
+
+# Reports
+
+
+def write_json(path: Path, drifts: Sequence[Drift]) -> None:
+    """All measures, and the values of all segments that they are made of."""
+    videos = []
+    for drift in drifts:
+        segments = {"end": drift.ends, "color_similarity": drift.similarities()} | dict(zip(LOOKS, drift.looks.T))
+        segments = {name: values.tolist() for name, values in segments.items()}
+        about = {"video": drift.name, "num_frames": drift.num_frames}
+        videos.append({**about, "measures": drift.measures(), "segments": segments})
+    convergence = {folder: measure_convergence(group) for folder, group in group_by_folder(drifts).items()}
+    path.write_text(json.dumps({"videos": videos, "convergence": convergence}, indent=1) + "\n")
+
+
+def write_csv(path: Path, drifts: Sequence[Drift]) -> None:
+    """A row of all measures for each video; what is not defined is empty."""
+    rows = [{"video": drift.name, "num_frames": drift.num_frames, **drift.measures()} for drift in drifts]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def format_report(drifts: Sequence[Drift]) -> str:
+    """Tables with a row for each video and medians of each folder with three or more, and whether its videos grow alike."""
+    names = dict(zip((drift.name for drift in drifts), shorten([drift.name for drift in drifts])))
+    rows, grown = [], []
+    for folder, group in group_by_folder(drifts).items():
+        measures = [drift.measures() for drift in group]
+        rows += [(names[drift.name], str(drift.num_frames), each) for drift, each in zip(group, measures)]
+        if len(group) > 2:
+            rows.append((f"median of {folder}", "", medians(measures)))
+        if len(group) > 1:
+            spread = measure_convergence(group)
+            grown.append(
+                [folder, *(show(value, "+.1f" if key == "convergence" else ".1f") for key, value in spread.items())]
+            )
+
+    colors = [["", "frames", "similarity", "neighbours", "distance", "worst", "at frames", "motion"]]
+    for name, num_frames, measures in rows:
+        at_frames = "{worst_first_frame}-{worst_last_frame}".format(**measures) if num_frames else ""
+        percents = ("color_similarity", "color_similarity_of_neighbors", "color_distance", "worst_similarity")
+        percents = [show(measures[key], ".1f") for key in percents]
+        colors.append([name, num_frames, *percents, at_frames, show(measures["motion_late_to_early"], ".2f")])
+    parts = [
+        "Colours at the end: similarity to the start (100 is no drift), and of neighbouring twentieths of the video (what its",
+        "content costs); distance to the start (0 is no drift); the twentieth that is worst. Late / early motion.",
+        align(colors),
+    ]
+    for title, suffix, forms in (
+        ("Slopes: signed change over the video.", "slope", ("+.3f", "+.4f")),
+        ("Start-end contrast: change from the first to the last 15%.", "start_end_contrast", (".3f", ".4f")),
+        ("VDE: weighted relative change of ten chunks to the first one.", "vde", (".2f", ".2f")),
+    ):
+        table = [["", *LOOKS]]
+        for name, _, measures in rows:
+            table.append([name, *(show(measures[f"{look}_{suffix}"], forms[look == "motion"]) for look in LOOKS)])
+        parts += ["", title, align(table)]
+    if grown:
+        title = (
+            "Convergence: colour distance between the videos of a folder, and its fall in %. Above 0, they grow alike."
+        )
+        parts += ["", title, align([["", "start", "end", "convergence"], *grown])]
+    return "\n".join(parts)
+
+
+def group_by_folder(drifts: Sequence[Drift]) -> dict[str, list[Drift]]:
+    groups = {}
+    for drift in drifts:
+        groups.setdefault(Path(drift.name).parent.as_posix(), []).append(drift)
+    return groups
+
+
+def medians(measures: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
+    """The median of each measure over the videos for which it is defined."""
+    known = {key: [each[key] for each in measures if each[key] is not None] for key in measures[0]}
+    return {key: float(np.median(values)) if values else None for key, values in known.items()}
+
+
+def show(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def align(table: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they have to be: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))] for row in table
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def shorten(names: Sequence[str], longest: int = 40) -> list[str]:
+    """Names without the folder that all share, without ending, and cut in the middle."""
+    names = [Path(name).with_suffix("").as_posix() for name in names]
+    parents = {name.rpartition("/")[0] for name in names}
+    if len(parents) == 1:
+        names = [name.rpartition("/")[2] for name in names]
+    half = longest // 2 - 1
+    return [name if len(name) <= longest else f"{name[:half]}..{name[-half:]}" for name in names]
