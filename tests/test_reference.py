@@ -139,7 +139,6 @@ def test_training_free_reference(case):
         **settings,
     )
     final = output.frames.transpose(1, 2)
-    print(case, (final - tensors["final_latents"]).abs().max().item())
     torch.testing.assert_close(final, tensors["final_latents"], atol=1e-4, rtol=0)
     check_traces(layout.passes, meta["trace"])
 
