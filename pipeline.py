@@ -10,8 +10,12 @@ from .tokentrim_decoding import make_decoder  # noqa: F401
 from .tokentrim_denoising import Prompt  # noqa: F401
 from .tokentrim_encoding import encode_prompts  # noqa: F401
 from .tokentrim_far import FARBackbone  # noqa: F401
+from .tokentrim_field_layouts import InfinityRope  # noqa: F401
 from .tokentrim_flowmo import FlowMo  # noqa: F401
 from .tokentrim_layout import Layout  # noqa: F401
+from .tokentrim_layouts import make_layout  # noqa: F401
+from .tokentrim_memory import Memory  # noqa: F401
+from .tokentrim_memory_layouts import MemRoPE  # noqa: F401
 from .tokentrim_methods import make_method  # noqa: F401
 from .tokentrim_output import TokenTrimPipelineOutput  # noqa: F401
 from .tokentrim_partition import partition_chunks  # noqa: F401

@@ -36,8 +36,12 @@ from .tokentrim_decoding import FrameDecoder, make_decoder
 from .tokentrim_denoising import Prompt  # noqa: F401
 from .tokentrim_encoding import encode_change, encode_given, encode_prompts
 from .tokentrim_far import FARBackbone  # noqa: F401
+from .tokentrim_field_layouts import InfinityRope  # noqa: F401
 from .tokentrim_flowmo import FlowMo  # noqa: F401
 from .tokentrim_layout import Layout, View
+from .tokentrim_layouts import make_layout  # noqa: F401
+from .tokentrim_memory import Memory  # noqa: F401
+from .tokentrim_memory_layouts import MemRoPE  # noqa: F401
 from .tokentrim_methods import make_method  # noqa: F401
 from .tokentrim_output import TokenTrimPipelineOutput, concatenated
 from .tokentrim_partition import partition_chunks  # noqa: F401
@@ -401,7 +405,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 else:
                     draft = run.denoiser.draft(index, run.in_flight)
                     while unstable := {} if self.interrupt else run.policies.review(draft.judged):  # eq. 4 to 8
-                        run.backbone.evict(unstable)  # eq. 9, 10: {video: grid tokens}
+                        run.evict(unstable)  # eq. 9, 10: {video: grid tokens}
                         draft = run.denoiser.redraft(draft, list(unstable))
                     latents, in_flight = run.denoiser.finish(draft)
                     if self.interrupt:

@@ -9,18 +9,35 @@ the model's dtype: their rounding would be cached, read again and amplified.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin, WanTransformer3DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 
-from .tokentrim_cache import RollingKVCache, TokenBook
+from .tokentrim_cache import RollingKVCache
 from .tokentrim_layout import Pass
+
+
+MASKLESS = ("flash", "_flash", "aiter", "sage", "_sage", "_native_flash", "_native_xla")  # how their names begin
+NUM_EXTRA = 8  # channels: kernels ask for heads of a multiple of this
+
+
+def takes_mask(backend: AttentionBackendName | str | None, mask: torch.Tensor) -> bool:
+    """Whether an attention backend (`None`: the one that is active) takes a mask; those of variable length take boolean
+    ones alone."""
+    if backend is None:
+        backend, _ = _AttentionBackendRegistry.get_active_backend()
+    name = AttentionBackendName(backend).value
+    return not name.startswith(MASKLESS) or ("varlen" in name and mask.dtype == torch.bool)
 
 
 class CachedAttnProcessor:
@@ -36,15 +53,31 @@ class CachedAttnProcessor:
 
     def attend(self, query, key, value, mask=None) -> torch.Tensor:
         """(rows, queries, heads, head_dim)"""
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to(value.dtype)
+        query = query.to(value.dtype)
+        if mask is None:
+            return self._dispatch(query, key, value)
+        if not takes_mask(self._attention_backend, mask):
+            return self._attend_weighted(query, key, value, mask)
+        return self._dispatch(query, key, value, mask.to(value.dtype) if mask.is_floating_point() else mask)
+
+    def _attend_weighted(self, query, key, value, mask) -> torch.Tensor:
+        """The same on a kernel without masks, exactly: sum w e^s v / sum w e^s, with the sum below as one more channel."""
+        weights = (mask.exp() if mask.is_floating_point() else mask)[:, 0, 0, :, None, None].to(value.dtype)
+        head_dim = query.shape[-1]
+        query, key = (F.pad(hidden_states, (0, NUM_EXTRA)) for hidden_states in (query, key))
+        value = F.pad(value, (0, NUM_EXTRA), value=1.0) * weights
+        attended = self._dispatch(query, key, value, scale=head_dim**-0.5)
+        return attended[..., :head_dim] / attended[..., head_dim : head_dim + 1]
+
+    def _dispatch(self, query, key, value, mask=None, scale=None) -> torch.Tensor:
         return dispatch_attention_fn(
-            query.to(value.dtype),
+            query,
             key,
             value,
             attn_mask=mask,
             dropout_p=0.0,
             is_causal=False,
+            scale=scale,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
@@ -61,7 +94,7 @@ class CachedSelfAttnProcessor(CachedAttnProcessor):
         query = attn.norm_q(query.float()).unflatten(2, (attn.heads, -1))  # (rows, seq, heads, head_dim)
         key = attn.norm_k(key.float()).unflatten(2, (attn.heads, -1))
         value = value.unflatten(2, (attn.heads, -1))
-        keys, values, mask = self.cache.update(self.layer, key, value)
+        keys, values, mask = self.cache.update(self.layer, key, value, query)
         return self.project(attn, self.attend(self.cache.rotate_queries(query), keys, values, mask))
 
 
@@ -170,9 +203,9 @@ class WanBackbone:
         self.cache.make_room(num_frames)
         self.context = {frame: self.context[frame] for frame in self.cache.frames}
 
-    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> None:
-        """Hard pruning (eq. 9, 10), as in [`RollingKVCache`]."""
-        self.cache.evict(tokens, since_frame)
+    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0, weight: float = 0.0) -> None:
+        """Hard pruning (eq. 9, 10), or soft pruning to a weight, as in [`RollingKVCache`]."""
+        self.cache.evict(tokens, since_frame, weight)
 
     def predict_flow(
         self,
@@ -228,15 +261,14 @@ class WanBackbone:
 
     def recache(self, text: torch.Tensor, attention_kwargs: dict[str, Any] | None) -> None:
         """Encode the window again under another prompt, all its frames together, each seeing all (LongLive, arXiv
-        2509.22622). A sink from which frames have left stays as it is, and is read."""
-        cache, sink = self.cache, getattr(self.cache.layout, "num_sink_frames", 0)
-        is_whole = cache.frames == list(range(cache.next_frame))
-        frames = [frame for frame in cache.frames if is_whole or frame >= sink]
+        2509.22622). What the layout leaves as it is, is read."""
+        cache = self.cache
+        stay, frames = cache.layout.recache(list(cache.frames))
         if not frames:
             return
-        held = cache.held_table(frames).flatten(1)  # what was evicted stays so
-        cache.truncate(frames[0])
-        book = replace(TokenBook.of_frames(frames, cache.tokens_per_frame, cache.num_videos), held=held)
+        book = cache.book.of_same(frames, cache.tokens_per_frame)  # what was evicted stays so
+        cache.retain(stay)
+        cache.next_frame = frames[0]
         cache.begin_pass(len(frames), Pass("recache"), book)
         latents = torch.cat([self.context[frame] for frame in frames], dim=2)
         latents = latents.repeat(len(text) // len(latents), 1, 1, 1, 1)

@@ -4,70 +4,21 @@ layout and knows no window."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from .tokentrim_layout import Layout, Pass, View, check_view
-
-
-ROPE_THETA = 10000.0  # `WanRotaryPosEmbed`'s default, which the model neither changes nor keeps
-
-
-def rotate(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of (batch, seq, heads, head_dim) by (batch or 1, seq, 1, head_dim / 2), in fp32."""
-    even, odd = hidden_states.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-
-
-def grid_places(grid: tuple[int, int]) -> torch.Tensor:
-    """Row and column of each token of a grid, (tokens, 2), row-major."""
-    return torch.cartesian_prod(*(torch.arange(size, dtype=torch.float64) for size in grid))
-
-
-def _take(by_token: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Tokens of (rows, tokens, heads, head_dim) by `columns`, (rows, taken)."""
-    return by_token[torch.arange(len(columns), device=columns.device)[:, None], columns]
-
-
-@dataclass
-class TokenBook:
-    """Which (latent frame, index among the places) each token of a sequence is, (B, tokens) each; `held` is False where
-    a row is padding, or where nobody may attend to the token."""
-
-    frame: torch.Tensor
-    token: torch.Tensor
-    held: torch.Tensor
-
-    @classmethod
-    def of_frames(cls, frames: Sequence[int], num_tokens: int, num_videos: int) -> "TokenBook":
-        """All `num_tokens` tokens of each of some latent frames, frame-major."""
-        frame = torch.tensor(frames, dtype=torch.long).repeat_interleave(num_tokens).expand(num_videos, -1)
-        token = torch.arange(num_tokens).repeat(len(frames)).expand(num_videos, -1)
-        return cls(frame, token, torch.ones_like(frame, dtype=torch.bool))
-
-    def taken(self, columns: torch.Tensor, held: torch.Tensor) -> "TokenBook":
-        """The tokens at `columns`, (B, taken), of which `held`, (B, tokens), are."""
-        return TokenBook(*(table.gather(1, columns) for table in (self.frame, self.token, held)))
-
-    def appended(self, other: "TokenBook") -> "TokenBook":
-        pairs = ((self.frame, other.frame), (self.token, other.token), (self.held, other.held))
-        return TokenBook(*(torch.cat(pair, dim=1) for pair in pairs))
-
-    def is_shared(self) -> bool:
-        """Whether all rows hold the same tokens, without padding."""
-        alike = [(table == table[:1]).all() for table in (self.frame, self.token)]
-        return bool(self.held.all() and alike[0] and alike[1])
-
-
-@dataclass
-class _Layer:
-    """One layer's context, (rows, tokens, heads, head_dim): keys as projected, and what the pass at hand reads."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    read: tuple[torch.Tensor, torch.Tensor] | None = None  # rotated keys, and values
+from .tokentrim_memory import (
+    LayerContext,
+    TokenBook,
+    grid_places,
+    rewrite_memory,
+    rotary_angles,
+    rotate,
+    take_tokens,
+)
 
 
 class RollingKVCache:
@@ -116,11 +67,12 @@ class RollingKVCache:
         self._pass_frames: list[int] = []
         self._pass_book = self.book
         self._view = View([], [], [])
-        self._layers: dict[int, _Layer] = {}
+        self._layers: dict[int, LayerContext] = {}
         self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._pending: dict[int, _Layer] | None = None
+        self._pending: dict[int, LayerContext] | None = None
         self._videos: list[int] | None = None
         self._is_cut = False  # whether the next chunk follows a cut
+        self._begun: set[int] = set()  # layers that a pass of the chunk at hand has been through
         self._memo: dict[str, tuple] = {}  # what follows from the book and the view, until they change
 
     @property
@@ -145,20 +97,30 @@ class RollingKVCache:
     def make_room(self, num_frames: int) -> None:
         """Before a chunk of `num_frames` latent frames: what the layout does not keep leaves."""
         new = list(range(self.next_frame, self.next_frame + num_frames))
-        kept = set(self.layout.keep(list(self.frames), new))
+        self.retain(self.layout.keep(list(self.frames), new))
+        self._begun.clear()
+
+    def retain(self, frames: Iterable[int]) -> None:
+        """All frames but these leave."""
+        kept = set(frames)
         if kept != set(self.frames):
             self.drop(~torch.isin(self.book.frame, torch.tensor(sorted(kept), dtype=torch.long)))
             self.frames = [frame for frame in self.frames if frame in kept]
         self._forget_views()
 
-    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> None:
+    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0, weight: float = 0.0) -> None:
         """Hard pruning (eq. 9, 10): `tokens[video]` are grid indices to remove from all its unprotected frames, or from
-        those since a certain one."""
-        gone, first = torch.zeros_like(self.book.held), max(since_frame, self.num_protected_frames)
+        those since a certain one. Soft pruning: with a `weight` they stay, and count for so much less."""
+        gone, sink = torch.zeros_like(self.book.held), self._sink()
+        first = max(since_frame, self.num_protected_frames)
         for video, indices in tokens.items():
             named = torch.isin(self.book.token[video], torch.tensor(sorted(indices), dtype=torch.long))
-            gone[video] = named & (self.book.frame[video] >= first)
-        self.drop(gone)
+            gone[video] = named & (self.book.frame[video] >= first) & ~torch.isin(self.book.frame[video], sink)
+        if weight == 0:
+            self.drop(gone)
+        else:
+            self.book = self.book.weighted(gone, weight)
+            self._changed()
 
     def drop(self, gone: torch.Tensor) -> None:
         """Remove the tokens of the book where `gone`, (B, tokens), is True; what stays moves to the front of each row."""
@@ -169,7 +131,7 @@ class RollingKVCache:
         self.book = self.book.taken(columns, held)
         for layer in self._layers.values():
             row_columns = self._by_row(columns, layer.key.shape[0]).to(layer.key.device)
-            layer.key, layer.value = _take(layer.key, row_columns), _take(layer.value, row_columns)
+            layer.take(row_columns)
         self._changed()
 
     def truncate(self, frame: int) -> None:
@@ -179,18 +141,8 @@ class RollingKVCache:
 
     def flush(self, is_cut: bool = False) -> None:
         """A change of prompt: what the layout does not keep through it leaves; after a cut, the next chunk stands apart."""
-        kept = set(self.layout.flush(list(self.frames)))
-        self.drop(~torch.isin(self.book.frame, torch.tensor(sorted(kept), dtype=torch.long)))
-        self.frames, self._is_cut = [frame for frame in self.frames if frame in kept], is_cut
-        self._forget_views()
-
-    def held_table(self, frames: Sequence[int]) -> torch.Tensor:
-        """Which tokens of some latent frames are held, (B, frames, tokens of a frame)."""
-        table = torch.zeros(self.num_videos, self.next_frame + 1, self.tokens_per_frame, dtype=torch.bool)
-        video = torch.arange(self.num_videos)[:, None].expand_as(self.book.held)
-        held = self.book.held
-        table[video[held], self.book.frame[held], self.book.token[held]] = True
-        return table[:, list(frames)]
+        self.retain(self.layout.flush(list(self.frames)))
+        self._is_cut = is_cut
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -204,7 +156,7 @@ class RollingKVCache:
         for index, new in pending.items():
             old = self._layers.get(index)
             if old is not None:
-                new = _Layer(torch.cat([old.key, new.key], dim=1), torch.cat([old.value, new.value], dim=1))
+                new = old.appended(new)
             self._layers[index] = new
         gone = F.pad(~self._pass_book.held, (self.book.held.shape[1], 0))  # what nobody may attend to does not enter
         self.book = self.book.appended(replace(self._pass_book, held=torch.ones_like(self._pass_book.held)))
@@ -223,14 +175,14 @@ class RollingKVCache:
         return {
             "frames": list(self.frames),
             "next_frame": self.next_frame,
-            "book": [self.book.frame, self.book.token, self.book.held],
-            "layers": [[layer.key, layer.value] for _, layer in sorted(self._layers.items())],
+            "book": [self.book.frame, self.book.token, self.book.held, self.book.log_weight],
+            "layers": [[each.key, each.value, each.tag, each.note] for _, each in sorted(self._layers.items())],
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.frames, self.next_frame = list(state["frames"]), state["next_frame"]
         self.book = TokenBook(*state["book"])
-        self._layers = {index: _Layer(key, value) for index, (key, value) in enumerate(state["layers"])}
+        self._layers = {index: LayerContext(*layer) for index, layer in enumerate(state["layers"])}
         self.forget_prompt()
         self._changed()
 
@@ -259,28 +211,32 @@ class RollingKVCache:
             self._videos = None
 
     def update(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Put the tokens of the pass behind the past and return what its queries attend to.
 
         Args:
             layer (`int`): index of the transformer block.
             key (`torch.Tensor`), value (`torch.Tensor`): of the pass, unrotated, (rows, seq, heads, head_dim).
+            query (`torch.Tensor`, *optional*): the same, for layouts that rewrite the past by what is asked for.
 
         Returns:
             `tuple`: rotated keys and values, (rows, read + seq, heads, head_dim), and a mask, (rows, 1, 1, read + seq):
             `None` where every row reads all of them alike, boolean where some are padding, and what is added to the
             scores where the view weights its frames.
         """
+        self._rewrite(layer, query)
         if self._pending is not None:
-            self._pending[layer] = _Layer(key.to(value.dtype), value)
+            self._pending[layer] = LayerContext(key.to(value.dtype), value)
         key = rotate(key, *self._pass_angles("keys", self._view.own_positions, key.device)).to(value.dtype)
         past, mask = self._layers.get(layer), self._mask(len(key), key.device)
         if past is None or past.key.shape[1] == 0:
             return key, value, mask
         if past.read is None:
             columns, cos, sin = self._past_angles(past.key)
-            old_key, old_value = (old if columns is None else _take(old, columns) for old in (past.key, past.value))
+            old_key, old_value = (
+                old if columns is None else take_tokens(old, columns) for old in (past.key, past.value)
+            )
             past.read = rotate(old_key, cos, sin).to(value.dtype), old_value
         keys, values = (torch.cat([self._rows(old), new], dim=1) for old, new in zip(past.read, (key, value)))
         return keys, values, mask
@@ -305,6 +261,21 @@ class RollingKVCache:
         return self._rows(key), self._rows(value)
 
     # 3. Inside
+
+    def _rewrite(self, layer: int, query: torch.Tensor | None) -> None:
+        """Let the layout rewrite what a layer holds before the first pass of a chunk, and before its commit, read it."""
+        due = ["before_chunk"] * (layer not in self._begun) + ["before_commit"] * self.is_writing
+        self._begun.add(layer)
+        for name in due if layer in self._layers else ():
+            hook = getattr(self.layout, name, None)
+            if hook is not None:
+                past, new = self._layers[layer], list(self._pass_frames)
+                rewrite_memory(hook, past, self.book, list(self.frames), new, query, self.places, self.rope_dims)
+
+    def _sink(self) -> torch.Tensor:
+        """The frames that the layout saves from eviction."""
+        sink = getattr(self.layout, "sink", None)
+        return torch.tensor([] if sink is None else sink(list(self.frames)), dtype=torch.long)
 
     def _changed(self) -> None:
         self.version += 1
@@ -332,25 +303,46 @@ class RollingKVCache:
         and the columns of memory, unless that is all of it as it lies there."""
         if "reading" not in self._memo:
             frames, book, columns = self._view.frames, self.book, None
-            order = torch.full((self.next_frame + 1,), len(frames), dtype=torch.long)
-            order[torch.tensor(frames, dtype=torch.long)] = torch.arange(len(frames))
-            index = order[book.frame.clamp(max=self.next_frame)].where(book.held, len(frames))  # its length: not read
+            index = torch.cat([self._order(places) for places in self._places(frames)], dim=1)
             held = index < len(frames)
             last = index.masked_fill(~held, -1).cummax(dim=1).values  # of what is read so far; padding may lie between
             if not torch.equal(held, book.held) or bool((held & (index < last)).any()):
-                columns = index.argsort(dim=1, stable=True)[:, : int(held.sum(dim=1).max())]
-                book, index = book.taken(columns, held), index.gather(1, columns)
+                taken = index.argsort(dim=1, stable=True)[:, : int(held.sum(dim=1).max())]
+                columns = taken % book.held.shape[1]
+                book = replace(book.taken(columns, book.held), held=held.gather(1, taken))
+                index = index.gather(1, taken)
             self._memo["reading"] = (book, index, columns)
         return self._memo["reading"]
+
+    @staticmethod
+    def _places(frames: Sequence[int]) -> list[dict[int, int]]:
+        """Where each frame is among `frames`; where it is read the second time, in a second dict, and so on."""
+        rounds: list[dict[int, int]] = [{}]
+        for place, frame in enumerate(frames):
+            free = next((places for places in rounds if frame not in places), None)
+            if free is None:
+                rounds.append(free := {})
+            free[frame] = place
+        return rounds
+
+    def _order(self, places: Mapping[int, int]) -> torch.Tensor:
+        """The place of each token's frame, (B, tokens), or how many frames are read where it is none of them."""
+        unread = len(self._view.frames)
+        order = torch.full((self.next_frame + 1,), unread, dtype=torch.long)
+        order[torch.tensor([*places], dtype=torch.long)] = torch.tensor([*places.values()], dtype=torch.long)
+        return order[self.book.frame.clamp(max=self.next_frame)].where(self.book.held, unread)
 
     def _mask(self, num_rows: int, device: torch.device) -> torch.Tensor | None:
         """What the queries of the `num_rows` at hand may attend to, (rows, 1, 1, keys), where that is not all alike."""
         if "mask" not in self._memo:
             book, index, _ = self._reading()
             mask = torch.cat([book.held, self._pass_book.held], dim=1)
-            if self._view.log_weights is not None:
-                weights = torch.tensor([*self._view.log_weights, 0.0], dtype=torch.float32)
-                weights = F.pad(weights[index], (0, self._pass_book.held.shape[1]))
+            of_frames, both = self._view.log_weights, book.appended(self._pass_book).log_weight
+            if of_frames is not None or both is not None:
+                weights = torch.zeros(mask.shape) if both is None else both
+                if of_frames is not None:
+                    of_tokens = torch.tensor([*of_frames, 0.0], dtype=torch.float32)[index]
+                    weights = weights + F.pad(of_tokens, (0, self._pass_book.held.shape[1]))
                 mask = weights.masked_fill(~mask, -torch.inf)
             elif mask.all():
                 mask = None
@@ -387,12 +379,4 @@ class RollingKVCache:
         self, position: torch.Tensor, token: torch.Tensor, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine at (temporal position, token), both (batch, seq) -> (batch, seq, 1, head_dim / 2)."""
-        axes = (position, *self.places[token].unbind(-1))
-        cos, sin = [], []
-        for place, dim in zip(axes, self.rope_dims):
-            frequencies = ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-            distinct, where = place.unique(return_inverse=True)
-            angles, where = distinct[:, None] * frequencies, where.to(device)  # in float64: exact however far
-            cos.append(angles.cos().float().to(device)[where])
-            sin.append(angles.sin().float().to(device)[where])
-        return torch.cat(cos, dim=-1)[:, :, None, :], torch.cat(sin, dim=-1)[:, :, None, :]
+        return rotary_angles(position, self.places[token], self.rope_dims, device)

@@ -23,6 +23,8 @@ class ContextPolicy:
         patch_size (`tuple[int, int, int]`): the transformer's (frames, height, width) patch, set by the rollout.
         max_regenerations (`int`): how often `review` may ask for another attempt at a chunk.
         drift_signal (`str`, *optional*): what `review` sees: `"final"` or `"first_step"`; `None` where it does not matter.
+        prune_weight (`float`, *optional*): what tokens that `review` asks for count for from then on, in the place of
+            leaving; `None` where it does not matter.
         may_reject (`bool`): whether `commit` may return `None`, so that the context has to be large enough for that.
     """
 
@@ -30,6 +32,7 @@ class ContextPolicy:
     patch_size = (1, 2, 2)
     max_regenerations = 1
     drift_signal: str | None = None
+    prune_weight: float | None = None
     may_reject = False
 
     def observe(self, chunk: torch.Tensor) -> None:

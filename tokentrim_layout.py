@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .tokentrim_checks import check, check_bool, check_choice, check_int, check_settings
+from .tokentrim_checks import check, check_bool, check_int
 
 
 CUT_JUMP = 45  # where the chunk after a cut stands (Infinity-RoPE, arXiv 2511.20649)
@@ -31,7 +31,8 @@ class View:
     """What a pass reads of the past, and where it all stands on the temporal axis of the rotary embedding.
 
     Args:
-        frames (`Sequence[int]`): latent frames of the past that are read, in the order in which attention sees them.
+        frames (`Sequence[int]`): latent frames of the past that are read, in the order in which attention sees them; one
+            may be read again at another position.
         positions (`Sequence[int]`): where each of them stands.
         own_positions (`Sequence[int]`): where the keys of the frames of the pass stand.
         query_positions (`Sequence[int]`, *optional*): where its queries stand; as its keys by default.
@@ -49,11 +50,19 @@ class Layout:
     """Which latent frames of the past stay in memory, and which of them a pass reads. By default: all, at absolute
     positions.
 
+    A layout may also have hooks on keys and values, `before_chunk(memory, new, query)` and `before_commit(memory, new,
+    query)`: they rewrite the [`Memory`] of one video in one layer before the first pass over the frames `new`, or their
+    commit, reads it. `query` is what that pass asks for, (seq, heads, head_dim), not rotated.
+
     Attributes:
         num_sink_frames (`int`): first latent frames that eviction leaves alone.
+        one_chunk_a_pass (`bool`): whether it counts on that, so that neither Rolling Forcing nor AnyFlow-FAR goes with it.
+        transitions (`tuple[str, ...]`): what may become of the context when the prompt changes.
     """
 
     num_sink_frames = 0
+    one_chunk_a_pass = False
+    transitions = ("keep", "recache", "flush", "cut")
 
     def keep(self, held: list[int], new: list[int]) -> list[int]:
         """The frames of `held` that stay in memory while the chunk of frames `new` is generated and committed."""
@@ -63,13 +72,31 @@ class Layout:
         """What a pass that carries the frames `new` reads of the frames `held`."""
         return View(held, held, new)
 
+    def sink(self, held: list[int]) -> list[int]:
+        """The frames of `held` that eviction leaves alone."""
+        return [frame for frame in held if frame < self.num_sink_frames]
+
     def flush(self, held: list[int]) -> list[int]:
         """The frames of `held` that stay when the prompt changes and the context is flushed: the sink, the last two."""
-        recent = set(held[-2:])
-        return [frame for frame in held if frame < self.num_sink_frames or frame in recent]
+        kept = {*self.sink(held), *held[-2:]}
+        return [frame for frame in held if frame in kept]
+
+    def recache(self, held: list[int]) -> tuple[list[int], list[int]]:
+        """The frames of `held` that stay as they are when the window is encoded again under another prompt, and those that
+        are encoded, which follow each other. A sink from which frames have left stays."""
+        sink = [] if held == list(range(len(held))) else self.sink(held)
+        return sink, held[len(sink) :]
 
     def check(self, longest: int, carried: str) -> None:
         """Refuse a rollout whose passes carry up to `longest` latent frames, `carried` in words."""
+
+
+def sink_and_newest(held: list[int], new: list[int], window_size: int | None, num_sink_frames: int) -> list[int]:
+    """The frames of `held` in a window that counts the sink and the frames `new`."""
+    if window_size is None:
+        return held
+    oldest = new[0] - max(window_size - num_sink_frames - len(new), 0)
+    return [frame for frame in held if frame < num_sink_frames or frame >= oldest]
 
 
 class WindowLayout(Layout):
@@ -115,10 +142,7 @@ class WindowLayout(Layout):
         return View(frames, positions, own)
 
     def _read(self, held: list[int], new: list[int], num_sink: int) -> list[int]:
-        if self.window_size is None:
-            return held
-        oldest = new[0] - max(self.window_size - num_sink - len(new), 0)
-        return [frame for frame in held if frame < num_sink or frame >= oldest]
+        return sink_and_newest(held, new, self.window_size, num_sink)
 
     def check(self, longest: int, carried: str) -> None:
         shortest = self.num_sink_frames + longest
@@ -127,38 +151,14 @@ class WindowLayout(Layout):
         check(fits, "window_size", self.window_size, valid)
 
 
-LAYOUTS = {"window": (WindowLayout, ("window_size", "num_sink_frames", "relative_positions", "sink_at_commit"))}
-
-
-def make_layout(layout: Any) -> Layout:
-    """A layout by name, by a dict of one name with its settings, or an object with `keep` and `view`."""
-    if isinstance(layout, str):
-        layout = {layout: {}}
-    if not isinstance(layout, dict):
-        has_verbs = not isinstance(layout, type) and all(
-            callable(getattr(layout, name, None)) for name in ("keep", "view")
-        )
-        valid = f"one of {list(LAYOUTS)}, a dict of one of them with its settings, or an object with `keep` and `view`"
-        check(has_verbs, "layout", layout, valid, TypeError)
-        return layout
-    check(len(layout) == 1, "layout", layout, "a dict of one layout with its settings")
-    ((name, settings),) = layout.items()
-    check_choice("layout", name, tuple(LAYOUTS))
-    kind, known = LAYOUTS[name]
-    check_settings(f"layout[{name!r}]", settings, known)
-    return kind(**settings)
-
-
 def check_view(view: Any, layout: Any, held: Sequence[int], new: Sequence[int]) -> None:
     """Refuse a view that does not fit the frames at hand."""
     name = f"{type(layout).__name__}.view"
-    valid = (
-        f"a View for the latent frames {new[0]} to {new[-1]}: frames of {list(held)}, each once, a position for each"
-    )
+    valid = f"a View for the latent frames {new[0]} to {new[-1]}: frames of {list(held)}, a position for each"
     fits = all(hasattr(view, field) for field in View.__dataclass_fields__)
     check(fits, name, view, valid, TypeError)
-    once = len(set(view.frames)) == len(view.frames) and set(view.frames) <= set(held)
+    known = set(view.frames) <= set(held)
     own = (view.own_positions, view.own_positions if view.query_positions is None else view.query_positions)
     weights = view.positions if view.log_weights is None else view.log_weights
     lengths = len(view.frames) == len(view.positions) == len(weights) and all(len(each) == len(new) for each in own)
-    check(once and lengths, name, view, valid)
+    check(known and lengths, name, view, valid)

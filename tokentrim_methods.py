@@ -25,11 +25,13 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Method:
-    """What a rollout does beyond generating: policies in chain order, hooks of the denoiser, and what reviews see."""
+    """What a rollout does beyond generating: policies in chain order, hooks of the denoiser, what reviews see, and what
+    the tokens that they ask for still count for."""
 
     policies: tuple
     hooks: tuple
     drift_signal: str
+    prune_weight: float = 0.0
 
 
 def make_method(method: Any, trim_settings: dict) -> Method:
@@ -48,12 +50,18 @@ def make_method(method: Any, trim_settings: dict) -> Method:
     parts = [_make_part(name, part) for name, part in _list_parts(method, trim_settings)]
     hooks = tuple(part for part in parts if _is_hook(part))
     policies = [part for part in parts if not _is_hook(part)]
-    signals = {policy.drift_signal for policy in policies if getattr(policy, "drift_signal", None) is not None}
-    check(len(signals) < 2, "method", sorted(signals), "policies of one drift signal")
-    signal = signals.pop() if signals else "final"
+    signal = _common(policies, "drift_signal", "final")
+    weight = _common(policies, "prune_weight", 0.0)
     if not any(isinstance(policy, SeverityMonitor) for policy in policies):
         policies.insert(0, SeverityMonitor(signal))
-    return Method(tuple(policies), hooks, signal)
+    return Method(tuple(policies), hooks, signal, weight)
+
+
+def _common(policies: list, name: str, default: Any) -> Any:
+    """What the policies that it matters to have in common."""
+    values = {getattr(policy, name, None) for policy in policies} - {None}
+    check(len(values) < 2, "method", sorted(values), f"policies of one {name.replace('_', ' ')}")
+    return values.pop() if values else default
 
 
 def _list_parts(method: Any, trim_settings: dict) -> list[tuple[str | None, Any]]:

@@ -26,7 +26,8 @@ from .tokentrim_checks import (
     check_tensor,
 )
 from .tokentrim_far import check_compression, check_far
-from .tokentrim_layout import Layout, WindowLayout, make_layout
+from .tokentrim_layout import Layout, WindowLayout
+from .tokentrim_layouts import make_layout
 from .tokentrim_methods import Method, make_method
 from .tokentrim_partition import count_given_chunks, partition_chunks
 from .tokentrim_prompts import PromptChange, check_change, read_schedule
@@ -128,6 +129,12 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
     sizes = [*partition, *partition[-1:] * (num_given + REPEATED_CHUNKS if is_endless else 0)]
     _check_schedule(pipe.scheduler, call)
     method = make_method(call["method"], {name: call[name] for name in TRIM_SETTINGS})
+    check(
+        not (far and method.prune_weight),
+        "prune_weight",
+        method.prune_weight,
+        "0 for AnyFlow-FAR, which has no weights",
+    )
     num_in_flight = _count_in_flight(pipe, call, method, far)
     for hook in method.hooks:
         if callable(getattr(hook, "check", None)):
@@ -152,7 +159,7 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
         sigmas=call["sigmas"],
         timesteps=call["timesteps"],
         max_sequence_length=call["max_sequence_length"],
-        prompt_changes=_plan_prompts(call, frame_shape[0], None if is_endless else len(partition), far),
+        prompt_changes=_plan_prompts(call, layout, frame_shape[0], None if is_endless else len(partition), far),
         call=call,
     )
 
@@ -299,7 +306,9 @@ def _take_first_prompt(call: dict) -> None:
         call["prompt_embeds" if isinstance(first, torch.Tensor) else "prompt"] = first
 
 
-def _plan_prompts(call: dict, num_videos: int, num_chunks: int | None, far: bool) -> dict[int, PromptChange]:
+def _plan_prompts(
+    call: dict, layout: Layout, num_videos: int, num_chunks: int | None, far: bool
+) -> dict[int, PromptChange]:
     """The changes of the prompt schedule, without chunk 0."""
     if call["prompt_schedule"] is None:
         return {}
@@ -307,7 +316,7 @@ def _plan_prompts(call: dict, num_videos: int, num_chunks: int | None, far: bool
     changes = read_schedule(call["prompt_schedule"], call["prompt_transition"], call["blend_chunks"], num_prompts)
     changes.pop(0, None)
     for chunk, change in changes.items():
-        check_change(change, far)
+        check_change(change, layout, far)
         inside = num_chunks is None or chunk < num_chunks
         check(inside, "prompt_schedule", chunk, f"a dict of chunks below {num_chunks}, the chunks of the video")
     return changes
@@ -387,6 +396,9 @@ def _plan_layout(pipe: Any, call: dict, chunk_partition: Sequence[int], num_in_f
     starts = range(max(len(chunk_partition) - limit, 0) + 1)
     longest = max(sum(chunk_partition[start : start + limit]) for start in starts)
     carried = "a chunk" if limit == 1 else "chunks denoised together (one for each step)"
+    alone = limit == 1 or not getattr(layout, "one_chunk_a_pass", False)
+    valid = "another for a rollout whose passes carry several chunks (Rolling Forcing, AnyFlow-FAR): it counts on one"
+    check(alone, "layout", type(layout).__name__, valid)
     if callable(getattr(layout, "check", None)):
         layout.check(longest, f"{limit} chunks in full resolution" if far else carried)
     if isinstance(layout, WindowLayout) and layout.num_sink_frames and not layout.relative_positions:

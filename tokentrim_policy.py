@@ -86,6 +86,9 @@ class TokenTrim(SeverityMonitor):
         drift_signal (`str`, defaults to `"final"`):
             What the gate compares: `"final"`, finished chunks; `"first_step"`, the x0 predictions of their first
             denoising step, so that another attempt costs one step instead of all.
+        prune_weight (`float`, defaults to `0.0`):
+            Ours: what a key of an unstable token counts for from then on, of one, multiplied at each trim. At 0 its keys
+            leave the context, as in the paper.
     """
 
     def __init__(
@@ -95,17 +98,20 @@ class TokenTrim(SeverityMonitor):
         warmup_chunks: int = 2,
         max_regenerations: int = 1,
         drift_signal: str = "final",
+        prune_weight: float = 0.0,
     ):
         valid = "a number between 0 and 1, both excluded"
         check_number("prune_fraction", prune_fraction, lambda share: 0 < share < 1, valid)
         check_number("drift_sensitivity", drift_sensitivity, lambda value: value >= 0, "a finite number >= 0")
         check_int("warmup_chunks", warmup_chunks, 0)
         check_int("max_regenerations", max_regenerations, 0)
+        check_number("prune_weight", prune_weight, lambda value: 0 <= value < 1, "a number from 0 to 1, 1 excluded")
         super().__init__(drift_signal)
         self.prune_fraction = prune_fraction
         self.drift_sensitivity = drift_sensitivity
         self.warmup_chunks = warmup_chunks
         self.max_regenerations = max_regenerations
+        self.prune_weight = prune_weight
         self.severities: list[float] = []  # of accepted chunks
 
     def threshold(self) -> float | None:

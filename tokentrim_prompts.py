@@ -76,9 +76,11 @@ def read_schedule(schedule: Any, transition: Any, blend_chunks: int, num_prompts
         chunks = sorted({chunk for each in schedule for chunk in each})
         schedule = {chunk: [each.get(chunk) for each in schedule] for chunk in chunks}
     _check_chunks("prompt_schedule", schedule)
-    if not isinstance(transition, dict):
+    if isinstance(transition, dict):
+        _check_chunks("prompt_transition", transition)
+    else:
+        check_choice("prompt_transition", transition, TRANSITIONS)
         transition = dict.fromkeys((chunk for chunk in schedule if chunk > 0), transition)
-    _check_chunks("prompt_transition", transition)
     known = set(transition) <= set(schedule)
     check(known, "prompt_transition", sorted(transition), f"a dict of chunks of the schedule, {sorted(schedule)}")
     changes = {
@@ -91,8 +93,15 @@ def read_schedule(schedule: Any, transition: Any, blend_chunks: int, num_prompts
     return changes
 
 
-def check_change(change: PromptChange, far: bool) -> None:
-    """Refuse a transition that the backbone cannot make."""
+def check_change(change: PromptChange, layout: Any, far: bool) -> None:
+    """Refuse a transition that the layout or the backbone cannot make."""
+    served = getattr(layout, "transitions", ("keep",))
+    check(
+        change.transition in served,
+        "prompt_transition",
+        change.transition,
+        f"one of {served} for {type(layout).__name__}",
+    )
     valid = "'keep' for AnyFlow-FAR, whose context is encoded in two resolutions"
     check(not far or change.transition == "keep", "prompt_transition", change.transition, valid)
 

@@ -30,21 +30,31 @@ class Reanchor(ContextPolicy):
     Args:
         match (`str`, defaults to `"distribution"`):
             Which statistics of each latent channel: `"mean"`, `"moments"` (mean and standard deviation),
-            `"histogram"` (all values, by rank) or `"distribution"` (all values, of all channels jointly).
+            `"histogram"` (all values, by rank), `"distribution"` (all values, of all channels jointly) or `"covariance"`
+            (means, and covariance of all channels, in closed form).
         tolerance (`float`, *optional*):
             The distance of a chunk's means from the reference's that counts as a change that is meant, in standard
             deviations of the reference's values, root mean square over channels. `None`: no change is meant.
         patience (`int`, defaults to `6`): chunks that a video is watched before it is held, or holding stops.
+        strength (`float`, defaults to `1.0`): how far a held chunk is moved to the reference's statistics, 0 to 1.
     """
 
-    def __init__(self, match: str = "distribution", tolerance: float | None = None, patience: int = 6):
+    def __init__(
+        self,
+        match: str = "distribution",
+        tolerance: float | None = None,
+        patience: int = 6,
+        strength: float = 1.0,
+    ):
         check_choice("match", match, tuple(MATCHINGS))
         check_int("patience", patience, 1)
         if tolerance is not None:
             check_number("tolerance", tolerance, lambda value: value > 0, "a finite number > 0, or None")
+        check_number("strength", strength, lambda value: 0 <= value <= 1, "a number from 0 to 1")
         self.match = match
         self.tolerance = tolerance
         self.patience = patience
+        self.strength = strength
         self.reference: torch.Tensor | None = None  # (C, T, H, W)
         self.watched = False
         self.offsets: list[float] = []  # of the last chunks since holding began or stopped
@@ -65,7 +75,8 @@ class Reanchor(ContextPolicy):
             return chunk
         if self._matching is None:
             self._matching = MATCHINGS[self.match](self.reference[None])
-        return self._matching(chunk[None])[0]
+        matched = self._matching(chunk[None])[0]
+        return matched if self.strength == 1 else torch.lerp(chunk, matched, self.strength)
 
     def close(self, entered: bool) -> dict:
         outcome, self.outcome = self.outcome, None

@@ -71,6 +71,11 @@ class Rollout:
         """Whether a chunk follows, so that this one has to be committed."""
         return self.plan.has_chunk(index + 1)
 
+    def evict(self, tokens: dict[int, list[int]]) -> None:
+        """Grid tokens of some videos leave the context, or count for less."""
+        weight = self.plan.method.prune_weight
+        self.backbone.evict(tokens, **({"weight": weight} if weight else {}))
+
     def advance(self, index: int) -> None:
         """Chunk `index` is over: from here on the run can be saved and resumed."""
         self.noise.forget(index)

@@ -115,9 +115,39 @@ class MatchDistribution:
         return latents
 
 
+class MatchCovariance:
+    """Gives latents the reference's means and covariance of channels by the least motion: the linear Monge-Kantorovich
+    map, T = S^-1/2 (S^1/2 R S^1/2)^1/2 S^-1/2 for covariances S and R, which is symmetric (Pitie and Kokaram, CVMP 2007).
+    """
+
+    def __init__(self, reference: torch.Tensor):
+        self.mean, self.covariance = self.moments(reference)
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        mean, covariance = self.moments(latents)
+        root, inverse = symmetric_power(covariance, 0.5), symmetric_power(covariance, -0.5)
+        transport = inverse @ symmetric_power(root @ self.covariance @ root, 0.5) @ inverse
+        moved = transport.to(latents) @ (latents.flatten(-3) - mean.to(latents)) + self.mean.to(latents)
+        return moved.view_as(latents)
+
+    @staticmethod
+    def moments(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means (..., C, 1) and covariance (..., C, C) of the channels, in float64."""
+        values = latents.flatten(-3).cpu().double()
+        mean = values.mean(dim=-1, keepdim=True)
+        return mean, (values - mean) @ (values - mean).mT / values.shape[-1]
+
+
+def symmetric_power(matrix: torch.Tensor, power: float) -> torch.Tensor:
+    """A power of a symmetric positive semidefinite matrix, (..., C, C); directions without spread count as a little."""
+    eigenvalues, basis = torch.linalg.eigh(matrix)
+    return basis @ (eigenvalues.clamp_min(1e-12).pow(power)[..., None] * basis.mT)
+
+
 MATCHINGS = {
     "mean": MatchMean,
     "moments": MatchMoments,
     "histogram": MatchHistogram,
     "distribution": MatchDistribution,
+    "covariance": MatchCovariance,
 }

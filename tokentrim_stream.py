@@ -145,7 +145,7 @@ class Stream:
         run = self._running()
         num_prompts = run.plan.num_videos // run.plan.call["num_videos_per_prompt"]
         change = make_change(prompt, num_prompts, transition, blend_chunks)
-        check_change(change, is_far(run.pipe))
+        check_change(change, run.plan.layout, is_far(run.pipe))
         run.schedule_change(run.index, encode_change(run.pipe, run.plan, change, run.device), change)
 
     def save_state(self, folder: str | os.PathLike | None = None) -> Path:

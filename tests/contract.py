@@ -13,6 +13,8 @@ METHODS = {
         "method": {"quarantine": {"sensitivity": 1.0}, "reanchor": {"tolerance": 0.2, "patience": 2}}
     },
     "trimmed and reanchored": {"method": {"tokentrim": EAGER, "reanchor": {"match": "moments"}}},
+    "covariance": {"method": {"reanchor": {"match": "covariance", "strength": 0.5}}},
+    "soft prune": {"method": {"tokentrim": {**EAGER, "prune_weight": 0.3}}},
     "first_step": {"drift_signal": "first_step", **EAGER},
 }
 ROLLOUTS = {
@@ -27,4 +29,4 @@ ROLLOUTS = {
 
 def runs(method: str, rollout: str) -> bool:
     """Whether a rollout can do a method."""
-    return (method, rollout) != ("first_step", "rolling_forcing")
+    return (method, rollout) not in (("first_step", "rolling_forcing"), ("soft prune", "far"))

@@ -12,13 +12,14 @@ from builders import (
     processors,
     randn,
     roll,
+    steady_noise,
     tiny_transformer,
 )
 from oracle import masked_flow
 from torch.overrides import TorchFunctionMode
 
 from tokentrim import RollingKVCache, WindowLayout
-from tokentrim.tokentrim_attention import cached_attention, rotary_dims
+from tokentrim.tokentrim_attention import cached_attention, rotary_dims, takes_mask
 
 
 TIMES = (900.0, 300.0)
@@ -158,3 +159,56 @@ def test_fused_projections_change_nothing():
     plain = roll(latent_pipeline(transformer), latents).frames
     transformer.fuse_qkv_projections()
     torch.testing.assert_close(roll(latent_pipeline(transformer), latents).frames, plain, atol=1e-5, rtol=0)
+
+
+# Kernels without masks
+
+
+def rolled_on(backend, *args, **kwargs):
+    """Diffusers makes a transformer's backend the active one: afterwards the native one is again."""
+    transformer = tiny_transformer()
+    transformer.set_attention_backend(backend)
+    try:
+        return roll(latent_pipeline(transformer), *args, **kwargs).frames
+    finally:
+        transformer.set_attention_backend("native")
+
+
+@pytest.mark.parametrize(
+    ("latents", "settings"),
+    [
+        (steady_noise(7, [4]), {"method": "plain", "layout": {"recency": {"window_size": 15}}}),
+        (steady_noise(7, [4]), {"method": "plain", "layout": {"attention_bias": {"window_size": 9}}}),
+        (steady_noise(7, [4, 5]), {"drift_sensitivity": 0.5}),  # videos that lose different tokens
+        (steady_noise(7, [4, 5]), {"method": {"tokentrim": {"drift_sensitivity": 0.5, "prune_weight": 0.3}}}),
+    ],
+    ids=["recency", "bias", "batch", "soft prune"],
+)
+def test_a_kernel_without_masks_gives_the_same(latents, settings):
+    """Torch's flash kernel refuses any mask, as those of flash-attn do."""
+    text = embeds(len(latents))
+    expected, flash = (
+        rolled_on(backend, latents, prompt_embeds=text, **settings) for backend in ("native", "_native_flash")
+    )
+    torch.testing.assert_close(flash, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "of_bool", "of_float"),
+    [
+        (None, True, True),
+        ("native", True, True),
+        ("_native_efficient", True, True),
+        ("flex", True, True),
+        ("flash", False, False),
+        ("_flash_3_hub", False, False),
+        ("flash_4_hub", False, False),
+        ("flash_varlen", True, False),
+        ("sage", False, False),
+        ("aiter_fa2_hub", False, False),
+        ("_native_flash", False, False),
+    ],
+)
+def test_which_backends_take_which_masks(backend, of_bool, of_float):
+    assert takes_mask(backend, torch.ones(1, dtype=torch.bool)) == of_bool
+    assert takes_mask(backend, torch.zeros(1)) == of_float

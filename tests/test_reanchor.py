@@ -41,6 +41,15 @@ def is_held(policy: Reanchor, chunks: list[torch.Tensor]) -> list[bool]:
 # The policy
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
+def test_strength_is_how_far_a_held_chunk_is_moved(strength):
+    policy, (first, second) = Reanchor("covariance", strength=strength), (video(0), video(1, 0.5))
+    policy.commit(first)
+    matched = MATCHINGS["covariance"](first)(second)
+    torch.testing.assert_close(policy.commit(second), second + strength * (matched - second), atol=1e-6, rtol=0)
+    assert policy.close(True) == {"reanchored": "held"}
+
+
 def test_drift_is_held_and_a_change_is_followed_and_held_where_it_settles():
     drift = steady(*[0.15] * 40)
     assert is_held(Reanchor("mean", 0.2, 3), drift) == [False] * 3 + [True] * 38  # watched first
@@ -277,7 +286,9 @@ def test_a_tolerance_lets_a_change_through():
         ({"tolerance": "1"}, TypeError, "`tolerance` .*> 0.*'1'"),
         ({"patience": 0}, ValueError, "`patience` .*>= 1.*0"),
         ({"patience": 1.5}, TypeError, "`patience` .*>= 1.*1.5"),
-        ({"strength": 1.0}, ValueError, "'match', 'tolerance', 'patience'.*'strength'"),
+        ({"strength": 1.1}, ValueError, "`strength` .*from 0 to 1.*1.1"),
+        ({"strength": None}, TypeError, "`strength` .*None"),
+        ({"force": 1.0}, ValueError, "'match', 'tolerance', 'patience'.*'force'"),
     ],
 )
 def test_bad_input(settings, error, message):

@@ -11,6 +11,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 from tokentrim import TokenTrimFlowMatchLCMScheduler
+from tokentrim.tokentrim_layouts import make_layout
 
 
 FOLDER = os.environ.get("TOKENTRIM_REFERENCE_VECTORS")
@@ -58,6 +59,135 @@ def test_self_forcing_reference(case):
         expected = x0 if sigma == 0 else (1 - sigma) * x0 + sigma * renoise(chunk, step)
         torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
     assert len(steps) == meta["num_blocks"] * (len(sigmas) - 1)
+
+
+TRAINING_FREE = {
+    "ir_w6": {"layout": "infinity_rope"},
+    "ir_w6_flush": {"layout": "infinity_rope", "prompt_transition": "flush"},
+    "ir_w6_cut": {"layout": "infinity_rope", "prompt_transition": "cut"},
+    "ir_w12_flush": {"layout": {"infinity_rope": {"window_size": 12}}, "prompt_transition": {8: "flush"}},
+    "ll_w12": {"layout": "longlive"},
+    "ll_w12_b2": {"layout": "longlive"},
+    "ll_switch": {"layout": "longlive", "prompt_transition": "recache"},
+    "ll_switch_early": {"layout": "longlive", "prompt_transition": {3: "recache"}},
+    "ll_rel_switch": {"layout": {"longlive": {"relative_positions": True}}, "prompt_transition": "recache"},
+    "cf_sink3": {"layout": "commit_forcing"},
+    "cf_base": {"layout": {"commit_forcing": {"commit_window_size": None}}},
+    "cf_ll": {"layout": {"commit_forcing": {"window_size": 12, "move_sink": False, "commit_window_size": 12}}},
+    "rec_trb": {"layout": "recency"},
+    "rs_w21": {"layout": "rolling_sink"},
+    "rs_w12_b2": {"layout": {"rolling_sink": {"window_size": 12}}},
+    "df_sink14": {"layout": "deep_sink"},
+    "df_pc": {"layout": {"deep_sink": {"budget": 16}}},
+    "mr_w12": {"layout": "memrope"},
+    "tc_k21": {"layout": "tether"},
+    "bias_w9": {"layout": {"attention_bias": {"window_size": 9}}},
+}
+
+
+class Recording:
+    """A layout that writes down what each of its views says: query positions, and [frame, position, log weight]."""
+
+    def __init__(self, layout):
+        self.layout, self.passes = layout, []
+
+    def __getattr__(self, name):
+        return getattr(self.layout, name)
+
+    def view(self, held, new, pass_):
+        view = self.layout.view(held, new, pass_)
+        weights = [0.0] * len(view.frames) if view.log_weights is None else view.log_weights
+        keys = [*zip(view.frames, view.positions, weights), *((*each, 0.0) for each in zip(new, view.own_positions))]
+        queries = view.own_positions if view.query_positions is None else view.query_positions
+        self.passes.append((pass_.kind, list(queries), [list(key) for key in keys]))
+        return view
+
+
+def check_traces(passes, traces):
+    """A recache of the reference also encodes frames that nothing reads."""
+    kinds = {"denoise": "denoise", "context": "commit", "recache": "recache"}
+    assert len(passes) == len(traces) - 1  # the last chunk is not committed
+    for (kind, queries, keys), trace in zip(passes, traces):
+        assert kind == kinds[trace["kind"]]
+        assert queries == trace["query_positions"] or kind == "recache"
+        if "keys" not in trace:  # single tokens
+            assert 6 * len(keys) == trace["key_tokens"] and keys[0][1] == trace["sink_position"]
+            continue
+        expected = [[*key, 0.0][:3] for key in trace["keys"]]
+        if "keys_layer_1" in trace or isinstance(expected[min(3, len(expected) - 1)][0], str):
+            keys, expected = ([[0, *key[1:]] for key in each] for each in (keys, expected))  # places have their names
+        assert sorted(key[:2] for key in keys) == sorted(key[:2] for key in expected)
+        weights = ({tuple(key[:2]): key[2] for key in each} for each in (keys, expected))
+        assert next(weights) == pytest.approx(next(weights), abs=1e-4)
+
+
+@skip_without_vectors
+@pytest.mark.parametrize("case", TRAINING_FREE)
+def test_training_free_reference(case):
+    """Final latents, and what each pass reads, where it stands and what it weighs."""
+    meta, tensors, transformer, renoise = load_case(case)
+    settings = dict(TRAINING_FREE[case])
+    layout = Recording(make_layout(settings.pop("layout")))
+    prompts = {each["from_block"]: tensors[each["key"]] for each in meta["prompts"]}
+    output = latent_pipeline(transformer, TokenTrimFlowMatchLCMScheduler(shift=5.0))(
+        prompt_schedule=prompts,
+        latents=tensors["initial_noise"].transpose(1, 2),
+        renoise=renoise,
+        layout=layout,
+        method="plain",
+        output_type="latent",
+        **settings,
+    )
+    final = output.frames.transpose(1, 2)
+    torch.testing.assert_close(final, tensors["final_latents"], atol=1e-4, rtol=0)
+    check_traces(layout.passes, meta["trace"])
+
+
+def memories(case, hook, found, num_chunks):
+    """What `found(memory)` says after each call of a layout's hook, by chunk, then layer."""
+    meta, tensors, transformer, renoise = load_case(case)
+    layout, log = make_layout(TRAINING_FREE[case]["layout"]), []
+    rewrite = getattr(layout, hook)
+
+    def recorded(memory, new, query):
+        rewrite(memory, new, query)
+        log.append((new[0] // 3, found(memory)))
+
+    setattr(layout, hook, recorded)
+    latent_pipeline(transformer, TokenTrimFlowMatchLCMScheduler(shift=5.0))(
+        prompt_embeds=tensors["prompt_embeds"],
+        latents=tensors["initial_noise"].transpose(1, 2)[:, :, : 3 * num_chunks],
+        renoise=renoise,
+        layout=layout,
+        method="plain",
+        output_type="latent",
+    )
+    return meta, log
+
+
+@skip_without_vectors
+def test_tether_admits_the_frames_of_the_reference():
+    def found(memory):
+        return [
+            memory.frames[place] + int(memory.tag[place, 0, 0]) for place in range(3, 17) if len(memory.frames) > 17
+        ]
+
+    meta, log = memories("tc_k21", "before_commit", found, 18)
+    expected = [(each["block"], each["frames"]) for each in meta["memory_after_admission"]]
+    assert [each for each in log if each[0] >= 7] == expected[: 2 * 10]  # the last chunk is not committed
+
+
+@skip_without_vectors
+def test_deep_sink_selects_the_tokens_of_the_reference():
+    def found(memory):
+        places = [(frame, token) for frame in (10, 11) for token in range(6) if len(memory.frames) > 11]
+        return sorted([frame + int(memory.tag[frame, token, 1]), token + int(memory.tag[frame, token, 2])]
+                      for frame, token in places)  # fmt: skip
+
+    meta, log = memories("df_pc", "before_chunk", found, 18)
+    blocks = {each["block"] for each in meta["selected_tokens"]}
+    expected = [(each["block"], sorted(each["frame_and_grid_index"])) for each in meta["selected_tokens"]]
+    assert [each for each in log if each[0] in blocks] == expected
 
 
 @skip_without_vectors

@@ -9,6 +9,7 @@ from oracle import threshold_of
 
 from tokentrim.tokentrim_statistics import (
     MATCHINGS,
+    MatchCovariance,
     MatchDistribution,
     MatchHistogram,
     MatchMean,
@@ -131,6 +132,25 @@ def test_distribution_takes_what_the_channels_have_in_common_too():
     assert joint < 0.2 < 0.8 < apart
     again = MatchDistribution(reference)(MatchDistribution(reference)(latents))
     torch.testing.assert_close(torch.cov(again.flatten(1)), spread, atol=0.2, rtol=0)
+
+
+def test_covariance_is_taken_by_the_least_motion():
+    """Means and covariance become the reference's; the map is symmetric and positive, which no other such map is."""
+    latents, reference = video(0), video(1, 2.0, 0.7)
+    reference[1] = reference[0] + 0.1 * reference[1]
+    matched = MatchCovariance(reference)(latents)
+    torch.testing.assert_close(torch.cov(matched.flatten(1)), torch.cov(reference.flatten(1)), atol=1e-4, rtol=0)
+    before, after = (each.flatten(1) - each.flatten(1).mean(dim=1, keepdim=True) for each in (latents, matched))
+    transport = torch.linalg.lstsq(before.T, after.T).solution.T
+    torch.testing.assert_close(transport, transport.T, atol=1e-4, rtol=0)
+    assert (torch.linalg.eigvalsh(transport) > 0).all()
+    assert torch.isfinite(MatchCovariance(reference)(torch.zeros(CHANNELS, CHUNK, HEIGHT, WIDTH))).all()
+
+
+def test_covariance_of_one_channel_is_its_moments():
+    latents, reference = video(0)[:1], video(1, 2.0, 0.7)[:1]
+    matched = MatchMoments(reference)(latents)
+    torch.testing.assert_close(MatchCovariance(reference)(latents), matched, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
