@@ -13,6 +13,7 @@ from builders import (
     CHUNK,
     TEXT_DIM,
     TEXT_LENGTH,
+    case_id,
     embeds,
     far_components,
     full_pipeline,
@@ -461,7 +462,7 @@ def test_save_video_of_latents_is_refused(tmp_path):
         ({"on_chunk": 3}, TypeError, "on_chunk"),
         ({"prompt": None}, ValueError, "prompt"),
     ],
-    ids=str,
+    ids=case_id,
 )
 def test_wrong_arguments_are_refused_at_once(arguments, error, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
