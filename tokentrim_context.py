@@ -112,7 +112,7 @@ class ContextPolicies:
         for video in self._under_review:
             tokens = set()
             for policy in self.chains[video]:
-                asked = self._check_tokens(policy, policy.review(judged[video]))
+                asked = self._check_tokens(policy, policy.review(judged[video].clone()))
                 limit = getattr(policy, "max_regenerations", ContextPolicy.max_regenerations)
                 tokens |= asked if self._attempts < limit else set()
             if tokens:
@@ -127,9 +127,9 @@ class ContextPolicies:
         """What becomes context in the place of accepted latents, (B, C, T, H, W); `entered` says of which videos."""
         context = latents.clone()
         for video, policies in enumerate(self.chains):
-            chunk = latents[video].clone()  # not what is shown: a policy may write into it
-            for policy in policies:
-                chunk = self._check_latents(policy, policy.commit(chunk), latents[video])
+            chunk = latents[video]
+            for policy in policies:  # each gets a copy, which it may write into and keep
+                chunk = self._check_latents(policy, policy.commit(chunk.clone()), latents[video])
                 if chunk is None:
                     self.entered[video] = False
                     break
@@ -198,8 +198,8 @@ class ContextPolicies:
         return set(map(int, tokens))
 
     def _check_latents(self, policy: Any, latents: Any, accepted: torch.Tensor) -> torch.Tensor | None:
-        if latents is None or latents is accepted:
-            return latents
+        if latents is None:
+            return None
         name, valid = f"{self._place(policy)}.commit", f"latents of shape {tuple(accepted.shape)}, finite, or None"
         check(isinstance(latents, torch.Tensor), name, latents, valid, TypeError)
         check(latents.shape == accepted.shape and bool(torch.isfinite(latents).all()), name, latents, valid)

@@ -35,7 +35,7 @@ def ours(transformer):
 
 
 def compare(transformer=None, batch=1, atol=1e-5, **arguments):
-    """Both pipelines, each from its own generators; ours with the gate shut."""
+    """Both pipelines, from the same noise; ours with the gate shut."""
     transformer = tiny_far() if transformer is None else transformer
     partition = arguments.setdefault("chunk_partition", PARTITION)
     arguments = {
@@ -45,8 +45,10 @@ def compare(transformer=None, batch=1, atol=1e-5, **arguments):
         **SIZE,
         **arguments,
     }
-    theirs = upstream(transformer)(generator=generators(*range(batch)), **arguments).frames
-    frames = ours(transformer)(generator=generators(*range(batch)), method="plain", **arguments).frames
+    size = [arguments[name] // 8 for name in ("height", "width")]
+    arguments["latents"] = far_noise(sum(partition), batch, height=size[0], width=size[1])
+    theirs = upstream(transformer)(**arguments).frames
+    frames = ours(transformer)(method="plain", **arguments).frames
     torch.testing.assert_close(frames, theirs, atol=atol, rtol=0)
     return frames
 
@@ -112,8 +114,9 @@ def test_several_videos_of_a_prompt_equal_upstream():
     transformer = tiny_far()
     arguments = {**SIZE, "num_frames": 29, "chunk_partition": PARTITION, "num_videos_per_prompt": 2}
     arguments |= {"prompt": PROMPTS[:2], "guidance_scale": 2.0, "output_type": "latent"}
-    theirs = upstream(transformer)(generator=generators(*range(4)), **arguments).frames
-    frames = ours(transformer)(generator=generators(*range(4)), method="plain", **arguments).frames
+    arguments["latents"] = far_noise(sum(PARTITION), 4, height=SIZE["height"] // 8, width=SIZE["width"] // 8)
+    theirs = upstream(transformer)(**arguments).frames
+    frames = ours(transformer)(method="plain", **arguments).frames
     torch.testing.assert_close(frames, theirs, atol=1e-5, rtol=0)
 
 

@@ -30,6 +30,7 @@ CALL = {
     "chunk_partition": [1, 1, 1],
     "output_type": "pt",
 }
+NOISE = far_noise(3, height=2, width=2)  # where ours, which draws it chunk by chunk, is held to upstream
 needs_accelerator = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 
 
@@ -52,7 +53,8 @@ def test_inference():
     frames = call(build())
     assert frames.shape == (1, 9, 3, 16, 16) and torch.isfinite(frames).all()
     upstream = quiet(AnyFlowFARPipeline(**far_components()))
-    close(call(build(), method="plain", output_type="latent"), call(upstream, output_type="latent"), 1e-5)
+    theirs = call(upstream, output_type="latent", latents=NOISE)
+    close(call(build(), method="plain", output_type="latent", latents=NOISE), theirs, 1e-5)
 
 
 def test_signature_takes_all_that_upstreams_takes():
@@ -225,7 +227,8 @@ def test_save_and_load(tmp_path):
     close(call(loaded), call(pipe))
     stock = quiet(DiffusionPipeline.from_pretrained(tmp_path))
     assert type(stock) is AnyFlowFARPipeline
-    close(call(stock, output_type="latent"), call(pipe, method="plain", output_type="latent"), 1e-5)
+    ours = call(pipe, method="plain", output_type="latent", latents=NOISE)
+    close(call(stock, output_type="latent", latents=NOISE), ours, 1e-5)
 
 
 def test_custom_pipeline_is_all_that_a_stock_folder_needs(tmp_path):
@@ -238,7 +241,8 @@ from diffusers import DiffusionPipeline
 torch.set_num_threads(1)
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline=sys.argv[2], trust_remote_code=True)
 call = {CALL | {"output_type": "latent"}!r}
-output = pipe(**call, generator=torch.Generator().manual_seed(0), method="plain")
+noise = torch.randn({tuple(NOISE.shape)}, generator=torch.Generator().manual_seed(0))
+output = pipe(**call, latents=noise, method="plain")
 assert len(output.decisions[0]) == 3
 torch.save(output.frames, sys.argv[3])
 """
@@ -250,7 +254,7 @@ torch.save(output.frames, sys.argv[3])
         text=True,
     )
     assert process.returncode == 0, process.stderr[-4000:]
-    close(torch.load(tmp_path / "frames.pt"), call(stock, output_type="latent"), 1e-5)
+    close(torch.load(tmp_path / "frames.pt"), call(stock, output_type="latent", latents=NOISE), 1e-5)
 
 
 def test_save_and_load_without_optional_components(tmp_path):
@@ -283,7 +287,8 @@ def test_from_pipe_keeps_the_components():
     stock = quiet(AnyFlowFARPipeline(**far_components()))
     pipe = quiet(TokenTrimPipeline.from_pipe(stock))
     assert pipe.transformer is stock.transformer and pipe.vae is stock.vae
-    close(call(pipe, method="plain", output_type="latent"), call(stock, output_type="latent"), 1e-5)
+    ours = call(pipe, method="plain", output_type="latent", latents=NOISE)
+    close(ours, call(stock, output_type="latent", latents=NOISE), 1e-5)
 
 
 # Precision and devices
@@ -369,7 +374,8 @@ def test_image_to_video_keeps_the_image():
 
 def test_latents_are_the_initial_noise():
     noise = far_noise(3, height=2, width=2, seed=4)
-    drawn = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(4))
-    assert torch.equal(noise, drawn)
-    given = call(build(), latents=noise)
+    generator = torch.Generator().manual_seed(4)
+    drawn = [torch.randn(1, 4, 1, 2, 2, generator=generator) for _ in range(3)]  # chunk by chunk
+    given = call(build(), latents=torch.cat(drawn, dim=2))
     assert torch.equal(given, call(build(), generator=torch.Generator().manual_seed(4)))
+    assert not torch.equal(given, call(build(), latents=noise))

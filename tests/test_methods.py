@@ -137,6 +137,14 @@ def test_drift_signal_is_what_the_policies_ask_for(signals, expected):
     assert method.drift_signal == method.policies[0].drift_signal == expected
 
 
+def test_one_object_and_names_of_methods_in_a_list_are_methods_too():
+    names = [type(policy).__name__ for policy in make_method(["tokentrim_plus", TokenTrim()], {}).policies]
+    assert names == ["Quarantine", "Reanchor", "TokenTrim"]
+    assert [type(policy).__name__ for policy in make_method(TokenTrim(), {}).policies] == ["TokenTrim"]
+    (flowmo,) = make_method(["paper"], {}).hooks
+    assert isinstance(flowmo, FlowMo)
+
+
 class Verbless:
     def review(self, draft):
         return ()
@@ -145,11 +153,10 @@ class Verbless:
 BAD = [
     ({"method": "token_trim"}, ValueError, r"`method` has to be one of .*'tokentrim_plus'.*'token_trim'"),
     ({"method": 3}, TypeError, r"`method` has to be one of .*but is 3"),
-    ({"method": TokenTrim()}, TypeError, r"`method` has to be one of .*TokenTrim"),
-    ({"method": {"trim": {}}}, ValueError, r"`method` has to be policies among .*'reanchor'.*'trim'"),
-    ({"method": {3: {}}}, ValueError, r"`method` has to be policies among .*3"),
-    ({"method": ["tokentrim", "trim"]}, ValueError, r"`method` has to be policies among .*'trim'"),
-    ({"method": ["paper"]}, ValueError, r"`method` has to be policies among .*'paper'"),
+    ({"method": {"trim": {}}}, ValueError, r"`method` has to be a dict of .*'reanchor'.*'trim'"),
+    ({"method": {3: {}}}, ValueError, r"`method` has to be a dict of .*but is \[3\]"),
+    ({"method": {"paper": {}}}, ValueError, r"`method` has to be a dict of .*'paper'"),
+    ({"method": ["tokentrim", "trim"]}, ValueError, r"`method` has to be one of .*'reanchor'.*'trim'"),
     (
         {"method": {"quarantine": {"sensitive": 1}}},
         ValueError,
@@ -162,10 +169,10 @@ BAD = [
     ({"method": {"tokentrim": None}}, TypeError, r"method\['tokentrim'\]` has to be a dict .*None"),
     ({"method": {"quarantine": {"sensitivity": -1}}}, ValueError, r"method\['quarantine'\].*`sensitivity` .*-1"),
     ({"method": {"flowmo": {"iterations": -1}}}, ValueError, r"method\['flowmo'\].*`iterations` .*-1"),
-    ({"method": [TokenTrim]}, TypeError, r"`method` has to be .*objects with observe, review, .*TokenTrim"),
-    ({"method": [FlowMo]}, TypeError, r"`method` has to be .*objects with observe, review, .*FlowMo"),
-    ({"method": [Verbless()]}, TypeError, r"`method` has to be .*objects with observe, review, .*Verbless"),
-    ({"method": [None]}, TypeError, r"`method` has to be .*objects with .*None"),
+    ({"method": [TokenTrim]}, TypeError, r"`method` has to be .*an object with observe, review, .*TokenTrim"),
+    ({"method": [FlowMo]}, TypeError, r"`method` has to be .*an object with observe, review, .*FlowMo"),
+    ({"method": [Verbless()]}, TypeError, r"`method` has to be .*an object with observe, review, .*Verbless"),
+    ({"method": [None]}, TypeError, r"`method` has to be .*an object with .*None"),
     ({"method": "plain", "warmup_chunks": 2}, ValueError, r"`warmup_chunks` has to be None .*without TokenTrim.*2"),
     (
         {"method": "tokentrim_plus", "drift_signal": "final"},

@@ -216,7 +216,7 @@ def test_keys_after_recache_are_those_of_one_masked_forward_over_the_window():
             getattr(block.attn1, name).register_forward_hook(keep)
     latents = torch.cat([chunk.latents for chunk in chunks[:3]], dim=2)
     transformer(latents, torch.zeros(1), embeds(seed=8), return_dict=False)
-    for index, (key, value) in enumerate(layers):
+    for index, (key, value, *_) in enumerate(layers):
         for ours, name in ((key, "norm_k"), (value, "to_v")):
             torch.testing.assert_close(ours[0].flatten(1), seen[index, name][0, columns], atol=1e-5, rtol=0)
 
@@ -225,7 +225,7 @@ def test_a_sink_that_stands_apart_keeps_its_keys_through_recache():
     window = {"window_size": 9, "num_sink_frames": 3}
     (_, recached, held), (_, kept, _) = (caches(name, **window)[0][4] for name in ("recache", "keep"))
     sink = [at for at, (frame, _) in enumerate(held) if frame < 3]
-    for (key, value), (old_key, old_value) in zip(recached, kept):
+    for (key, value, *_), (old_key, old_value, *_) in zip(recached, kept):
         for new, old in ((key, old_key), (value, old_value)):
             assert torch.equal(new[:, sink], old[:, sink])
     others = [at for at in range(len(held)) if at not in sink]
