@@ -25,6 +25,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     os.replace(temporary, path)
 
 
+def mixed_precision() -> torch.autocast:
+    """Matrix products in bfloat16 where the processor has them; without them they are twelve times slower than fp32."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by five Newton-Schulz steps; matrices of one shape go through them as one batch.
 

@@ -27,6 +27,16 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "
 CHANGES = ("turn", "fade", "pan left", "pan right")
 TEXTURES = ("stripes", "checks", "dots")
 CHANGE_SHARE = 0.3  # of the scenes change on purpose
+STEADY_FRAMES, CHANGING_FRAMES = 31, 55  # of a training clip: a change ends by frame 40
+SENTENCE = "a an moving over background while the turns light fades camera pans left right".split()
+WORDS = {*SENTENCE, *COLORS, *SHAPES, *DIRECTIONS}
+PAIRS = (  # one token each: words that mean something else by their place
+    *(f"{color} background" for color in COLORS),
+    *(f"turns {color}" for color in COLORS),
+    "pans left",
+    "pans right",
+    "light fades",
+)
 _GRAMMAR = re.compile(
     r"an? (?P<color>\w+) (?P<shape>\w+) moving (?P<direction>\w+) over an? (?P<background>\w+) background"
     r"(?: while (?:the background turns (?P<turned>\w+)|the (?P<fade>light fades)|the camera (?P<pan>pans \w+)))?"
@@ -230,7 +240,11 @@ def render(scene: Scene, appearance: Appearance, num_frames: int, first_frame: i
     return video
 
 
-def sample_clip(generator: torch.Generator, num_frames: int, first_frame: int = 0) -> tuple[str, torch.Tensor]:
-    """A random prompt and its video, (T, 3, H, W) in [0, 1]."""
+def sample_clip(
+    generator: torch.Generator, num_frames: int | None = None, first_frame: int = 0
+) -> tuple[str, torch.Tensor]:
+    """A random prompt and its video, (T, 3, H, W) in [0, 1]; by default as long as training needs it."""
     scene = Scene.sample(generator)
+    if num_frames is None:
+        num_frames = CHANGING_FRAMES if scene.change else STEADY_FRAMES
     return scene.prompt, render(scene, Appearance.sample(scene, generator), num_frames, first_frame)
