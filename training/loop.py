@@ -111,9 +111,10 @@ def fit(
         generator.set_state(state["generator"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        rows = [row for row in csv.reader(log_path.open()) if int(row[0]) <= step]
-        with log_path.open("w", newline="") as file:
-            csv.writer(file).writerows(rows)
+        if log_path.exists():
+            rows = [row for row in csv.reader(log_path.open()) if int(row[0]) <= step]
+            with log_path.open("w", newline="") as file:
+                csv.writer(file).writerows(rows)
         print(f"{folder.name}: resumed at step {step}, {seconds / 60:.1f} of {minutes:g} minutes", flush=True)
     elif log_path.exists():
         log_path.unlink()

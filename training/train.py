@@ -154,21 +154,21 @@ def export(pipe: TokenTrimPipeline, out: Path) -> None:
                 os.replace(path, target)
 
 
+def generate(pipe: TokenTrimPipeline, prompts: list[str], num_frames: int, **arguments) -> torch.Tensor:
+    """Plain rollouts, (B, T, 3, H, W) in [0, 1]; video i has the seed i."""
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    arguments = {"generator": generators, "output_type": "pt", "token_trim": False, **arguments}
+    return pipe(prompts, num_frames=num_frames, **arguments).frames.float()
+
+
 def save_samples(
     world: ModuleType, pipe: TokenTrimPipeline, path: Path, num_videos: int = 8, num_frames: int = 30, seed: int = 7
 ) -> None:
-    """A film strip of `num_videos` untrimmed videos of prompts that are always the same, with the prompts beside it."""
+    """A film strip of `num_videos` plain rollouts of prompts that are always the same, with the prompts beside it."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [world.Scene.sample(generator).prompt for _ in range(num_videos)]
-    pipe.set_progress_bar_config(disable=True)
-    video = pipe(
-        prompts,
-        num_frames=num_frames,
-        generator=[torch.Generator().manual_seed(index) for index in range(num_videos)],
-        token_trim=False,
-        output_type="pt",
-    ).frames  # (B, T, 3, H, W)
-    save_strip([each.transpose(0, 1).float() for each in video], path, stride=3)
+    save_strip(list(generate(pipe, prompts, num_frames).transpose(1, 2)), path, stride=max(num_frames // 10, 1))
     path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .world import SIZE, Texture, _choose, _uniform
+from .world import SIZE, Texture, choose, draw_uniform
 
 
 PACES = {"slow": (1.4, 1.8), "fast": (2.4, 3.0)}  # pixels per frame
@@ -48,7 +48,7 @@ class Scene:
 
     @classmethod
     def sample(cls, generator: torch.Generator) -> "Scene":
-        return cls(*(_choose(options, generator) for options in (PACES, DIRECTIONS, GROUNDS, LIGHTS)))
+        return cls(*(choose(options, generator) for options in (PACES, DIRECTIONS, GROUNDS, LIGHTS)))
 
     @property
     def prompt(self) -> str:
@@ -100,7 +100,7 @@ THING_COLORS = {
 
 
 def _jitter(color: tuple[float, float, float], amount: float, generator: torch.Generator) -> tuple[float, ...]:
-    return tuple(min(max(value + _uniform(-amount, amount, generator), 0), 1) for value in color)
+    return tuple(min(max(value + draw_uniform(-amount, amount, generator), 0), 1) for value in color)
 
 
 @dataclass(frozen=True)
@@ -124,19 +124,19 @@ class Landscape:
         regions, things, start, kind = [], [], 0.0, None
         for index in range(NUM_REGIONS):
             others = [name for name in REGIONS if name not in (kind, regions[0].kind if index else None)]
-            kind, width = _choose(others, generator), _uniform(44, 84, generator)
+            kind, width = choose(others, generator), draw_uniform(44, 84, generator)
             thing, color = REGIONS[kind]
             texture = Texture.sample(generator, period=(9, 14), contrast=(0.08, 0.18))
             regions.append(Region(kind, start, width, _jitter(color, 0.05, generator), texture))
-            place = start + _uniform(8, 16, generator)
+            place = start + draw_uniform(8, 16, generator)
             while place < start + width - 6:
-                size = _uniform(17, 24, generator)
+                size = draw_uniform(17, 24, generator)
                 things.append(Thing(thing, place, size, _jitter(THING_COLORS[thing], 0.06, generator)))
-                place += _uniform(*PIXELS_BETWEEN_OBJECTS, generator)
+                place += draw_uniform(*PIXELS_BETWEEN_OBJECTS, generator)
             start += width
-        periods = [_uniform(*period, generator) for period in ((90, 130), (40, 60))]
+        periods = [draw_uniform(*period, generator) for period in ((90, 130), (40, 60))]
         slopes = [
-            (max(round(start / period), 1), _uniform(0, 2 * math.pi, generator), share)
+            (max(round(start / period), 1), draw_uniform(0, 2 * math.pi, generator), share)
             for period, share in zip(periods, (0.7, 0.3))
         ]
         top, bottom, _, _ = LIGHTS[scene.light]
@@ -144,11 +144,11 @@ class Landscape:
             regions=tuple(regions),
             things=tuple(things),
             slopes=tuple(slopes),
-            horizon=_uniform(40, 44, generator),
-            disc=(_uniform(8, 56, generator), _uniform(7, 14, generator), _uniform(4, 6, generator)),
+            horizon=draw_uniform(40, 44, generator),
+            disc=(draw_uniform(8, 56, generator), draw_uniform(7, 14, generator), draw_uniform(4, 6, generator)),
             sky=(_jitter(top, 0.04, generator), _jitter(bottom, 0.04, generator)),
-            start=_uniform(0, start, generator),
-            speed=DIRECTIONS[scene.direction] * _uniform(*PACES[scene.pace], generator),
+            start=draw_uniform(0, start, generator),
+            speed=DIRECTIONS[scene.direction] * draw_uniform(*PACES[scene.pace], generator),
         )
 
     @property

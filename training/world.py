@@ -43,12 +43,12 @@ _GRAMMAR = re.compile(
 )
 
 
-def _choose(options, generator: torch.Generator):
+def choose(options, generator: torch.Generator):
     options = tuple(options)
     return options[torch.randint(len(options), (), generator=generator).item()]
 
 
-def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+def draw_uniform(low: float, high: float, generator: torch.Generator) -> float:
     return low + (high - low) * torch.rand((), generator=generator).item()
 
 
@@ -66,13 +66,13 @@ class Scene:
     @classmethod
     def sample(cls, generator: torch.Generator) -> "Scene":
         """Draws a scene; object and backgrounds have three different colours, and 30% of the scenes change."""
-        color = _choose(COLORS, generator)
-        background = _choose([name for name in COLORS if name != color], generator)
-        turned = _choose([name for name in COLORS if name not in (color, background)], generator)
-        shape, direction = _choose(SHAPES, generator), _choose(DIRECTIONS, generator)
-        change = _choose(("turn", "fade", "pan"), generator) if _uniform(0, 1, generator) < CHANGE_SHARE else None
+        color = choose(COLORS, generator)
+        background = choose([name for name in COLORS if name != color], generator)
+        turned = choose([name for name in COLORS if name not in (color, background)], generator)
+        shape, direction = choose(SHAPES, generator), choose(DIRECTIONS, generator)
+        change = choose(("turn", "fade", "pan"), generator) if draw_uniform(0, 1, generator) < CHANGE_SHARE else None
         if change == "pan":
-            change = _choose(("pan left", "pan right"), generator)
+            change = choose(("pan left", "pan right"), generator)
         return cls(color, shape, direction, background, change, turned if change == "turn" else None)
 
     @property
@@ -121,9 +121,9 @@ class Texture:
     def sample(
         cls, generator: torch.Generator, period: tuple[float, float], contrast: tuple[float, float]
     ) -> "Texture":
-        phase = (_uniform(0, period[1], generator), _uniform(0, period[1], generator))
-        kind, angle = _choose(TEXTURES, generator), _uniform(0, math.pi, generator)
-        return cls(kind, angle, _uniform(*period, generator), phase, _uniform(*contrast, generator))
+        phase = (draw_uniform(0, period[1], generator), draw_uniform(0, period[1], generator))
+        kind, angle = choose(TEXTURES, generator), draw_uniform(0, math.pi, generator)
+        return cls(kind, angle, draw_uniform(*period, generator), phase, draw_uniform(*contrast, generator))
 
     def shade(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The factor, in [1 - contrast, 1], at the points (x, y) given in pixels."""
@@ -155,26 +155,28 @@ class Appearance:
     @classmethod
     def sample(cls, scene: Scene, generator: torch.Generator) -> "Appearance":
         def jitter(name: str) -> tuple[float, float, float]:
-            return tuple(min(max(value + _uniform(-0.06, 0.06, generator), 0), 1) for value in COLORS[name])
+            return tuple(min(max(value + draw_uniform(-0.06, 0.06, generator), 0), 1) for value in COLORS[name])
 
-        radius, speed = _uniform(12, 16, generator), _uniform(1.0, 2.2, generator)
+        radius, speed = draw_uniform(12, 16, generator), draw_uniform(1.0, 2.2, generator)
         heading = DIRECTIONS[scene.direction]
         if scene.direction == "diagonally":
-            heading = (_choose((-0.8, 0.8), generator), _choose((-0.8, 0.8), generator))
+            heading = (choose((-0.8, 0.8), generator), choose((-0.8, 0.8), generator))
         return cls(
             object_color=jitter(scene.color),
             background_color=jitter(scene.background),
             turned_color=jitter(scene.turned or scene.background),
             object_texture=Texture.sample(generator, period=(10, 15), contrast=(0.1, 0.2)),
             background_texture=Texture.sample(generator, period=(14, 20), contrast=(0.15, 0.25)),
-            gradient_angle=_uniform(0, 2 * math.pi, generator),
-            gradient_strength=_uniform(0.1, 0.35, generator),
+            gradient_angle=draw_uniform(0, 2 * math.pi, generator),
+            gradient_strength=draw_uniform(0.1, 0.35, generator),
             radius=radius,
             velocity=(speed * heading[0], speed * heading[1]),
-            position=(_uniform(radius, SIZE - radius, generator), _uniform(radius, SIZE - radius, generator)),
-            change_start=_uniform(0, 4, generator),
-            change_frames=_uniform(20, 36, generator),
-            change_amount=_uniform(0.4, 0.55, generator) if scene.change == "fade" else _uniform(1.0, 2.0, generator),
+            position=(draw_uniform(radius, SIZE - radius, generator), draw_uniform(radius, SIZE - radius, generator)),
+            change_start=draw_uniform(0, 4, generator),
+            change_frames=draw_uniform(20, 36, generator),
+            change_amount=draw_uniform(0.4, 0.55, generator)
+            if scene.change == "fade"
+            else draw_uniform(1.0, 2.0, generator),
         )
 
 
