@@ -1,11 +1,13 @@
 # `make demo` and `make test` need python3 and nothing else: what they use is installed into .venv.
 PYTHON = .venv/bin/python
 INSTALLED = .venv/installed
+# A folder of checkpoints/: `make demo WORLD=travelling-world`.
+WORLD = tiny-world
 
 .PHONY: demo test lint clean
 
 demo: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.demo
+	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.demo --world $(WORLD)
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q tests
