@@ -39,7 +39,7 @@ from .transformer import (
 NUM_STEPS = 4
 SIGMAS = shift_sigmas(torch.linspace(1, 0, NUM_STEPS + 1)[:-1], SHIFT)  # 1, 0.9, 0.75, 0.5
 GUIDANCE_SCALE = 3.0  # of the teacher, classifier-free
-NUM_VIDEOS = 4  # of a batch
+NUM_VIDEOS = 2  # of a batch
 STUDENT_SHARE = 0.5  # of the steps that train the student; all of them train the critic
 STUDENT_LR, CRITIC_LR = 3e-4, 6e-4
 
@@ -171,4 +171,4 @@ def train_student(
     def save(ema: StudentAndCritic, step: int, minutes: float) -> None:
         on_save(ema.student, step, minutes)
 
-    return fit(models, loss, optimizers, folder, minutes, seed, save, ema_decay=0.99).student
+    return fit(models, loss, optimizers, folder, minutes, seed, save, ema_decay=0.99, save_minutes=2.0).student
