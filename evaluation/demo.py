@@ -87,10 +87,11 @@ def main() -> None:
             f"{run.seconds / plain.seconds:9.2f}x{run.denoiser_calls / plain.denoiser_calls:7.2f}x{measured}"
         )
     print(
-        "triggers, quarantined: chunks; evicted: grid positions; overhead, calls: seconds and transformer calls against plain;"
-        "\ndE: CIEDE2000 of the colour to the first chunk's, mean over the last half; motion: pixels per frame"
-        f"\nwritten to {args.out}/: {', '.join(sorted(path.name for path in args.out.iterdir()))}"
+        "triggers, quarantined: chunks; evicted: grid positions; overhead, calls: seconds and transformer calls against plain"
     )
+    if has_object:
+        print("dE: CIEDE2000 of the colour to the first chunk's, mean over the last half; motion: pixels per frame")
+    print(f"written to {args.out}/: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
 
 
 if __name__ == "__main__":
