@@ -1,11 +1,13 @@
 # `make demo` and `make test` need python3 and nothing else: what they use is installed into .venv.
 PYTHON = .venv/bin/python
 INSTALLED = .venv/installed
+# A folder of checkpoints/: `make demo WORLD=travelling-world`.
+WORLD = tiny-world
 
 .PHONY: demo test test-fast lint clean
 
 demo: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.demo
+	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.demo --world $(WORLD)
 
 # Everything, on all cores; each test uses one.
 test: $(INSTALLED)
@@ -14,9 +16,6 @@ test: $(INSTALLED)
 # What a change to a method or a layout can break, in a minute or so.
 test-fast: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -n auto --dist worksteal -m "not slow" tests
-
-test-fast: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q tests -m "not slow"
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .

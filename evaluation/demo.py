@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .measures import as_rgb, color_drift, summarize_drift, track_colors
 from .pictures import drift_plot, enlarge, film_strip, save_video, side_by_side
-from .rollouts import METHODS, WORLD, load_pipeline, run_method
+from .rollouts import CHECKPOINT, METHODS, PROMPTS, load_pipeline, run_method
 
 
 def _or_gone(drift: float) -> str:
@@ -18,14 +18,18 @@ def _or_gone(drift: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompt", default="a red circle moving right over a blue background")
+    parser.add_argument("--world", choices=PROMPTS, default=CHECKPOINT.name, help="a folder of checkpoints/")
+    parser.add_argument("--prompt", help="by default an example of the world")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("demo"))
     args = parser.parse_args()
+    args.prompt = args.prompt or PROMPTS[args.world]
     args.out.mkdir(parents=True, exist_ok=True)
 
-    pipe = load_pipeline()
+    pipe = load_pipeline(CHECKPOINT.parent / args.world)
+    num_frames_per_chunk = pipe.config.num_frames_per_chunk
+    has_object = args.world.startswith("tiny-world")  # one object on a background, whose colours can be measured
     pipe.set_progress_bar_config(desc="warming up")
     run_method(pipe, "plain", [args.prompt], [args.seed], num_chunks=2)
     runs = {}
@@ -44,13 +48,14 @@ def main() -> None:
     side = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]  # of a token, in pixels
     grid = (frames["plain"].shape[1] // side, frames["plain"].shape[2] // side)
     film_strip(frames, decisions, grid).savefig(args.out / "filmstrip.png", dpi=110)
-    colors = {m: track_colors(video, args.prompt, WORLD["num_frames_per_chunk"]) for m, video in frames.items()}
-    parts = ("background", "object")
-    drift_plot(
-        decisions,
-        {method: {part: as_rgb(getattr(each, part)) for part in parts} for method, each in colors.items()},
-        {method: {part: color_drift(getattr(each, part)) for part in parts} for method, each in colors.items()},
-    ).savefig(args.out / "drift.png", dpi=110)
+    if has_object:
+        colors = {m: track_colors(video, args.prompt, num_frames_per_chunk) for m, video in frames.items()}
+        parts = ("background", "object")
+        drift_plot(
+            decisions,
+            {method: {part: as_rgb(getattr(each, part)) for part in parts} for method, each in colors.items()},
+            {method: {part: color_drift(getattr(each, part)) for part in parts} for method, each in colors.items()},
+        ).savefig(args.out / "drift.png", dpi=110)
 
     plain = runs["plain"]
     header = (
@@ -62,29 +67,31 @@ def main() -> None:
         "seconds",
         "overhead",
         "calls",
-        "dE background",
-        "dE object",
-        "motion",
     )
+    measures = ("dE background", "dE object", "motion") if has_object else ()
     print(
         f"\n{args.prompt!r}, seed {args.seed}",
-        "{:18}{:>8}{:>10}{:>9}{:>13}{:>9}{:>10}{:>8}{:>15}{:>11}{:>8}".format(*header),
+        "{:18}{:>8}{:>10}{:>9}{:>13}{:>9}{:>10}{:>8}".format(*header)
+        + "".join(f"{name:>{width}}" for name, width in zip(measures, (15, 11, 8))),
         sep="\n",
     )
     for method, run in runs.items():
-        drift = summarize_drift(run.frames[0], args.prompt, WORLD["num_frames_per_chunk"])
+        measured = ""
+        if has_object:
+            drift = summarize_drift(run.frames[0], args.prompt, num_frames_per_chunk)
+            measured = f"{drift['background_drift']:15.2f}{_or_gone(drift['object_drift'])}{drift['motion']:8.2f}"
         print(
             f"{method:18}{args.chunks:8}{sum(each['trim'] for each in run.decisions[0]):10}"
             f"{sum(len(each['tokens']) for each in run.decisions[0]):9}"
             f"{sum(each['quarantined'] for each in run.decisions[0]):13}{run.seconds:9.1f}"
-            f"{run.seconds / plain.seconds:9.2f}x{run.denoiser_calls / plain.denoiser_calls:7.2f}x"
-            f"{drift['background_drift']:15.2f}{_or_gone(drift['object_drift'])}{drift['motion']:8.2f}"
+            f"{run.seconds / plain.seconds:9.2f}x{run.denoiser_calls / plain.denoiser_calls:7.2f}x{measured}"
         )
     print(
-        "triggers, quarantined: chunks; evicted: grid positions; overhead, calls: seconds and transformer calls against plain;"
-        "\ndE: CIEDE2000 of the colour to the first chunk's, mean over the last half; motion: pixels per frame"
-        f"\nwritten to {args.out}/: {', '.join(sorted(path.name for path in args.out.iterdir()))}"
+        "triggers, quarantined: chunks; evicted: grid positions; overhead, calls: seconds and transformer calls against plain"
     )
+    if has_object:
+        print("dE: CIEDE2000 of the colour to the first chunk's, mean over the last half; motion: pixels per frame")
+    print(f"written to {args.out}/: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
 
 
 if __name__ == "__main__":

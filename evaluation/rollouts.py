@@ -16,6 +16,11 @@ from tokentrim import TokenTrimPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "tiny-world"
+PROMPTS = {  # an example for each checkpoint that is shipped
+    "tiny-world": "a red circle moving right over a blue background",
+    "tiny-world-self-forced": "a red circle moving right over a blue background",
+    "travelling-world": "a fast journey right over hills by noon",
+}
 CONFIGS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "configs").glob("*.json")}
 WORLD = CONFIGS["tiny_world"]
 # Without FlowMo, trimming is paired with the plain rollout: equal up to the first trigger.
@@ -32,9 +37,9 @@ class Run:
     denoiser_calls: int
 
 
-def load_pipeline() -> TokenTrimPipeline:
-    """The shipped world model."""
-    return TokenTrimPipeline.from_pretrained(CHECKPOINT)
+def load_pipeline(checkpoint: Path = CHECKPOINT) -> TokenTrimPipeline:
+    """A shipped world model."""
+    return TokenTrimPipeline.from_pretrained(checkpoint)
 
 
 @contextmanager
@@ -62,7 +67,7 @@ def run_method(pipe: TokenTrimPipeline, method: str, prompts: list[str], seeds: 
         output = pipe(
             prompts,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_frames=num_chunks * pipe.config.num_frames_per_chunk,
             method=method,
-            **{**WORLD, "num_frames": num_chunks * WORLD["num_frames_per_chunk"]},
         )
     return Run(output.frames, output.decisions, time.perf_counter() - start, len(calls))

@@ -4,7 +4,9 @@ It is an `AutoencoderKLWan` whose causal kernels end up zero wherever they look 
 three times as fast, and right for clips of any length.
 """
 
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -14,8 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, pa
 from PIL import Image
 from torch import Tensor, nn
 
-from .loop import fit, make_optimizers, write_atomically
-from .world import sample_clip
+from .loop import fit, make_optimizers, mixed_precision, write_atomically
 
 
 KL_WEIGHT = 2e-4  # per latent element
@@ -83,16 +84,16 @@ def decode(vae: nn.Module, latents: Tensor) -> Tensor:
     return unpatchify(vae.decoder(vae.post_quant_conv(latents)), 2).float()
 
 
-def sample_batch(generator: torch.Generator, num_frames: int) -> Tensor:
+def sample_batch(world: ModuleType, generator: torch.Generator, num_frames: int) -> Tensor:
     """Frames of `num_frames` different videos, (N, 3, 1, H, W) in [-1, 1]; half are first frames."""
     times = torch.randint(-40, 40, (num_frames,), generator=generator).clamp(min=0).tolist()
-    return torch.stack([sample_clip(generator, 1, time)[1] for time in times]).transpose(1, 2) * 2 - 1
+    return torch.stack([world.sample_clip(generator, 1, time)[1] for time in times]).transpose(1, 2) * 2 - 1
 
 
-def autoencoder_loss(vae: nn.Module, generator: torch.Generator) -> Tensor:
+def autoencoder_loss(world: ModuleType, vae: nn.Module, generator: torch.Generator) -> Tensor:
     """Absolute and squared error of the pixels, absolute error of their differences, and a weak KL term."""
-    frames = sample_batch(generator, BATCH_SIZE)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    frames = sample_batch(world, generator, BATCH_SIZE)
+    with mixed_precision():
         mean, log_variance = encode(vae, frames)
         noise = torch.randn(mean.shape, generator=generator)
         error = decode(vae, mean + (0.5 * log_variance).exp() * noise) - frames
@@ -102,9 +103,9 @@ def autoencoder_loss(vae: nn.Module, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def measure_psnr(vae: nn.Module, num_frames: int = 128, seed: int = 10_000) -> float:
+def measure_psnr(world: ModuleType, vae: nn.Module, num_frames: int = 128, seed: int = 10_000) -> float:
     """Peak signal to noise ratio in dB, averaged over frames that training never draws."""
-    frames = sample_batch(torch.Generator().manual_seed(seed), num_frames)
+    frames = sample_batch(world, torch.Generator().manual_seed(seed), num_frames)
     error = (decode(vae, encode(vae, frames)[0]).clamp(-1, 1) - frames) / 2
     return -10 * error.square().mean(dim=(1, 2, 3, 4)).log10().mean().item()
 
@@ -119,27 +120,35 @@ def save_strip(videos: list[Tensor], path: Path, stride: int = 1, zoom: int = 2)
 
 
 @torch.no_grad()
-def save_reconstructions(vae: nn.Module, path: Path, num_rows: int = 5) -> None:
+def save_reconstructions(world: ModuleType, vae: nn.Module, path: Path, num_rows: int = 5) -> None:
     """Held-out frames, each row above its reconstructions."""
     generator, rows = torch.Generator().manual_seed(20_000), []
     for _ in range(num_rows):
-        frames = sample_batch(generator, 10)
+        frames = sample_batch(world, generator, 10)
         for each in (frames, decode(vae, encode(vae, frames)[0])):
             rows.append((each[:, :, 0].transpose(0, 1) + 1) / 2)
     save_strip(rows, path)
 
 
-def train_autoencoder(folder: Path, minutes: float, seed: int) -> AutoencoderKLWan:
-    """Trains for `minutes` (less what earlier runs already trained) and returns the moving average of the weights."""
+def train_autoencoder(
+    world: ModuleType, folder: Path, minutes: float, seed: int, start: AutoencoderKLWan | None = None
+) -> AutoencoderKLWan:
+    """Trains for `minutes` (less what earlier runs already trained) and returns the moving average of the weights.
+
+    With `start`, the weights of that autoencoder are trained further.
+    """
     torch.manual_seed(seed)
     vae = as_frames(make_autoencoder())
+    if start is not None:
+        vae.load_state_dict(start.state_dict())
 
     def on_save(ema: AutoencoderKLWan, step: int, minutes: float) -> None:
-        print(f"{folder.name}: step {step}, PSNR {measure_psnr(ema):.2f} dB", flush=True)
-        save_reconstructions(ema, folder / "samples.png")
+        print(f"{folder.name}: step {step}, PSNR {measure_psnr(world, ema):.2f} dB", flush=True)
+        save_reconstructions(world, ema, folder / "samples.png")
 
     optimizers = make_optimizers(vae, lambda name, param: param.ndim >= 4 and "conv_" not in name, lr=2e-3)
-    return fit(vae, autoencoder_loss, optimizers, folder, minutes, seed, on_save, ema_decay=0.998, save_minutes=2.5)
+    loss = partial(autoencoder_loss, world)
+    return fit(vae, loss, optimizers, folder, minutes, seed, on_save, ema_decay=0.998, save_minutes=2.5)
 
 
 def measure_statistics(latents: Tensor) -> tuple[list[float], list[float]]:

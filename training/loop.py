@@ -25,6 +25,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     os.replace(temporary, path)
 
 
+HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # without it, its products are twelve times slower than fp32's
+
+
+def mixed_precision() -> torch.autocast:
+    """Matrix products in bfloat16 where the processor has them."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=HAS_BFLOAT16)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by five Newton-Schulz steps; matrices of one shape go through them as one batch.
 
@@ -59,7 +67,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrices: Tensor, num_steps: int = 5) -> Tensor:
     """Moves the singular values of a batch of matrices, (N, rows, columns), towards 1."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    x = (matrices.mT if tall else matrices).to(torch.bfloat16 if HAS_BFLOAT16 else torch.float32)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(num_steps):
         gram = x @ x.mT
@@ -89,6 +97,7 @@ def fit(
 ) -> nn.Module:
     """Trains `model` until `minutes` of training have passed in all its runs; returns its moving average.
 
+    Time is this thread's on its processor, so that a busy machine does not shorten the training.
     `loss(model, generator)` draws a batch and gives a scalar. `on_save(ema, step, minutes)` is called every
     `save_minutes`, beside the state to resume from. The learning rate warms up, stays, and falls to 0 over the last
     60% of the time.
@@ -106,9 +115,10 @@ def fit(
         generator.set_state(state["generator"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        rows = [row for row in csv.reader(log_path.open()) if int(row[0]) <= step]
-        with log_path.open("w", newline="") as file:
-            csv.writer(file).writerows(rows)
+        if log_path.exists():
+            rows = [row for row in csv.reader(log_path.open()) if int(row[0]) <= step]
+            with log_path.open("w", newline="") as file:
+                csv.writer(file).writerows(rows)
         print(f"{folder.name}: resumed at step {step}, {seconds / 60:.1f} of {minutes:g} minutes", flush=True)
     elif log_path.exists():
         log_path.unlink()
@@ -120,9 +130,9 @@ def fit(
         plot_loss(log_path)
         on_save(ema, step, seconds / 60)
 
-    losses, saved_at, logged_at = [], seconds, time.perf_counter()
+    losses, saved_at, logged_at = [], seconds, seconds
     while seconds < 60 * minutes:
-        start = time.perf_counter()
+        start = time.thread_time()
         left = 1 - seconds / (60 * minutes)
         factor = min((step + 1) / warmup_steps, left / 0.6, 1)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -139,16 +149,15 @@ def fit(
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         losses.append(value.item())
-        seconds += time.perf_counter() - start
+        seconds += time.thread_time() - start
         if step % 20 == 0:
-            mean, now = sum(losses) / len(losses), time.perf_counter()
+            mean = sum(losses) / len(losses)
             if not math.isfinite(mean):
                 raise RuntimeError(f"{folder.name}: the loss is {mean} at step {step}")
             with log_path.open("a", newline="") as file:
                 csv.writer(file).writerow([step, f"{seconds:.1f}", f"{mean:.5f}", f"{base[0] * factor:.6f}"])
             if step % 100 == 0:
-                pace = (now - logged_at) / 100
-                logged_at = now
+                pace, logged_at = (seconds - logged_at) / 100, seconds
                 print(
                     f"{folder.name}: step {step}, {seconds / 60:.1f} of {minutes:g} minutes, loss {mean:.5f}, "
                     f"{pace:.3f} s per step",

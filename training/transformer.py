@@ -7,6 +7,7 @@ attends to. The stock transformer does this with another attention processor and
 
 import math
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -14,19 +15,17 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from .loop import fit, make_optimizers
-from .world import CHANGES, COLORS, DIRECTIONS, SHAPES
+from .loop import fit, make_optimizers, mixed_precision
 
 
 NUM_CHUNKS = 5
 FRAMES_PER_CHUNK = 3
 NUM_FRAMES = NUM_CHUNKS * FRAMES_PER_CHUNK
-TOKENS_PER_FRAME = 64
-TOKENS_PER_CHUNK = FRAMES_PER_CHUNK * TOKENS_PER_FRAME
+LATENT_SIZE = 16  # height and width
 MAX_SEQUENCE_LENGTH = 16
 TEXT_DIM = 64
 SHIFT = 3.0  # of the noise levels, in training and in the exported scheduler
-NUM_IMAGES = 64  # of a batch of the first stage
+NUM_IMAGES = 24  # of a batch of the first stage
 NUM_CLIPS = 2  # of a batch of the second stage
 NUM_FIRST_CHUNKS = 12  # of other videos, besides: there the prompt is all that there is to read
 FIRST_CHUNK_SHARE = 0.5  # of the loss
@@ -34,22 +33,17 @@ FIRST_CHUNK_SHIFT = 6.0  # of their noise levels: the prompt decides where there
 PROMPT_DROPOUT = 0.1  # for classifier-free guidance
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of the prompt grammar; every prompt ends with </s>.
+def make_tokenizer(world: ModuleType) -> PreTrainedTokenizerFast:
+    """A tokenizer of a world's prompt grammar; every prompt ends with </s>.
 
     Words, but where a word means something else by its place ("blue background", "turns blue") the two are one token:
     a text encoder this small, trained this briefly, otherwise reads a prompt as a bag of words and swaps colours.
     """
-    sentence = "a an moving over background while the turns light fades camera pans"
-    words = {*sentence.split(), *COLORS, *SHAPES, *DIRECTIONS, *" ".join(CHANGES).split()} - {"turn", "fade", "pan"}
-    pairs = [f"{color} background" for color in COLORS] + [f"turns {color}" for color in COLORS]
-    pairs += ["pans left", "pans right", "light fades"]
-    vocabulary = {
-        token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *sorted(words), *sorted(pairs)])
-    }
+    tokens = ["<pad>", "</s>", "<unk>", *sorted(world.WORDS), *sorted(world.PAIRS)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*pairs, r"\w+"])), "removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*world.PAIRS, r"\w+"])), "removed", invert=True)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -58,6 +52,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         model_max_length=MAX_SEQUENCE_LENGTH,
     )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Words and mask of the prompts, (B, words) each."""
+    tokens = tokenizer(prompts, padding="max_length", max_length=MAX_SEQUENCE_LENGTH, return_tensors="pt")
+    return tokens.input_ids, tokens.attention_mask
 
 
 def make_text_encoder(tokenizer: PreTrainedTokenizerFast) -> UMT5EncoderModel:
@@ -91,14 +91,19 @@ def make_transformer() -> WanTransformer3DModel:
     )
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def position_table(transformer: WanTransformer3DModel) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the positions of `NUM_FRAMES` latent frames, (1, seq, 1, head_dim) each."""
+    return transformer.rope(torch.empty(1, transformer.config.in_channels, NUM_FRAMES, LATENT_SIZE, LATENT_SIZE))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Wan's rotary embedding: x is (B, seq, heads, head_dim), cos and sin are (1, seq, 1, head_dim)."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention as plain matrix products: on a processor, the backward pass of PyTorch's fused kernel is slower.
 
     The softmax is written out, or else the compiler finds the pattern and calls that kernel.
@@ -108,13 +113,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class CrossAttentionProcessor:
-    """The stock cross-attention, with `_attend`."""
+    """The stock cross-attention, with `attend`."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         query = attn.norm_q(attn.to_q(hidden_states))
         key, value = attn.norm_k(attn.to_k(encoder_hidden_states)), attn.to_v(encoder_hidden_states)
         query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
-        hidden_states = _attend(query.type_as(value), key.type_as(value), value)
+        hidden_states = attend(query.type_as(value), key.type_as(value), value)
         return attn.to_out[0](hidden_states.transpose(1, 2).flatten(2))
 
 
@@ -125,8 +130,7 @@ class TeacherForcingProcessor:
     """
 
     def __init__(self, transformer: WanTransformer3DModel):
-        grid = 2 * math.isqrt(TOKENS_PER_FRAME)
-        self.cos, self.sin = transformer.rope(torch.empty(1, 4, NUM_FRAMES, grid, grid))
+        self.cos, self.sin = position_table(transformer)
         self.num_chunks = 1
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
@@ -140,20 +144,25 @@ class TeacherForcingProcessor:
         value = attn.to_v(hidden_states).reshape(shape).transpose(1, 2)
         # A noised chunk stands at the same place in time as its clean copy.
         cos, sin = (torch.cat([x[:, :num_clean], x[:, : num_chunks * size]], dim=1) for x in (self.cos, self.sin))
-        query = _rotate(query, cos, sin).type_as(value).transpose(1, 2)  # (B, heads, seq, head_dim)
-        key = _rotate(key, cos, sin).type_as(value).transpose(1, 2)
+        query = rotate(query, cos, sin).type_as(value).transpose(1, 2)  # (B, heads, seq, head_dim)
+        key = rotate(key, cos, sin).type_as(value).transpose(1, 2)
 
         outputs = []
         for chunk in range(num_chunks - 1):
             start, end = chunk * size, (chunk + 1) * size
-            outputs.append(_attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end]))
+            outputs.append(attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end]))
         for chunk in range(num_chunks):
             past, start = chunk * size, num_clean + chunk * size
             keys = torch.cat([key[:, :, :past], key[:, :, start : start + size]], dim=2)
             values = torch.cat([value[:, :, :past], value[:, :, start : start + size]], dim=2)
-            outputs.append(_attend(query[:, :, start : start + size], keys, values))
+            outputs.append(attend(query[:, :, start : start + size], keys, values))
         hidden_states = torch.cat(outputs, dim=2).transpose(1, 2).reshape(hidden_states.shape)
         return attn.to_out[0](hidden_states)
+
+
+def encode_text(text_encoder: UMT5EncoderModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Embeddings of the prompts, (B, words, dim), padding set to zero."""
+    return text_encoder(input_ids, mask).last_hidden_state * mask[..., None]
 
 
 class WorldModel(nn.Module):
@@ -161,6 +170,7 @@ class WorldModel(nn.Module):
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         super().__init__()
+        self.vocabulary = tokenizer.get_vocab()
         self.text_encoder = make_text_encoder(tokenizer)
         self.transformer = make_transformer()
         self.attention = TeacherForcingProcessor(self.transformer)
@@ -175,7 +185,7 @@ class WorldModel(nn.Module):
         `input_ids` and `mask` (B, words). Chunk i reads the clean chunks before it.
         """
         num_chunks = self.attention.num_chunks = clean.shape[1]
-        text = self.text_encoder(input_ids, mask).last_hidden_state * mask[..., None]
+        text = encode_text(self.text_encoder, input_ids, mask)
         text = text.repeat_interleave(2 * num_chunks - 1, dim=0)
         timestep = torch.cat([torch.zeros_like(timestep[:, 1:]), timestep], dim=1)
         latents = torch.cat([clean[:, :-1], noised], dim=1)
@@ -210,15 +220,19 @@ class LatentClips:
 
 def sample_sigmas(shape: tuple[int, ...], shift: float, generator: torch.Generator) -> Tensor:
     """Noise levels in (0, 1): uniform, then shifted as a scheduler shifts its schedule."""
-    uniform = torch.rand(shape, generator=generator)
-    return shift * uniform / (1 + (shift - 1) * uniform)
+    return shift_sigmas(torch.rand(shape, generator=generator), shift)
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """Moves noise levels in [0, 1] towards 1 as a scheduler shifts its schedule."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 class FlowMatching:
     """The flow-matching loss of random batches, chunk by chunk."""
 
-    def __init__(self, clips: LatentClips):
-        self.clips, self.tokenizer, self.compiled = clips, make_tokenizer(), None
+    def __init__(self, clips: LatentClips, tokenizer: PreTrainedTokenizerFast):
+        self.clips, self.tokenizer = clips, tokenizer
 
     def images(self, model: WorldModel, generator: torch.Generator) -> Tensor:
         """Single frames: shapes, colours and textures, at a third of the price."""
@@ -237,25 +251,24 @@ class FlowMatching:
         self, model: WorldModel, prompts: list[str], clean: Tensor, shift: float, generator: torch.Generator
     ) -> Tensor:
         """Mean squared error of the flow of every chunk, (B, chunks), at random noise levels."""
-        if self.compiled is None:
-            self.compiled = torch.compile(model, dynamic=False)
         dropped = torch.rand(len(prompts), generator=generator) < PROMPT_DROPOUT
-        tokens = self.tokenizer(
-            ["" if drop else prompt for prompt, drop in zip(prompts, dropped)],
-            padding="max_length",
-            max_length=MAX_SEQUENCE_LENGTH,
-            return_tensors="pt",
-        )
+        words = tokenize(self.tokenizer, ["" if drop else prompt for prompt, drop in zip(prompts, dropped)])
         noise = torch.randn(clean.shape, generator=generator)
         sigmas = sample_sigmas(clean.shape[:2], shift, generator)
         levels = sigmas[:, :, None, None, None, None]
         noised = (1 - levels) * clean + levels * noise
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            flow = self.compiled(clean, noised, 1000 * sigmas, tokens.input_ids, tokens.attention_mask)
+        with mixed_precision():
+            flow = model(clean, noised, 1000 * sigmas, *words)
         return (flow.float() - (noise - clean)).square().mean(dim=(2, 3, 4, 5))
+
+
+def is_matrix(name: str, param: Tensor) -> bool:
+    """Whether Muon trains a parameter: the matrices of the transformer's blocks."""
+    return "transformer.blocks" in name and param.ndim == 2
 
 
 def train_world_model(model: WorldModel, loss, folder: Path, minutes: float, seed: int, on_save) -> WorldModel:
     """Trains for `minutes` (less what earlier runs already trained) and returns the moving average of the weights."""
-    optimizers = make_optimizers(model, lambda name, param: "transformer.blocks" in name and param.ndim == 2, lr=2e-3)
+    optimizers = make_optimizers(model, is_matrix, lr=2e-3)
+    model.transformer.compile_repeated_blocks(dynamic=False)
     return fit(model, loss, optimizers, folder, minutes, seed, on_save, ema_decay=0.9985)

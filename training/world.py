@@ -27,18 +27,28 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "
 CHANGES = ("turn", "fade", "pan left", "pan right")
 TEXTURES = ("stripes", "checks", "dots")
 CHANGE_SHARE = 0.3  # of the scenes change on purpose
+STEADY_FRAMES, CHANGING_FRAMES = 31, 55  # of a training clip: a change ends by frame 40
+SENTENCE = "a an moving over background while the turns light fades camera pans left right".split()
+WORDS = {*SENTENCE, *COLORS, *SHAPES, *DIRECTIONS}
+PAIRS = (  # one token each: words that mean something else by their place
+    *(f"{color} background" for color in COLORS),
+    *(f"turns {color}" for color in COLORS),
+    "pans left",
+    "pans right",
+    "light fades",
+)
 _GRAMMAR = re.compile(
     r"an? (?P<color>\w+) (?P<shape>\w+) moving (?P<direction>\w+) over an? (?P<background>\w+) background"
     r"(?: while (?:the background turns (?P<turned>\w+)|the (?P<fade>light fades)|the camera (?P<pan>pans \w+)))?"
 )
 
 
-def _choose(options, generator: torch.Generator):
+def choose(options, generator: torch.Generator):
     options = tuple(options)
     return options[torch.randint(len(options), (), generator=generator).item()]
 
 
-def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+def draw_uniform(low: float, high: float, generator: torch.Generator) -> float:
     return low + (high - low) * torch.rand((), generator=generator).item()
 
 
@@ -56,13 +66,13 @@ class Scene:
     @classmethod
     def sample(cls, generator: torch.Generator) -> "Scene":
         """Draws a scene; object and backgrounds have three different colours, and 30% of the scenes change."""
-        color = _choose(COLORS, generator)
-        background = _choose([name for name in COLORS if name != color], generator)
-        turned = _choose([name for name in COLORS if name not in (color, background)], generator)
-        shape, direction = _choose(SHAPES, generator), _choose(DIRECTIONS, generator)
-        change = _choose(("turn", "fade", "pan"), generator) if _uniform(0, 1, generator) < CHANGE_SHARE else None
+        color = choose(COLORS, generator)
+        background = choose([name for name in COLORS if name != color], generator)
+        turned = choose([name for name in COLORS if name not in (color, background)], generator)
+        shape, direction = choose(SHAPES, generator), choose(DIRECTIONS, generator)
+        change = choose(("turn", "fade", "pan"), generator) if draw_uniform(0, 1, generator) < CHANGE_SHARE else None
         if change == "pan":
-            change = _choose(("pan left", "pan right"), generator)
+            change = choose(("pan left", "pan right"), generator)
         return cls(color, shape, direction, background, change, turned if change == "turn" else None)
 
     @property
@@ -111,9 +121,9 @@ class Texture:
     def sample(
         cls, generator: torch.Generator, period: tuple[float, float], contrast: tuple[float, float]
     ) -> "Texture":
-        phase = (_uniform(0, period[1], generator), _uniform(0, period[1], generator))
-        kind, angle = _choose(TEXTURES, generator), _uniform(0, math.pi, generator)
-        return cls(kind, angle, _uniform(*period, generator), phase, _uniform(*contrast, generator))
+        phase = (draw_uniform(0, period[1], generator), draw_uniform(0, period[1], generator))
+        kind, angle = choose(TEXTURES, generator), draw_uniform(0, math.pi, generator)
+        return cls(kind, angle, draw_uniform(*period, generator), phase, draw_uniform(*contrast, generator))
 
     def shade(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The factor, in [1 - contrast, 1], at the points (x, y) given in pixels."""
@@ -145,26 +155,28 @@ class Appearance:
     @classmethod
     def sample(cls, scene: Scene, generator: torch.Generator) -> "Appearance":
         def jitter(name: str) -> tuple[float, float, float]:
-            return tuple(min(max(value + _uniform(-0.06, 0.06, generator), 0), 1) for value in COLORS[name])
+            return tuple(min(max(value + draw_uniform(-0.06, 0.06, generator), 0), 1) for value in COLORS[name])
 
-        radius, speed = _uniform(12, 16, generator), _uniform(1.0, 2.2, generator)
+        radius, speed = draw_uniform(12, 16, generator), draw_uniform(1.0, 2.2, generator)
         heading = DIRECTIONS[scene.direction]
         if scene.direction == "diagonally":
-            heading = (_choose((-0.8, 0.8), generator), _choose((-0.8, 0.8), generator))
+            heading = (choose((-0.8, 0.8), generator), choose((-0.8, 0.8), generator))
         return cls(
             object_color=jitter(scene.color),
             background_color=jitter(scene.background),
             turned_color=jitter(scene.turned or scene.background),
             object_texture=Texture.sample(generator, period=(10, 15), contrast=(0.1, 0.2)),
             background_texture=Texture.sample(generator, period=(14, 20), contrast=(0.15, 0.25)),
-            gradient_angle=_uniform(0, 2 * math.pi, generator),
-            gradient_strength=_uniform(0.1, 0.35, generator),
+            gradient_angle=draw_uniform(0, 2 * math.pi, generator),
+            gradient_strength=draw_uniform(0.1, 0.35, generator),
             radius=radius,
             velocity=(speed * heading[0], speed * heading[1]),
-            position=(_uniform(radius, SIZE - radius, generator), _uniform(radius, SIZE - radius, generator)),
-            change_start=_uniform(0, 4, generator),
-            change_frames=_uniform(20, 36, generator),
-            change_amount=_uniform(0.4, 0.55, generator) if scene.change == "fade" else _uniform(1.0, 2.0, generator),
+            position=(draw_uniform(radius, SIZE - radius, generator), draw_uniform(radius, SIZE - radius, generator)),
+            change_start=draw_uniform(0, 4, generator),
+            change_frames=draw_uniform(20, 36, generator),
+            change_amount=draw_uniform(0.4, 0.55, generator)
+            if scene.change == "fade"
+            else draw_uniform(1.0, 2.0, generator),
         )
 
 
@@ -230,7 +242,11 @@ def render(scene: Scene, appearance: Appearance, num_frames: int, first_frame: i
     return video
 
 
-def sample_clip(generator: torch.Generator, num_frames: int, first_frame: int = 0) -> tuple[str, torch.Tensor]:
-    """A random prompt and its video, (T, 3, H, W) in [0, 1]."""
+def sample_clip(
+    generator: torch.Generator, num_frames: int | None = None, first_frame: int = 0
+) -> tuple[str, torch.Tensor]:
+    """A random prompt and its video, (T, 3, H, W) in [0, 1]; by default as long as training needs it."""
     scene = Scene.sample(generator)
+    if num_frames is None:
+        num_frames = CHANGING_FRAMES if scene.change else STEADY_FRAMES
     return scene.prompt, render(scene, Appearance.sample(scene, generator), num_frames, first_frame)

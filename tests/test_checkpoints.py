@@ -1,0 +1,32 @@
+"""Every checkpoint that is shipped: small, free of pickles, described, and rolled out by its own settings."""
+
+import pytest
+import torch
+from conftest import ROOT
+
+from evaluation.rollouts import PROMPTS, load_pipeline
+from training.train import generate
+
+
+CHECKPOINTS = sorted(path for path in (ROOT / "checkpoints").iterdir() if path.is_dir())
+
+
+def test_demo_knows_every_checkpoint():
+    assert sorted(PROMPTS) == [path.name for path in CHECKPOINTS]
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
+def test_checkpoint_is_small_described_and_without_pickles(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 16e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+    assert all(word in (folder / "README.md").read_text() for word in ("license", "Trained on", "Cannot do"))
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
+def test_checkpoint_rolls_out_past_its_window(folder):
+    pipe = load_pipeline(folder)
+    num_frames = pipe.config.window_size + 2 * pipe.config.num_frames_per_chunk
+    frames = generate(pipe, [PROMPTS[folder.name]], num_frames)
+    assert frames.shape == (1, num_frames, 3, 64, 64) and torch.isfinite(frames).all()
+    assert frames.std() > 0.05 and frames.diff(dim=1).abs().mean() > 1e-3  # a picture, and it moves
