@@ -150,7 +150,8 @@ def test_derived_state_is_left_out_of_what_is_saved():
         one.commit(video(seed)[None])
         one.close()
     state = one.state_dict()
-    assert not [name for name in state["chains"][0][0] if name.startswith("_")]
+    ((_, attributes),) = state["chains"][0]
+    assert "reference" in attributes and not [name for name in attributes if name.startswith("_")]
     other.load_state_dict(state)
     assert torch.equal(one.commit(video(5)[None]), other.commit(video(5)[None]))
     assert one.close() == other.close()
