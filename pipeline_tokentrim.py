@@ -34,7 +34,7 @@ from .tokentrim_checks import check, check_int
 from .tokentrim_context import ContextPolicy
 from .tokentrim_decoding import FrameDecoder, make_decoder
 from .tokentrim_denoising import Prompt  # noqa: F401
-from .tokentrim_encoding import encode_change, encode_given, encode_prompts
+from .tokentrim_encoding import encode_given, encode_prompts
 from .tokentrim_far import FARBackbone  # noqa: F401
 from .tokentrim_field_layouts import InfinityRope  # noqa: F401
 from .tokentrim_flowmo import FlowMo  # noqa: F401
@@ -424,7 +424,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         prompt, given = encode_prompts(self, plan, device), encode_given(self, plan, device)
         run = Rollout(self, plan, prompt, device, given)
         for index, change in plan.prompt_changes.items():
-            run.schedule_change(index, encode_change(self, plan, change, device), change)
+            run.schedule_change(index, change)
         return run
 
     @torch.no_grad()

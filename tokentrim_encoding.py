@@ -6,11 +6,9 @@ from typing import Any
 import torch
 
 from .tokentrim_denoising import Prompt
-from .tokentrim_plan import RolloutPlan
-from .tokentrim_prompts import PromptChange
 
 
-def encode_prompts(pipe: Any, plan: RolloutPlan, device: torch.device) -> Prompt:
+def encode_prompts(pipe: Any, plan: Any, device: torch.device) -> Prompt:
     """Embeddings of a call's prompts, one row for each video; negative ones with classifier-free guidance."""
     call, repeats = plan.call, plan.call["num_videos_per_prompt"]
     names = ("prompt_embeds", "negative_prompt_embeds")
@@ -31,9 +29,7 @@ def encode_prompts(pipe: Any, plan: RolloutPlan, device: torch.device) -> Prompt
     return Prompt(embeds, negative_embeds if pipe.do_classifier_free_guidance else None)
 
 
-def encode_change(
-    pipe: Any, plan: RolloutPlan, change: PromptChange, device: torch.device
-) -> list[torch.Tensor | None]:
+def encode_change(pipe: Any, plan: Any, change: Any, device: torch.device) -> list[torch.Tensor | None]:
     """Embeddings (text, dim) of a change for each video, `None` where the prompt stays."""
     texts = [prompt for prompt in change.prompts if isinstance(prompt, str)]
     settings = {"do_classifier_free_guidance": False, "max_sequence_length": plan.max_sequence_length}
@@ -42,7 +38,7 @@ def encode_change(
     return [row for row in rows for _ in range(plan.call["num_videos_per_prompt"])]
 
 
-def encode_given(pipe: Any, plan: RolloutPlan, device: torch.device) -> torch.Tensor | None:
+def encode_given(pipe: Any, plan: Any, device: torch.device) -> torch.Tensor | None:
     """Latents of the frames to continue, (B, C, T, H, W)."""
     video, latents = plan.call["video"], plan.call["video_latents"]
     if video is not None:

@@ -62,6 +62,7 @@ class RolloutPlan:
         num_inference_steps (`int`), sigmas, timesteps: the schedule of a chunk.
         max_sequence_length (`int`): tokens that a prompt is padded to.
         prompt_changes (`dict[int, PromptChange]`): by chunk.
+        is_far (`bool`): whether the transformer has a compressed part.
         call (`dict`): the arguments that pass through as they were given.
     """
 
@@ -82,6 +83,7 @@ class RolloutPlan:
     timesteps: Sequence[float] | None
     max_sequence_length: int
     prompt_changes: dict[int, PromptChange]
+    is_far: bool
     call: dict
 
     @property
@@ -160,6 +162,7 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
         timesteps=call["timesteps"],
         max_sequence_length=call["max_sequence_length"],
         prompt_changes=_plan_prompts(call, layout, frame_shape[0], None if is_endless else len(partition), far),
+        is_far=far,
         call=call,
     )
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """The session: all that a run is between two chunks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,9 +11,9 @@ from .tokentrim_attention import WanBackbone
 from .tokentrim_checks import check, check_tensor
 from .tokentrim_context import ContextPolicies
 from .tokentrim_denoising import Denoiser, InFlight, Noise, Prompt, Renoise
+from .tokentrim_encoding import encode_change
 from .tokentrim_far import FARBackbone
-from .tokentrim_plan import RolloutPlan, is_far
-from .tokentrim_prompts import PromptChange, blended
+from .tokentrim_prompts import PromptChange, blended, check_change, make_change
 from .tokentrim_stability import token_grid
 
 
@@ -28,9 +28,7 @@ class Rollout:
         given (`torch.Tensor`, *optional*): clean latents of the first frames, where they are not generated.
     """
 
-    def __init__(
-        self, pipe: Any, plan: RolloutPlan, prompt: Prompt, device: torch.device, given: torch.Tensor | None = None
-    ):
+    def __init__(self, pipe: Any, plan: Any, prompt: Prompt, device: torch.device, given: torch.Tensor | None = None):
         self.pipe = pipe
         self.plan = plan
         self.device = device
@@ -46,7 +44,7 @@ class Rollout:
         call, patch_size = plan.call, pipe.transformer.config.patch_size
         grid = token_grid(plan.frame_shape[2:], patch_size)
         context = {"layout": plan.layout, "num_protected_frames": plan.num_protected_frames}
-        if is_far(pipe):
+        if plan.is_far:
             options = {"use_mean_velocity": call["use_mean_velocity"], "pad_keys": call["pad_keys"]}
             backbone = FARBackbone(pipe.transformer, grid=grid, num_videos=plan.num_videos, **options, **context)
         else:
@@ -110,8 +108,16 @@ class Rollout:
         changed = [video for video, pair in enumerate(zip(old.embeds, prompt.embeds)) if not torch.equal(*pair)]
         self.policies.prompt_changed(changed)
 
-    def schedule_change(self, index: int, rows: Sequence[torch.Tensor | None], change: PromptChange) -> None:
-        """A change from chunk `index` on, with embeddings (text, dim) for each video, `None` where they stay."""
+    def change_prompt(self, prompt: Any, transition: str, blend_chunks: int) -> None:
+        """Another prompt from the next chunk on; arguments as in [`make_change`]."""
+        num_prompts = self.plan.num_videos // self.plan.call["num_videos_per_prompt"]
+        change = make_change(prompt, num_prompts, transition, blend_chunks)
+        check_change(change, self.plan.layout, self.plan.is_far)
+        self.schedule_change(self.index, change)
+
+    def schedule_change(self, index: int, change: PromptChange) -> None:
+        """Encode the prompts of a change, which serve from chunk `index` on."""
+        rows = encode_change(self.pipe, self.plan, change, self.device)
         before = [chunk for chunk in self.changes if chunk < index]
         old = self.changes[max(before)][0] if before else self.denoiser.prompt.embeds
         for row in rows:

@@ -14,11 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .tokentrim_checks import check
-from .tokentrim_encoding import encode_change
 from .tokentrim_output import as_array, as_uint8, decision_event
-from .tokentrim_plan import is_far
-from .tokentrim_prompts import check_change, make_change
-from .tokentrim_rollout import Rollout
 from .tokentrim_state import fingerprint, save_state, settings_of
 from .tokentrim_video import LineWriter, VideoWriter, numbered
 
@@ -58,14 +54,14 @@ class Stream:
     def __init__(
         self,
         pipe: Any,
-        run: Rollout,
+        run: Any,
         decoder: Any = None,
         state_dir: str | os.PathLike | None = None,
         save_every: int = 10,
         call: dict | None = None,
         files: Sequence = (),
     ):
-        self.run: Rollout | None = run
+        self.run: Any = run  # `None` once it is closed
         self.decoder = decoder
         self.grid = run.backbone.cache.grid
         self.first_chunk = run.index
@@ -142,11 +138,7 @@ class Stream:
             transition (`str`, defaults to `"keep"`): as `prompt_transition` of the call.
             blend_chunks (`int`, defaults to `0`): chunks over which the embeddings move to the new ones.
         """
-        run = self._running()
-        num_prompts = run.plan.num_videos // run.plan.call["num_videos_per_prompt"]
-        change = make_change(prompt, num_prompts, transition, blend_chunks)
-        check_change(change, run.plan.layout, is_far(run.pipe))
-        run.schedule_change(run.index, encode_change(run.pipe, run.plan, change, run.device), change)
+        self._running().change_prompt(prompt, transition, blend_chunks)
 
     def save_state(self, folder: str | os.PathLike | None = None) -> Path:
         """Save the run as it is between two chunks, by default to its `state_dir`."""
@@ -221,7 +213,7 @@ class Stream:
             models["preview_vae" if is_preview else "vae"] = self.decoder.vae
         return models
 
-    def _running(self) -> Rollout:
+    def _running(self) -> Any:
         if self.run is None:
             raise RuntimeError("The stream is closed.")
         return self.run
@@ -237,7 +229,7 @@ class Stream:
 class _ProgressBar:
     """Chunks, seconds of video, frames per second, triggers and memory."""
 
-    def __init__(self, run: Rollout, fps: float, disable: bool):
+    def __init__(self, run: Any, fps: float, disable: bool):
         total = None if run.plan.is_endless else len(run.plan.chunk_partition)
         self.bar = tqdm(total=total, initial=run.index, unit="chunk", disable=disable)
         self.fps, self.start, self.num_frames, self.triggers = fps, time.perf_counter(), 0, 0
