@@ -7,7 +7,7 @@ Half of the videos are asked for another background, half for another colour of 
 is told the new prompt alone; with it, `negative_prompt` is the old one. For every way to change the prompt it prints
 the CIEDE2000 distance of the part that is to change from the colour that is asked for (before the change, one and three
 chunks into it, and at the end), how many videos end nearest to that colour of the eight that the world knows, after how
-many chunks, how far the other part has moved at the end, and how far the new colour moved in the last chunks.
+many chunks, how far the other part has moved at the end, and how far the new colour moved in the last `--hold` chunks.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from .rollouts import load_pipeline
 TRANSITIONS = ("keep", "recache", "flush", "cut")
 METHODS = ("plain", "tokentrim_plus")
 LABS = {name: rgb2lab(np.array(color)[None, None])[0, 0] for name, color in COLORS.items()}
-HELD = 3  # last chunks over which a new colour has to stay
 
 
 def other_prompt(prompt: str, seed: int) -> tuple[str, str, str]:
@@ -50,7 +49,9 @@ def nearest(lab: np.ndarray) -> str | None:
     return None if np.isnan(lab).any() else min(LABS, key=lambda name: difference(lab, LABS[name]))
 
 
-def measure(frames: np.ndarray, prompt: str, changed: str, part: str, color: str, at: int, size: int) -> dict:
+def measure(
+    frames: np.ndarray, prompt: str, changed: str, part: str, color: str, at: int, size: int, hold: int
+) -> dict:
     """Of one video, (frames, H, W, 3): chunks of `size` frames, of which `at` is the first under the other prompt."""
     before, after = track_colors(frames[: at * size], prompt, size), track_colors(frames[at * size :], changed, size)
     other = "object" if part == "background" else "background"
@@ -63,7 +64,7 @@ def measure(frames: np.ndarray, prompt: str, changed: str, part: str, color: str
         "reached": names[-1] == color,
         "after": stays.index(True) + 1 if any(stays) else None,
         "other": float(difference(getattr(after, other)[-1], getattr(before, other)[-1])),
-        "held": float(difference(getattr(after, part)[-1], getattr(after, part)[-1 - HELD])),
+        "held": float(difference(getattr(after, part)[-1], getattr(after, part)[-1 - hold])),
     }
 
 
@@ -103,14 +104,15 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=5000)
     parser.add_argument("--chunks", type=int, default=14)
     parser.add_argument("--at", type=int, default=4, help="the chunk from which the other prompt serves")
+    parser.add_argument("--hold", type=int, default=3, help="last chunks over which a new colour has to stay")
     parser.add_argument("--blend-chunks", type=int, default=0)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 6.0])
     parser.add_argument("--transitions", nargs="+", default=TRANSITIONS, choices=TRANSITIONS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/prompt_change"))
     args = parser.parse_args()
-    if args.chunks < args.at + HELD + 1:
-        parser.error(f"--chunks has to be at least {args.at + HELD + 1}: the change, and {HELD} chunks to hold")
+    if args.chunks < args.at + args.hold + 1:
+        parser.error(f"--chunks has to be at least {args.at + args.hold + 1}: the change, and {args.hold} to hold it")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     pipe = load_pipeline()
@@ -141,7 +143,7 @@ def main() -> None:
                     blend_chunks=args.blend_chunks,
                 )
                 results = [
-                    measure(frames, prompt, *change, args.at, size)
+                    measure(frames, prompt, *change, args.at, size, args.hold)
                     for frames, prompt, change in zip(output.frames, prompts, changes)
                 ]
                 way = {"method": method, "guidance": guidance, "transition": transition}

@@ -9,11 +9,12 @@ from builders import full_pipeline
 from conftest import ROOT
 from huggingface_hub import ModelCard
 
+from tokentrim.tools.bundle import bundle
 from tokentrim.tools.cli import main
 from tokentrim.tools.publish import publish
 
 
-CODE = {"pipeline.py", "pipeline_tokentrim.py", *(path.name for path in ROOT.glob("tokentrim_*.py"))}
+CODE = {"pipeline.py", "pipeline_tokentrim.py"}
 
 
 def content(folder):
@@ -37,6 +38,7 @@ def checkpoint(tmp_path_factory):
 def test_the_code_alone(tmp_path):
     card = publish("you/code", tmp_path)
     assert content(tmp_path) == CODE | {"LICENSE", "README.md"}
+    assert (tmp_path / "pipeline_tokentrim.py").read_text() == bundle()
     assert (tmp_path / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
     written = ModelCard.load(tmp_path / "README.md")
@@ -52,12 +54,12 @@ def test_the_code_alone(tmp_path):
 def test_code_and_checkpoint(checkpoint, tmp_path):
     """Weights are copied byte by byte; the licence is the one of the checkpoint's own card, whose text is in ours."""
     publish("you/both", tmp_path, checkpoint, revision="v2", prompt="a red circle")
-    assert content(tmp_path) == CODE | content(checkpoint) | {"LICENSE", "scheduler/tokentrim_scheduler.py"}
+    assert content(tmp_path) == CODE | content(checkpoint) | {"LICENSE"}
     for file in content(checkpoint) - {"README.md", "model_index.json"}:
         assert (tmp_path / file).read_bytes() == (checkpoint / file).read_bytes()
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline_tokentrim", "TokenTrimPipeline"] and index["window_size"] == 9
-    assert index["scheduler"] == ["tokentrim_scheduler", "TokenTrimFlowMatchEulerDiscreteScheduler"]
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]  # the pipeline lifts it
 
     written = ModelCard.load(tmp_path / "README.md")
     assert written.data.license == "cc-by-nc-sa-4.0" and "The weights: cc-by-nc-sa-4.0." in written.text

@@ -1,6 +1,9 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Folders that are ready for the Hub: the code of the pipeline, or the code and a checkpoint, with a model card.
 
+The code is one file, `tokentrim bundle`'s: of many, Diffusers' loader asks the Hub once for each chain of imports that
+leads to one, which is hundreds of requests at every start.
+
 A card is made of `model_card.md` and the `card_*.md` beside it. What was measured on this project's toy model stands on
 the card of the code alone: it says nothing about other weights.
 """
@@ -15,11 +18,17 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .. import __version__
 from ..tokentrim_checks import check
-from ..tokentrim_saving import INDEX, copy_code, name_our_classes
+from ..tokentrim_saving import INDEX, name_our_classes
+from .bundle import bundle
 
 
 ROOT = Path(__file__).parent.parent  # of the package
 PAGES = Path(__file__).parent  # that cards are made of
+ENTRY = '''# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What Diffusers reads where `custom_pipeline` is this repository."""
+
+from .pipeline_tokentrim import TokenTrimPipeline  # noqa: F401
+'''
 TAGS = ["diffusers", "video-generation", "long-video", "wan", "causal", "kv-cache", "tokentrim", "arxiv:2602.00268"]
 
 
@@ -70,10 +79,11 @@ def publish(
         check(license is not None, "license", license, f"given, since {checkpoint} has no card that says it")
         shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns(".*", "*.py"), dirs_exist_ok=True)
 
-    pipeline = ROOT / "pipeline_tokentrim.py"
-    copy_code(pipeline, out)
-    for file in ("pipeline.py", "LICENSE"):
-        shutil.copy(ROOT / file, out)
+    out.mkdir(parents=True, exist_ok=True)
+    pipeline = out / "pipeline_tokentrim.py"
+    pipeline.write_text(bundle())
+    (out / "pipeline.py").write_text(ENTRY)
+    shutil.copy(ROOT / "LICENSE", out)
     if checkpoint is not None:
         name_our_classes(out, pipeline)
 
