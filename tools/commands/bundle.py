@@ -1,0 +1,24 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""`tokentrim bundle`."""
+
+import argparse
+from pathlib import Path
+
+from . import add_command
+
+
+def add_parser(commands) -> None:
+    details = "example:\n  tokentrim bundle tokentrim.py"
+    summary = "the pipeline and its companions as one file, for `examples/community` of Diffusers"
+    parser = add_command(commands, run, "bundle", summary, details)
+    parser.add_argument("out", metavar="FILE", type=Path, help="the .py file to write")
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.out.suffix != ".py":
+        options.parser.error(f"FILE has to end with .py, but is {str(options.out)!r}")
+    from ..bundle import bundle
+
+    options.out.write_text(bundle())
+    print(options.out)
+    return 0

@@ -1,0 +1,72 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""`tokentrim convert`."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from ..presets import PRESETS
+from . import DTYPES, add_command
+
+
+def add_parser(commands) -> None:
+    details = """\
+The folder that it writes says how its model is rolled out: `from_pretrained` and a prompt are enough. Conversion fails
+if a tensor is left over or missing, and a failure leaves nothing behind. Only tensors are unpickled. Weights are read,
+merged and written one by one: memory is needed for a few of them.
+
+examples:
+  tokentrim convert self_forcing_dmd.pt --check
+  tokentrim convert self_forcing_dmd.pt --preset self_forcing --base Wan2.1-T2V-1.3B-Diffusers \\
+      --out self-forcing-diffusers
+  tokentrim convert longlive_base.pt --lora lora.pt --preset longlive --base Wan2.1-T2V-1.3B-Diffusers \\
+      --out longlive-diffusers"""
+    summary = "original files of Self Forcing, Rolling Forcing and others to Diffusers folders"
+    parser = add_command(commands, run, "convert", summary, details)
+    layouts = "{'generator': ..., 'generator_ema': ...}, {'model': ...} or a bare state dict"
+    parser.add_argument(
+        "path",
+        metavar="FILE",
+        type=Path,
+        help=f".pt or .safetensors, laid out as {layouts}; or the folder or index of sharded safetensors",
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="FOLDER",
+        help="Wan2.1 text-to-video folder in Diffusers format, for tokenizer, text encoder and VAE",
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the folder to write, new or empty")
+    parser.add_argument("--preset", choices=PRESETS, help="what the model was trained for")
+    parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA of LongLive, peft or Diffusers to merge")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="moving average of the weights (default: if the file has it)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the transformer (default: as in the file)")
+    parser.add_argument(
+        "--check", action="store_true", help="say what is in FILE and whether it fits; only headers are read"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.check:
+        from ..dry_run import describe_conversion
+
+        print(describe_conversion(options.path, options.ema, options.lora, options.base, options.preset))
+        return 0
+    lacks = [f"--{name}" for name in ("base", "out", "preset") if getattr(options, name) is None]
+    if lacks:
+        options.parser.error(f"the following arguments are required: {', '.join(lacks)}")
+    import torch
+
+    from ..convert import convert_checkpoint, logger
+
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    convert_checkpoint(options.path, options.base, options.out, options.preset, options.ema, dtype, options.lora)
+    print(options.out)
+    return 0

@@ -1,0 +1,42 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""`tokentrim publish`."""
+
+import argparse
+
+from ... import __version__
+from . import add_command
+
+
+def add_parser(commands) -> None:
+    details = """\
+The model card's snippet pins the revision; its text about your weights is that of the checkpoint's own card. Nothing is
+uploaded: the commands that do so are printed.
+
+examples:
+  tokentrim publish you/tokentrim --out hub/tokentrim
+  tokentrim publish you/tiny-world --checkpoint checkpoints/tiny-world --out hub/tiny-world"""
+    summary = "a folder that is ready for the Hub: the code, or the code and a checkpoint, with a model card"
+    parser = add_command(commands, run, "publish", summary, details)
+    parser.add_argument("repo_id", metavar="REPO", help="the repository on the Hub, you/name")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, new or empty")
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="published with the code (default: the code alone)")
+    parser.add_argument("--license", help="of the weights, as the Hub names it (default: the checkpoint's card)")
+    parser.add_argument(
+        "--revision", default=f"v{__version__}", help="tag that the snippet pins (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prompt", default="a red fox trots through snow", help="of the snippet (default: %(default)s)"
+    )
+    parser.add_argument("--validate", action="store_true", help="also ask the Hub whether the card is valid")
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..publish import publish
+
+    out, repo_id, revision = options.out, options.repo_id, options.revision
+    card = publish(repo_id, out, options.checkpoint, options.license, revision, options.prompt)
+    if options.validate:
+        card.validate()
+    print(f"written {out}. Read its README.md, then:\n\n  hf repos create {repo_id}\n  hf upload {repo_id} {out} .")
+    print(f"  hf repos tag create {repo_id} {revision}")
+    return 0
