@@ -51,7 +51,7 @@ from .tokentrim_prompts import PromptChange  # noqa: F401
 from .tokentrim_quarantine import Quarantine  # noqa: F401
 from .tokentrim_reanchor import Reanchor  # noqa: F401
 from .tokentrim_rollout import Rollout
-from .tokentrim_saving import copy_code, name_our_classes, name_stock_classes
+from .tokentrim_saving import SETTINGS, check_portable, copy_code, name_our_classes, name_stock_classes
 from .tokentrim_scheduler import lift_scheduler
 from .tokentrim_stability import token_grid  # noqa: F401
 from .tokentrim_state import check_same, fingerprint, has_state, load_state, recall, record_call, settings_of
@@ -84,6 +84,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         height (`int`, *optional*): height of the video in pixels.
         width (`int`, *optional*): width of the video in pixels.
         max_sequence_length (`int`, *optional*): tokens that a prompt is padded to.
+        method (`str` or `dict`, *optional*): what is done against drift.
+        layout (`str` or `dict`, *optional*): which past frames a pass reads, in the place of a window.
+        prompt_transition (`str`, *optional*): what becomes of the context when the prompt changes.
     """
 
     _optional_components = ["tokenizer", "text_encoder", "vae"]
@@ -107,22 +110,17 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         height: int | None = None,
         width: int | None = None,
         max_sequence_length: int | None = None,
+        method: str | dict | None = None,
+        layout: str | dict | None = None,
+        prompt_transition: str | None = None,
     ):
+        settings = {name: value for name, value in locals().items() if name in SETTINGS}
+        check_portable(settings)
         is_wan = vae is None or "scale_factor_temporal" in vae.config
         check(is_wan, "vae", type(vae).__name__, "an AutoencoderKLWan, from a causal Wan checkpoint")
         scheduler = lift_scheduler(scheduler) if scheduler is not None else None
         super().__init__(tokenizer, text_encoder, transformer, vae, scheduler)
-        self.register_to_config(
-            rollout=rollout,
-            num_frames_per_chunk=num_frames_per_chunk,
-            window_size=window_size,
-            num_sink_frames=num_sink_frames,
-            relative_positions=relative_positions,
-            num_inference_steps=num_inference_steps,
-            height=height,
-            width=width,
-            max_sequence_length=max_sequence_length,
-        )
+        self.register_to_config(**settings)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, include_code: bool = False, **kwargs) -> None:
         """
@@ -182,9 +180,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         use_kv_cache: bool = True,
         chunk_partition: list[int] | None = None,
         prompt_schedule: dict | list[dict] | None = None,
-        prompt_transition: str | dict[int, str] = "keep",
+        prompt_transition: str | dict[int, str] | None = None,
         blend_chunks: int = 0,
-        method: str | dict | list | ContextPolicy = "tokentrim",
+        method: str | dict | list | ContextPolicy | None = None,
         prune_fraction: float | None = None,
         drift_sensitivity: float | None = None,
         warmup_chunks: int | None = None,
@@ -238,7 +236,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             chunk_partition (`list[int]`, *optional*):
                 Latent frames of each chunk, instead of `num_frames_per_chunk`. By default of AnyFlow-FAR the model's
                 own; for another length its first chunk, and then as many of its second as there is room for.
-            method (`str`, `dict`, `list` or `ContextPolicy`, defaults to `"tokentrim"`):
+            method (`str`, `dict`, `list` or `ContextPolicy`, *optional*, defaults to `"tokentrim"`):
                 What is done against drift. `"plain"`: nothing. `"tokentrim"`: algorithm 1 of the paper. `"paper"`: the
                 same after FlowMo's motion-stabilised initialisation (its section 4.1). `"tokentrim_plus"`, ours:
                 quarantine and re-anchoring. Or policies by name with their settings, in chain order:
@@ -249,7 +247,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             prompt_schedule (`dict` or `list[dict]`, *optional*):
                 Prompts over time, `{chunk: prompt}`, or one such dict for each prompt; a prompt is a text, a list of one
                 for each, or embeddings (B, text, dim). Chunk 0 stands for `prompt`.
-            prompt_transition (`str` or `dict`, defaults to `"keep"`):
+            prompt_transition (`str` or `dict`, *optional*, defaults to `"keep"`):
                 What becomes of the context at a change, for all or by chunk. `"keep"`: only cross-attention changes.
                 `"recache"`: the window is encoded again under the new prompt (LongLive). `"flush"`: the sink and the
                 last two frames stay (Infinity-RoPE). `"cut"`: flush, and the chunk stands apart from them.

@@ -8,7 +8,7 @@ from typing import Any
 from .tokentrim_checks import check, check_choice, check_settings
 from .tokentrim_field_layouts import AttentionBias, CommitForcing, InfinityRope, LongLive, RollingSink
 from .tokentrim_layout import Layout, WindowLayout
-from .tokentrim_memory_layouts import MemRoPE, Tame, Tether, deep_sink
+from .tokentrim_memory_layouts import EmaSink, MemRoPE, Tame, Tether, deep_sink
 
 
 LAYOUTS = {
@@ -20,6 +20,7 @@ LAYOUTS = {
     "rolling_sink": RollingSink,
     "deep_sink": deep_sink,
     "memrope": MemRoPE,
+    "ema_sink": EmaSink,
     "tether": Tether,
     "tame": Tame,
     "attention_bias": AttentionBias,

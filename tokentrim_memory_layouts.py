@@ -229,6 +229,42 @@ class Tame(WindowLayout):
         memory.tag = tag
 
 
+class EmaSink(WindowLayout):
+    """Reward Forcing (arXiv 2512.04678, JaydenLyh/Reward-Forcing): keys and values that leave the window enter those of
+    the sink, token by token, as a running average. Frames stand at their slots in the window.
+
+    Args:
+        window_size (`int`), num_sink_frames (`int`): as in [`WindowLayout`].
+        decay (`float`): what the sink keeps of itself when a frame enters it.
+    """
+
+    one_chunk_a_pass = True
+    transitions = ("keep",)  # others would re-encode the averages
+
+    def __init__(self, window_size: int = 9, num_sink_frames: int = 3, decay: float = 0.999):
+        check_int("window_size", window_size, 1)
+        super().__init__(window_size, num_sink_frames, relative_positions=True)
+        check(num_sink_frames > 0, "num_sink_frames", num_sink_frames, "at least 1: the averages are in its places")
+        check_number("decay", decay, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+        self.decay = decay
+
+    def keep(self, held: list[int], new: list[int]) -> list[int]:
+        oldest = new[0] - self.window_size + self.num_sink_frames  # what leaves with this chunk enters the sink first
+        return [frame for frame in held if frame < self.num_sink_frames or frame >= oldest]
+
+    def before_chunk(self, memory: Memory, new: list[int], query: torch.Tensor) -> None:
+        """sink = 0.999 sink + 0.001 x, for each x that leaves: frame f enters the sink's frame f mod its size."""
+        oldest = new[-1] + 1 - self.window_size + self.num_sink_frames
+        for source, frame in enumerate(memory.frames):
+            if not self.num_sink_frames <= frame < oldest:
+                continue
+            target = memory.frames.index(frame % self.num_sink_frames)
+            tokens = memory.held[source] & memory.held[target]
+            for table in (memory.key, memory.value):
+                pair = table[source][tokens].float(), table[target][tokens].float()
+                table[target, tokens] = torch.lerp(*pair, self.decay).to(table.dtype)
+
+
 class CompressedSink(MemoryLayout):
     """Deep Forcing (cvlab-kaist/DeepForcing) with participative compression: where the window is full, in each layer the
     single tokens that recent queries attend to most stay of all between a deep sink and the recent frames.

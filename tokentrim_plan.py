@@ -221,6 +221,8 @@ def _complete(pipe: Any, call: dict, may_be_endless: bool) -> None:
     _fill_in(pipe, call, "height", 480)
     _fill_in(pipe, call, "width", 832)
     _fill_in(pipe, call, "max_sequence_length", 512)
+    _fill_in(pipe, call, "method", "tokentrim")
+    _fill_in(pipe, call, "prompt_transition", "keep")
     _fill_in(pipe, call, "num_frames", None if may_be_endless else 81)
     callback = call["callback_on_step_end"]
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
@@ -385,9 +387,12 @@ def _check_rest(call: dict) -> None:
 def _plan_layout(pipe: Any, call: dict, chunk_partition: Sequence[int], num_in_flight: int, far: bool) -> Layout:
     """The layout that was asked for, or the window that the call's arguments and the checkpoint describe."""
     rolling, given = call["rollout"] == "rolling_forcing", [name for name in WINDOW_SETTINGS if call[name] is not None]
+    of_checkpoint = "" if call["layout"] is not None else ", here by the checkpoint: {}"
+    _fill_in(pipe, call, "layout", None)
     if call["layout"] is not None:
         for name in given:
-            check(False, name, call[name], "None where `layout` is given")
+            valid = f"None where `layout` is given{of_checkpoint.format(call['layout'])}"
+            check(False, name, call[name], valid)
         layout = make_layout(call["layout"])
     else:
         _fill_in(pipe, call, "window_size", None)

@@ -108,8 +108,11 @@ class Rollout:
         changed = [video for video, pair in enumerate(zip(old.embeds, prompt.embeds)) if not torch.equal(*pair)]
         self.policies.prompt_changed(changed)
 
-    def change_prompt(self, prompt: Any, transition: str, blend_chunks: int) -> None:
-        """Another prompt from the next chunk on; arguments as in [`make_change`]."""
+    def change_prompt(self, prompt: Any, transition: str | None, blend_chunks: int) -> None:
+        """Another prompt from the next chunk on; arguments as in [`make_change`], `None` for the call's transition."""
+        if transition is None:
+            transition = self.plan.call["prompt_transition"]
+            transition = transition if isinstance(transition, str) else "keep"  # those of a dict are of its chunks
         num_prompts = self.plan.num_videos // self.plan.call["num_videos_per_prompt"]
         change = make_change(prompt, num_prompts, transition, blend_chunks)
         check_change(change, self.plan.layout, self.plan.is_far)

@@ -1,16 +1,35 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What a saved checkpoint says of its classes: Diffusers' own names, or ours where the code lies beside the weights."""
+"""What a saved checkpoint says of its rollout, and of its classes: Diffusers' own names, or ours where the code lies
+beside the weights."""
 
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from diffusers import AnyFlowFARPipeline, SchedulerMixin
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
+from .tokentrim_checks import check
+
 
 INDEX, PIPELINE, SCHEDULERS = "model_index.json", "TokenTrimPipeline", "tokentrim_scheduler.py"
+# Arguments of the call that default to what travels with a checkpoint.
+SCHEDULE_SETTINGS = ("num_inference_steps", "height", "width", "max_sequence_length")
+ROLLOUT_SETTINGS = ("rollout", "num_frames_per_chunk", "window_size", "num_sink_frames", "relative_positions")
+SETTINGS = (*ROLLOUT_SETTINGS, *SCHEDULE_SETTINGS, "method", "layout", "prompt_transition")
+
+
+def check_portable(settings: dict[str, Any]) -> None:
+    """Settings that travel with a checkpoint are what its `model_index.json` can hold; a list there is a component."""
+    for name, value in settings.items():
+        try:
+            portable = not isinstance(value, (list, tuple)) and json.loads(json.dumps(value)) == value
+        except TypeError:
+            portable = False
+        valid = "a name, a number or a dict of settings, to travel with a checkpoint; the call takes the others"
+        check(portable, name, value, valid, TypeError)
 
 
 def copy_code(pipeline: Path, folder: str | os.PathLike) -> None:

@@ -127,7 +127,7 @@ class Stream:
     def set_prompt(
         self,
         prompt: str | list[str] | torch.Tensor,
-        transition: str = "keep",
+        transition: str | None = None,
         blend_chunks: int = 0,
     ) -> None:
         """
@@ -135,7 +135,7 @@ class Stream:
 
         Args:
             prompt (`str`, `list[str]` or `torch.Tensor`): one for all, one for each, or embeddings (B, text, dim).
-            transition (`str`, defaults to `"keep"`): as `prompt_transition` of the call.
+            transition (`str`, *optional*): one of those of `prompt_transition`. By default the call's, if it is one.
             blend_chunks (`int`, defaults to `0`): chunks over which the embeddings move to the new ones.
         """
         self._running().change_prompt(prompt, transition, blend_chunks)

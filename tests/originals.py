@@ -1,7 +1,7 @@
-"""Original files of causal Wan models, made from tiny transformers."""
+"""Original files of causal Wan models, made from tiny transformers, and LoRA files for them."""
 
 import torch
-from builders import tiny_transformer
+from builders import randn, tiny_transformer
 
 
 TOP = {
@@ -45,3 +45,27 @@ def original(key: str) -> str:
 def original_weights(seed: int = 0, wrapped=lambda key: key) -> dict[str, torch.Tensor]:
     state = tiny_transformer(seed).state_dict()
     return {wrapped(original(key)): tensor.clone() for key, tensor in state.items()}
+
+
+# LoRA
+
+RANK = 4
+SHAPES = {name: tuple(tensor.shape) for name, tensor in original_weights().items()}
+LINEAR = [name.removesuffix(".weight") for name in SHAPES if name.startswith("blocks") and len(SHAPES[name]) == 2]
+
+
+def lora_matrices() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A and B of every linear module of the blocks."""
+    pairs = {}
+    for seed, module in enumerate(LINEAR):
+        out, width = SHAPES[f"{module}.weight"]
+        pairs[module] = (randn(RANK, width, seed=seed), randn(out, RANK, seed=1000 + seed))
+    return pairs
+
+
+def lora_weights(template_a: str, template_b: str, rename=lambda module: module) -> dict[str, torch.Tensor]:
+    pairs = {}
+    for module, (down, up) in lora_matrices().items():
+        pairs[template_a.format(rename(module))] = down
+        pairs[template_b.format(rename(module))] = up
+    return pairs

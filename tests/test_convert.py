@@ -13,13 +13,13 @@ import torch
 from builders import full_pipeline, generators, quiet, tiny_transformer
 from conftest import ROOT
 from diffusers import FlowMatchLCMScheduler, WanTransformer3DModel
-from originals import original_weights
+from originals import lora_weights, original_weights
 from safetensors.torch import save_file
 
 from tokentrim import TokenTrimPipeline
 from tokentrim.tools.cli import main
 from tokentrim.tools.convert import convert_checkpoint, load_original_transformer
-from tokentrim.tools.presets import PRESETS, SCHEDULES
+from tokentrim.tools.presets import PRESETS, SCHEDULES, SIZES
 
 
 HEAD_DIM = 12
@@ -150,16 +150,21 @@ def test_the_rollout_travels_in_the_folder(preset, tmp_path, base):
 
 @pytest.mark.parametrize("preset", ["self_forcing", "rolling_forcing"])
 def test_presets_are_the_shipped_configs(preset):
-    assert json.loads((ROOT / "configs" / f"{preset}.json").read_text()) == PRESETS[preset]
+    config = json.loads((ROOT / "configs" / f"{preset}.json").read_text())
+    assert config == {name: PRESETS[preset][name] for name in config}
+    assert set(PRESETS[preset]) - set(config) == {"method"}
 
 
-def latents(pipe) -> torch.Tensor:
-    return quiet(pipe)(PROMPT, generator=generators(0), **CALL).frames
+OTHER = "a blue square moving left over a green background"
+
+
+def latents(pipe, **call) -> torch.Tensor:
+    return quiet(pipe)(PROMPT, generator=generators(0), **CALL | call).frames
 
 
 @pytest.mark.parametrize("layout", ["self_forcing", "longlive"])
-def test_latents_are_those_of_the_weights(layout, tmp_path, base):
-    """Bit by bit, in memory and through folders (not across: weights lie differently in memory-mapped files)."""
+def test_the_folder_is_what_diffusers_writes(layout, tmp_path, base):
+    """Of the same weights, byte by byte."""
     path = write(tmp_path, LAYOUTS[layout]())
     direct = full_pipeline(FlowMatchLCMScheduler(**SCHEDULES[layout]), **PRESETS[layout])
     direct.save_pretrained(tmp_path / "direct")
@@ -168,13 +173,31 @@ def test_latents_are_those_of_the_weights(layout, tmp_path, base):
     assert torch.equal(latents(direct), expected)
 
     convert_checkpoint(path, base, tmp_path / "out", layout)
-    ours, expected = (TokenTrimPipeline.from_pretrained(tmp_path / folder) for folder in ("out", "direct"))
-    assert torch.equal(latents(ours), latents(expected))
     ours, expected = (tmp_path / folder / "transformer" for folder in ("out", "direct"))
     for file in ("diffusion_pytorch_model.safetensors", "config.json", "../scheduler/scheduler_config.json"):
         assert (ours / file).read_bytes() == (expected / file).read_bytes()
     ours, expected = (json.loads((tmp_path / folder / "model_index.json").read_text()) for folder in ("out", "direct"))
     assert ours == expected | {"height": None, "width": None, "max_sequence_length": None}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_latents_are_those_of_the_weights(preset, tmp_path, base):
+    """Converted with a LoRA, and the merged weights with the preset as arguments: bit by bit, through folders (weights
+    lie differently in memory-mapped files). The prompt changes on the way."""
+    path = write(tmp_path, {"generator": original_weights(EMA, in_model)})
+    keys = ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight")
+    small = {key: 0.1 * tensor for key, tensor in lora_weights(*keys).items()}
+    lora = write(tmp_path, {"generator_lora": small}, "lora.pt")
+    settings = PRESETS[preset]
+    call = {"prompt_schedule": {4: OTHER}, "num_frames": 105 if preset == "rolling_sink" else 57}
+    direct = full_pipeline(FlowMatchLCMScheduler(**SCHEDULES[preset]))
+    direct.transformer = load(path, lora=lora)
+    direct.save_pretrained(tmp_path / "direct")
+    convert_checkpoint(path, base, tmp_path / "out", preset, lora=lora)
+    ours, expected = (TokenTrimPipeline.from_pretrained(tmp_path / folder) for folder in ("out", "direct"))
+    assert torch.equal(latents(ours, **call), latents(expected, **settings, **call))
+    plain = full_pipeline(FlowMatchLCMScheduler(**SCHEDULES[preset]))
+    assert not torch.allclose(latents(plain, **settings, **call), latents(ours, **call), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +376,14 @@ def test_out_that_is_there(tmp_path, base, fail):
     fail(arguments(path, base, path), "`out` has to be a new or an empty folder.*is there already")
     fail(arguments(path, base, tmp_path), "`out` has to be a new or an empty folder.*is there already")
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_preset_of_another_size(tmp_path, base, fail, nothing_written, monkeypatch):
+    path = write(tmp_path, LAYOUTS["bare"]())
+    monkeypatch.setitem(SIZES, (2, 24), "Wan 14B")
+    message = r"`preset` has to be one for Wan 14B \(krea_realtime\), but is 'self_forcing', for another size"
+    fail(arguments(path, base, tmp_path / "out"), message)
+    fail(["convert", str(path), "--check", "--base", str(base), "--preset", "self_forcing"], message)
 
 
 def test_unknown_preset(tmp_path, base):

@@ -25,12 +25,13 @@ SMALL = {
     "deep_sink": {"deep_sink": {"window_size": 12, "num_sink_frames": 5}},
     "deep_sink, budget": {"deep_sink": {"window_size": 12, "num_sink_frames": 3, "budget": 9}},
     "memrope": {"memrope": {}},
+    "ema_sink": {"ema_sink": {"decay": 0.5}},
     "tether": {"tether": {"window_size": 12}},
     "tame": {"tame": {"window_size": 9}},
     "attention_bias": {"attention_bias": {"window_size": 9}},
 }
 ONE_CHUNK_A_PASS = {
-    "infinity_rope", "recency", "rolling_sink", "deep_sink", "deep_sink, budget", "memrope", "tether", "tame",
+    "infinity_rope", "recency", "rolling_sink", "deep_sink", "deep_sink, budget", "memrope", "ema_sink", "tether", "tame",
 }  # fmt: skip
 EAGER = {"tokentrim": {"drift_sensitivity": 0.0, "prune_fraction": 0.3, "warmup_chunks": 1}}
 
@@ -146,6 +147,9 @@ TABLES = [
     ("memrope", {}, 3, "commit", "0@0 1@1 2@2 3@3 4@4 5@5 6@6 7@7 8@8 | 9 10 11"),
     ("memrope", {}, 4, "denoise", "0@0 1@1 2@2 3@3 4@4 8@5 9@6 10@7 11@8 | 9 10 11"),
     ("memrope", {}, 7, "commit", "0@0 1@1 2@2 3@3 4@4 17@5 18@6 19@7 20@8 | 9 10 11"),
+    # Reward Forcing: slots of a window with a sink
+    ("ema_sink", {}, 2, "commit", "0@0 1@1 2@2 3@3 4@4 5@5 | 6 7 8"),
+    ("ema_sink", {}, 5, "denoise", "0@0 1@1 2@2 12@3 13@4 14@5 | 6 7 8"),
     # TetherCache: frames 3 to 7 are the places of the memory
     ({"tether": {"window_size": 12}}, {}, 3, "commit", "0@0 1@1 2@2 3@3 4@4 5@5 6@6 7@7 8@8 | 9 10 11"),
     ({"tether": {"window_size": 12}}, {}, 4, "denoise", "0@0 1@1 2@2 3@3 4@4 5@5 6@6 7@7 11@8 | 9 10 11"),
@@ -322,6 +326,9 @@ def test_rolling_forcing_and_far_are_served_or_refused_with_the_reason(name):
         ({"deep_sink": {"budget": 16, "num_recent_frames": 2}}, ValueError, "`num_recent_frames` .*from 3 to 6"),
         ({"memrope": {"window_size": 11}}, ValueError, "`window_size` .*>= 12"),
         ({"memrope": {"slow": 2}}, ValueError, "`slow` .*0 to 1.*2"),
+        ({"ema_sink": {"window_size": 5}}, ValueError, "`window_size` .*>= 6"),
+        ({"ema_sink": {"num_sink_frames": 0}}, ValueError, "`num_sink_frames` .*at least 1"),
+        ({"ema_sink": {"decay": 1.5}}, ValueError, "`decay` .*0 to 1"),
         ({"tether": {"window_size": 9}}, ValueError, "`window_size` .*>= 10"),
         ({"tether": {"num_recent_frames": 2}}, ValueError, "`num_recent_frames` .*>= 3"),
         ({"tether": {"align": -0.1}}, ValueError, "`align`"),

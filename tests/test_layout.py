@@ -161,6 +161,16 @@ def test_settings_of_the_window_beside_a_layout_are_an_error(setting):
         roll(latent_pipeline(), noise(2), layout="window", **setting)
 
 
+def test_a_window_beside_the_layout_of_the_checkpoint_is_an_error():
+    pipe, valid = (
+        latent_pipeline(layout={"longlive": {}}),
+        "`window_size` has to be None where `layout` is given, here",
+    )
+    with pytest.raises(ValueError, match=valid + " by the checkpoint: {'longlive': {}}, but is 9"):
+        roll(pipe, noise(2), window_size=9)
+    roll(pipe, noise(2), layout={"window": {"window_size": 9}})
+
+
 def test_a_layout_goes_before_the_window_of_the_checkpoint():
     pipe = latent_pipeline(window_size=6, num_sink_frames=1, relative_positions=True)
     everything = roll(latent_pipeline(), noise(4)).frames

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from builders import full_pipeline, randn, tiny_transformer
-from originals import original, original_weights
+from originals import LINEAR, RANK, SHAPES, lora_matrices, lora_weights, original, original_weights
 from safetensors.torch import save_file
 
 from tokentrim.tools.cli import main
@@ -14,29 +14,10 @@ from tokentrim.tools.lora import name_module
 from tokentrim.tools.original import list_shapes
 
 
-HEAD_DIM, RANK, ALPHA = 12, 4, 6.0
-SHAPES = {name: tuple(tensor.shape) for name, tensor in original_weights().items()}
-LINEAR = [name.removesuffix(".weight") for name in SHAPES if name.startswith("blocks") and len(SHAPES[name]) == 2]
+HEAD_DIM, ALPHA = 12, 6.0
 TO_DIFFUSERS = {
     original(key).removesuffix(".weight"): key.removesuffix(".weight") for key in tiny_transformer().state_dict()
 }
-
-
-def matrices() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """A and B of every linear module of the blocks."""
-    pairs = {}
-    for seed, module in enumerate(LINEAR):
-        out, width = SHAPES[f"{module}.weight"]
-        pairs[module] = (randn(RANK, width, seed=seed), randn(out, RANK, seed=1000 + seed))
-    return pairs
-
-
-def keys(template_a: str, template_b: str, rename=lambda module: module) -> dict[str, torch.Tensor]:
-    pairs = {}
-    for module, (down, up) in matrices().items():
-        pairs[template_a.format(rename(module))] = down
-        pairs[template_b.format(rename(module))] = up
-    return pairs
 
 
 def wrapped(module: str) -> str:
@@ -45,25 +26,25 @@ def wrapped(module: str) -> str:
 
 
 def write_longlive(folder, scaled):
-    state = keys("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight", wrapped)
+    state = lora_weights("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight", wrapped)
     torch.save({"generator_lora": state, "step": 3000}, folder / "lora.pt")
     return folder / "lora.pt"
 
 
 def write_peft(folder, scaled):
-    state = keys("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight")
+    state = lora_weights("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight")
     save_file(state, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA if scaled else RANK}))
     return folder
 
 
 def write_adapter_in_memory(folder, scaled):
-    torch.save(keys("model.{}.lora_A.default.weight", "model.{}.lora_B.default.weight"), folder / "lora.pt")
+    torch.save(lora_weights("model.{}.lora_A.default.weight", "model.{}.lora_B.default.weight"), folder / "lora.pt")
     return folder / "lora.pt"
 
 
 def write_diffusers(folder, scaled):
-    state = keys("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight", TO_DIFFUSERS.get)
+    state = lora_weights("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight", TO_DIFFUSERS.get)
     settings = {"transformer.r": RANK, "transformer.lora_alpha": ALPHA}
     metadata = {"format": "pt"} | ({"lora_adapter_metadata": json.dumps(settings)} if scaled else {})
     save_file(state, folder / "pytorch_lora_weights.safetensors", metadata)
@@ -71,7 +52,7 @@ def write_diffusers(folder, scaled):
 
 
 def write_with_alphas(folder, scaled):
-    state = keys("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight")
+    state = lora_weights("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight")
     state |= {f"diffusion_model.{module}.alpha": torch.tensor(ALPHA) for module in LINEAR if scaled}
     save_file(state, folder / "lora.safetensors")
     return folder / "lora.safetensors"
@@ -83,7 +64,7 @@ HAS_ALPHA = [write_peft, write_diffusers, write_with_alphas]
 
 def merged(alpha: float) -> dict[str, torch.Tensor]:
     weights = original_weights()
-    for module, (down, up) in matrices().items():
+    for module, (down, up) in lora_matrices().items():
         weights[f"{module}.weight"] = weights[f"{module}.weight"] + alpha / RANK * (up @ down)
     return weights
 
@@ -136,7 +117,7 @@ def test_half_precision_is_rounded_once(tmp_path):
     torch.save(weights, tmp_path / "original.pt")
     lora = write_longlive(tmp_path, False)
     name = f"{LINEAR[0]}.weight"
-    down, up = matrices()[LINEAR[0]]
+    down, up = lora_matrices()[LINEAR[0]]
     expected = (weights[name].float() + up @ down).bfloat16()
     key = next(key for key in tiny_transformer().state_dict() if original(key) == name)
     assert load(tmp_path / "original.pt", lora=lora).state_dict()[key].equal(expected)
@@ -173,7 +154,7 @@ def change(state: dict, **changes: torch.Tensor | None) -> dict:
 
 
 FIRST = f"base_model.model.{LINEAR[0]}"
-GOOD = keys("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight")
+GOOD = lora_weights("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight")
 BAD_FILES = {
     "no LoRA": (
         original_weights(),

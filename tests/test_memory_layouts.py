@@ -50,6 +50,47 @@ def test_memrope_later_moves_each_average_at_its_rate():
     torch.testing.assert_close(memory.value[4], 0.5 * mean + 0.5 * old[4])
 
 
+# Reward Forcing
+
+
+def test_ema_sink_takes_in_each_frame_that_leaves_token_by_token():
+    layout, memory = make_layout({"ema_sink": {"decay": 0.75}}), memory_of([0, 1, 2, *range(6, 12)], gone=[(7, 2)])
+    key, value = memory.key.clone(), memory.value.clone()
+    layout.before_chunk(memory, [12, 13, 14], query_of())  # frames 6, 7, 8 leave
+    for table, old in ((memory.key, key), (memory.value, value)):
+        expected = 0.75 * old[:3] + 0.25 * old[3:6]
+        expected[1, 2] = old[1, 2]  # what is not there enters nothing
+        torch.testing.assert_close(table[:3], expected)
+        assert torch.equal(table[3:], old[3:])
+
+
+def test_ema_sink_stays_while_nothing_leaves():
+    layout, memory = make_layout("ema_sink"), memory_of(range(6))
+    old = memory.key.clone()
+    layout.before_chunk(memory, [6, 7, 8], query_of())
+    assert torch.equal(memory.key, old)
+
+
+@pytest.mark.parametrize("partition", [[3] * 6, [1, 3, 3, 3, 3], [2, 1, 3, 2, 1, 3]])
+def test_ema_sink_takes_in_each_frame_once(partition):
+    """Also where chunks differ in size."""
+    layout, held, entered, start = make_layout("ema_sink"), [], [], 0
+
+    for size in partition:
+        new = list(range(start, start + size))
+        held, start = layout.keep(held, new), start + size
+        memory = memory_of(held, seed=start)
+        before = memory.key.clone()
+        layout.before_chunk(memory, new, query_of())
+        oldest = new[-1] + 1 - 6
+        entered += [frame for frame in held if 3 <= frame < oldest]
+        assert [not torch.equal(*pair) for pair in zip(memory.key, before)] == [
+            any(3 <= frame < oldest and frame % 3 == place for frame in held) for place in held
+        ]
+        held = held + new
+    assert entered == list(range(3, start - 6))
+
+
 # TetherCache
 
 

@@ -1,6 +1,7 @@
 """The pipeline as one of Diffusers'."""
 
 import gc
+import json
 import re
 import warnings
 
@@ -29,6 +30,7 @@ from diffusers import FlowMatchLCMScheduler, UniPCMultistepScheduler, WanPipelin
 from diffusers.callbacks import PipelineCallback
 
 from tokentrim import RollingKVCache, TokenTrimFlowMapEulerDiscreteScheduler, TokenTrimPipeline
+from tokentrim.tokentrim_layout import Layout
 from tokentrim.tokentrim_policy import SeverityMonitor
 
 
@@ -143,13 +145,62 @@ def test_settings_are_the_defaults_of_the_call():
         assert not torch.equal(changed, arguments), name
 
 
-def test_settings_survive_saving(tmp_path):
-    full_pipeline(**SETTINGS).save_pretrained(tmp_path)
+WHOLE = {
+    "method": {"tokentrim": {"drift_sensitivity": 0.0, "warmup_chunks": 1}},
+    "layout": {"longlive": {"window_size": 6, "num_sink_frames": 1}},
+    "prompt_transition": "recache",
+}
+
+
+def test_method_layout_and_transition_are_settings_too(tmp_path):
+    """Saved as they are; a call that says another goes before them."""
+    latent_pipeline(**WHOLE).save_config(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert {name: index[name] for name in WHOLE} == WHOLE
+    settings = {name: index[name] for name in WHOLE}
+    latents = steady_noise(6, [4])
+    call = {"prompt_schedule": {0: embeds(), 3: embeds(seed=9)}, "prompt_embeds": None}
+    loaded = roll(latent_pipeline(**settings), latents, **call)
+    expected = roll(latent_pipeline(), latents, **call, **WHOLE)
+    assert torch.equal(loaded.frames, expected.frames) and loaded.decisions == expected.decisions
+    assert any(each["trim"] for each in loaded.decisions[0])
+    for other in ({"method": "plain"}, {"layout": "longlive"}, {"prompt_transition": "keep"}):
+        changed = roll(latent_pipeline(**settings), latents, **call, **other).frames
+        assert torch.equal(changed, roll(latent_pipeline(), latents, **call, **WHOLE | other).frames)
+        assert not torch.equal(changed, loaded.frames), other
+
+
+@pytest.mark.parametrize(
+    "setting", [{"method": ["tokentrim"]}, {"layout": Layout()}, {"prompt_transition": {20: "cut"}}], ids=str
+)
+def test_what_no_file_can_hold_does_not_travel(setting):
+    ((name, _),) = setting.items()
+    with pytest.raises(TypeError, match=f"`{name}` has to be a name, a number or a dict of settings, to travel"):
+        latent_pipeline(**setting)
+
+
+def test_a_stream_changes_the_prompt_as_the_checkpoint_says():
+    frames = []
+    for settings, transition in ((WHOLE, None), (WHOLE, "keep"), ({**WHOLE, "prompt_transition": None}, "recache")):
+        pipe = latent_pipeline(**settings)
+        with pipe.stream(
+            prompt_embeds=embeds(), latents=noise(5), output_type="latent", num_inference_steps=2
+        ) as stream:
+            for chunk in stream:
+                if chunk.index == 2:
+                    stream.set_prompt(embeds(seed=9), transition)
+        frames.append(chunk.latents)
+    assert torch.equal(frames[0], frames[2]) and not torch.equal(frames[0], frames[1])
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, WHOLE], ids=["window", "layout"])
+def test_settings_survive_saving(settings, tmp_path):
+    full_pipeline(**settings).save_pretrained(tmp_path)
     loaded = quiet(TokenTrimPipeline.from_pretrained(tmp_path))
     size = {"height": 32, "width": 48, "max_sequence_length": 8, "rollout": None}
-    assert {name: loaded.config[name] for name in SETTINGS | size} == SETTINGS | size
+    assert {name: loaded.config[name] for name in settings | size} == settings | size
     one, other = (
-        pipe(PROMPT, num_frames=21, generator=generators(0)).frames for pipe in (loaded, full_pipeline(**SETTINGS))
+        pipe(PROMPT, num_frames=21, generator=generators(0)).frames for pipe in (loaded, full_pipeline(**settings))
     )
     np.testing.assert_allclose(one, other, atol=1e-5)
 

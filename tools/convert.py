@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Original files of Self Forcing, Rolling Forcing, LongLive, CausVid and Causal Forcing, as Diffusers checkpoints."""
+"""Original files of causal Wan models, as Diffusers checkpoints."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ from ..tokentrim_saving import INDEX
 from .headers import read_header
 from .lora import read_lora
 from .original import check_whole, infer_config, list_shapes, read_original, require
-from .presets import PRESETS, SCHEDULES
+from .presets import PRESETS, SCHEDULES, check_size
 from .tensors import TensorReader, merge_pair, write_safetensors
 
 
@@ -161,8 +161,10 @@ def convert_checkpoint(
         require((base / name).is_dir(), "base", valid, f"{base} has no {name}/")
 
     source = OriginalTransformer(path, ema, dtype, lora=lora, **_base_config(base))
+    config = source.config
+    check_size(preset, config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"])
     tokenizer, text_width, channels = (_check_part(base, name) for name in BASE_PARTS)
-    needs = tuple(source.config[name] for name in ("text_dim", "in_channels", "out_channels"))
+    needs = tuple(config[name] for name in ("text_dim", "in_channels", "out_channels"))
     gives = (text_width, channels, channels)
     valid = f"a folder that fits the text width, latent channels in and out {needs} of {path}"
     require(needs == gives, "base", valid, f"{base} is for {gives}")

@@ -5,15 +5,13 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from .headers import TensorInfo
 from .lora import read_lora
 from .original import check_whole, infer_config, list_shapes, read_original
-from .presets import PRESETS
+from .presets import check_size, count_held_frames, list_presets
 
 
-SMALL = {"num_layers": 30, "width": 1536}  # of Wan 1.3B, the size that all presets were trained at
 HEIGHT, WIDTH, VAE_FACTOR = 480, 832, 8
 GIB = 2**30
 
@@ -33,7 +31,7 @@ def describe_conversion(
         ema (`bool`, *optional*): whether the moving average is meant. By default, where the file has one.
         lora (`Path`, *optional*): a LoRA that is to be merged.
         base (`Path`, *optional*): Wan2.1 folder; the config of its transformer, if it has one, gives the size of a head.
-        preset (`str`, *optional*): its window is the one that memory is told for.
+        preset (`str`, *optional*): that memory is told for. By default, the first that fits.
 
     Raises:
         `ValueError`: the conversion would fail, as far as headers tell.
@@ -42,10 +40,13 @@ def describe_conversion(
     config = infer_config(path, original.tensors, read_head_dim(base))
     check_whole(original, config)
     shapes = list_shapes(config)
-    width = config["num_attention_heads"] * config["attention_head_dim"]
+    size = config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]
+    presets = list_presets(*size)
+    if preset is not None:
+        check_size(preset, *size)
     lines = [
         f"file     {path}: {sum_bytes(original.tensors) / GIB:.1f} GiB of weights, {original.chosen or 'a bare state dict'}",
-        f"model    text-to-video Wan: {config['num_layers']} blocks, width {width} in {config['num_attention_heads']} heads,"
+        f"model    text-to-video Wan: {size[0]} blocks, width {size[1]} in {config['num_attention_heads']} heads,"
         f" {sum(map(prod, shapes.values())) / 1e9:.2f} billion parameters,"
         f" {', '.join(sorted({tensor.dtype for tensor in original.tensors.values()}))}",
         f"whole    {len(shapes)} tensors: none is missing, none is left over",
@@ -54,17 +55,15 @@ def describe_conversion(
         pairs = read_lora(lora, shapes).pairs
         ranks = ", ".join(map(str, sorted({pair.rank for pair in pairs.values()})))
         lines.append(f"lora     {lora}: {len(pairs)} of {len(shapes)} weights, rank {ranks}")
-    lines.append(f"presets  {suggest_presets(path, config, width)}")
-    window = PRESETS[preset or "self_forcing"]["window_size"]
-    height, width_of_grid = (
-        HEIGHT // (VAE_FACTOR * config["patch_size"][1]),
-        WIDTH // (VAE_FACTOR * config["patch_size"][2]),
-    )
+    lines.append(f"presets  {suggest_presets(path, presets)}")
+    preset = preset or (presets or ["self_forcing"])[0]
+    held, patch = count_held_frames(preset), config["patch_size"]
+    tokens = held * (HEIGHT // (VAE_FACTOR * patch[1])) * (WIDTH // (VAE_FACTOR * patch[2]))
     # The cache holds each key twice: as it was written, and rotated to its present position.
-    cache = 3 * config["num_layers"] * window * height * width_of_grid * width * 2
+    cache = 3 * prod(size) * tokens * 2
     lines.append(
         f"memory   in bfloat16, at {HEIGHT} x {WIDTH}: weights {2 * sum(map(prod, shapes.values())) / GIB:.1f} GiB, cache of"
-        f" {window} latent frames {cache / GIB:.1f} GiB; text encoder, VAE and activations come on top"
+        f" {held} latent frames {cache / GIB:.1f} GiB ({preset}); text encoder, VAE and activations come on top"
     )
     return "\n".join(lines)
 
@@ -74,15 +73,15 @@ def read_head_dim(base: Path | None) -> int:
     return json.loads(config.read_text())["attention_head_dim"] if config is not None and config.is_file() else 128
 
 
-def suggest_presets(path: Path, config: Mapping[str, Any], width: int) -> str:
-    """The presets for weights of this size, and those that the path's words name: weights alone do not tell them apart."""
-    if (config["num_layers"], width) != (SMALL["num_layers"], SMALL["width"]):
-        return "none was made for this size (all are for Wan 1.3B)"
+def suggest_presets(path: Path, presets: list[str]) -> str:
+    """The presets for a size, and those that the path's words name: weights alone do not tell them apart."""
+    if not presets:
+        return "none was made for this size (all are for Wan 1.3B or 14B)"
     words = path.as_posix().lower().replace("-", "_")
-    named = [name for name in PRESETS if name in words or name.replace("_", "") in words]
+    named = [name for name in presets if name in words or name.replace("_", "") in words]
     named = [name for name in named if not any(name in other and name != other for other in named)]
     hint = f"; its path suggests {' or '.join(named)}" if named else ""
-    return f"any of {', '.join(PRESETS)} fits this size{hint}"
+    return f"{', '.join(presets)} {'fits' if len(presets) == 1 else 'fit'} this size{hint}"
 
 
 def sum_bytes(tensors: Mapping[str, TensorInfo]) -> int:
