@@ -13,8 +13,9 @@ from conftest import ROOT
 from diffusers import FlowMatchLCMScheduler
 from fresh import Nursery
 
+from tokentrim.tokentrim_video import LineWriter, VideoWriter
 from tokentrim.tools.cli import main
-from tokentrim.tools.generate import read_jobs, read_schedule, read_settings
+from tokentrim.tools.generate import read_jobs, read_schedule, read_settings, verify
 
 
 SCRIPT = ROOT / "examples" / "generate.py"
@@ -167,6 +168,23 @@ def test_an_interrupted_video_with_an_end_is_not_complete(here):
         code, _, said = start_here(nursery, here, *options, interrupt=("x.growing.jsonl", 2))
         assert code == 130 and not (here / "x.mp4").exists() and (here / "x.growing.mp4").is_file()
         assert "--num-frames 1197 --out x.mp4 --state-dir DIR" in said
+
+
+def test_a_video_is_complete_only_if_it_plays_to_its_last_frame(tmp_path):
+    path = tmp_path / "x.mp4"
+    video, lines = VideoWriter(path), LineWriter(path.with_suffix(".jsonl"))
+    for chunk in range(3):
+        video.write(np.random.default_rng(chunk).integers(0, 255, (4, 32, 32, 3), dtype=np.uint8))
+        lines.write("{}")
+    verify(path, [4, 4, 4])
+    for expected, message in (([4, 4, 5], "12 frames instead of 13"), ([6, 6], "3 decisions instead of 2")):
+        with pytest.raises(OSError, match=message):
+            verify(path, expected)
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:-4000] + bytes(3000) + whole[-1000:]):
+        path.write_bytes(damaged)
+        with pytest.raises(OSError, match="x.mp4 does not play to its end"):
+            verify(path, [4, 4, 4])
 
 
 def test_the_long_video_of_the_examples(tmp_path):

@@ -8,6 +8,7 @@ is complete and verified, both lose the `.growing`, and `x.json` says what was a
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -18,7 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
-from imageio_ffmpeg import count_frames_and_secs
+from imageio_ffmpeg import get_ffmpeg_exe
 from tqdm import tqdm
 
 from ..tokentrim_state import has_state, remove_states
@@ -119,9 +120,11 @@ def generate_video(
         with stream:
             stream.save_video(growing, fps, progress)
     except KeyboardInterrupt:
-        complete = plan.is_endless and job.state_dir is None and all(path.stat().st_size for path, _ in pairs)
-        if not complete:
+        begun = [unfinished for unfinished, _ in pairs if unfinished.stat().st_size]
+        if not plan.is_endless or job.state_dir is not None or len(begun) < len(pairs):
             raise
+        for unfinished in begun:
+            play(unfinished)
     else:
         for unfinished, _ in pairs:
             verify(unfinished, [plan.chunk_frames(index) for index in range(len(plan.chunk_partition))])
@@ -146,18 +149,34 @@ def videos_of(job: Job, path: Path) -> list[Path]:
 
 def verify(path: Path, chunk_frames: Sequence[int]) -> None:
     """
-    A growing video and its decisions are complete.
+    A growing video plays to its last frame, and no decision is missing.
 
     Raises:
         `OSError`: a frame or a decision is missing, or cannot be read.
     """
-    num_frames, num_lines = count_frames_and_secs(str(path))[0], path.with_suffix(".jsonl").read_text().count("\n")
+    num_lines = path.with_suffix(".jsonl").read_text().count("\n")
     for found, expected, what in (
-        (num_frames, sum(chunk_frames), "frames"),
+        (play(path), sum(chunk_frames), "frames"),
         (num_lines, len(chunk_frames), "decisions"),
     ):
         if found != expected:
             raise OSError(f"{path} has {found} {what} instead of {expected}.")
+
+
+def play(path: Path) -> int:
+    """
+    The frames of a video, all decoded.
+
+    Raises:
+        `OSError`: one cannot be decoded.
+    """
+    command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", "-xerror", "-err_detect", "explode", "-i", str(path)]
+    command += ["-map", "0:v:0", "-fps_mode", "passthrough", "-f", "null", "-progress", "pipe:1", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", start_new_session=True)
+    if done.returncode or done.stderr:
+        reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise OSError(f"{path} does not play to its end (exit status {done.returncode}): {reason[0]}")
+    return int(re.findall(r"^frame=\s*(\d+)", done.stdout, flags=re.M)[-1])
 
 
 def load_pipeline(checkpoint: str, dtype: str, state: PartialState) -> DiffusionPipeline:
