@@ -43,7 +43,7 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | os.PathLike, fps: float = 16, crf: float = 16):
-        check_number("fps", fps, lambda fps: 0.01 <= fps <= 1000, "a number from 0.01 to 1000")
+        check_fps(fps)
         check_number("crf", crf, lambda crf: 0 <= crf <= 51, "a number from 0 to 51")
         self.go_on(path, {"bytes": 0, "frames": 0, "chunks": 0, "fps": fps, "crf": crf}, None)
         self.path.open("wb").close()
@@ -190,6 +190,10 @@ def numbered(path: str | os.PathLike, video: int, num_videos: int) -> Path:
     """The file of one video of a batch: x.mp4, or x-0.mp4, x-1.mp4 where there are several."""
     path = Path(path)
     return path if num_videos == 1 else path.with_name(f"{path.stem}-{video}{path.suffix}")
+
+
+def check_fps(fps: float) -> None:
+    check_number("fps", fps, lambda fps: 0.01 <= fps <= 1000, "a number from 0.01 to 1000")
 
 
 def frame_rate(fps: float) -> Fraction:
