@@ -1,11 +1,9 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """What a call returns, and ways to look at it: severities over time, evicted tokens, a film strip, an mp4."""
 
-import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,8 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
-from .tokentrim_checks import check, check_int, check_number
+from .tokentrim_checks import check, check_int
+from .tokentrim_video import optional, save_video
 
 
 TRIM, QUARANTINE = "#d62728", "#7b3294"
@@ -116,10 +115,10 @@ class TokenTrimPipelineOutput(BaseOutput):
 
     def save_video(self, path: str | os.PathLike, fps: float = 16, video: int = 0) -> Path:
         """
-        Write one video as mp4.
+        Write one video as mp4, byte for byte as a stream's `save_video` does. The file appears when it is complete.
 
         Args:
-            path (`str` or `os.PathLike`): the file.
+            path (`str` or `os.PathLike`): the file, `x.mp4`.
             fps (`float`, defaults to `16`): frames per second; 16 is Wan's.
             video (`int`, defaults to `0`): which video of the batch.
 
@@ -127,28 +126,19 @@ class TokenTrimPipelineOutput(BaseOutput):
             `Path`: the file.
 
         Raises:
-            `ImportError`: imageio or imageio-ffmpeg is not installed.
+            `ImportError`: imageio-ffmpeg is not installed.
+            `OSError`: ffmpeg fails, or the disk is full; a file that was there is still the one that it was.
             `ValueError`: the videos are latents, or an argument is no good.
         """
-        check_number("fps", fps, lambda fps: fps > 0, "a finite number > 0")
         videos = self._as_array()
         check(video in range(len(videos)), "video", video, f"an int from 0 to {len(videos) - 1}")
-        return save_video(path, as_uint8(videos[video]), fps)
+        return save_video(path, as_uint8(videos[video]), fps, self.chunk_frames)
 
     def _as_array(self) -> np.ndarray:
         """The videos, whatever their `output_type`: (B, frames, H, W, 3) in [0, 1]."""
         if self.chunk_frames is None:
             raise ValueError("`output_type` has to be 'np', 'pt' or 'pil' to look at the frames, but was 'latent'.")
         return as_array(self.frames)
-
-
-def optional(module: str, packages: str) -> ModuleType:
-    """Import a module of a package that only looking at a run needs, by its name alone: whatever an import statement
-    of these files names, Diffusers' loader imports and misses at every load."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{module} is not installed: `pip install {packages}`.") from error
 
 
 def as_array(frames: torch.Tensor | np.ndarray | list) -> np.ndarray:
@@ -220,11 +210,3 @@ def outline(patch: np.ndarray, color: Any, line: int) -> None:
     """Draw a line inside the border of (frames, h, w, 3), in place."""
     for border in (patch[:, :line], patch[:, -line:], patch[:, :, :line], patch[:, :, -line:]):
         border[...] = color
-
-
-def save_video(path: str | os.PathLike, frames: np.ndarray, fps: float) -> Path:
-    """Write uint8 (frames, H, W, 3) as mp4."""
-    optional("imageio_ffmpeg", "imageio imageio-ffmpeg")
-    writer = optional("imageio.v3", "imageio imageio-ffmpeg")
-    writer.imwrite(path, frames, plugin="FFMPEG", fps=fps, codec="libx264", quality=9, macro_block_size=2)
-    return Path(path)

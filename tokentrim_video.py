@@ -5,19 +5,20 @@ The file is a fragmented mp4: `ftyp moov`, then `moof mdat` for each chunk. Each
 first frame to its last, so that the bytes do not depend on which process wrote the chunks before.
 """
 
+import importlib
 import io
 import os
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
 
 from .tokentrim_checks import check, check_number
-from .tokentrim_output import optional
 
 
 TICKS = 1000  # of the track's clock for each tick of the frame rate
@@ -42,7 +43,7 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | os.PathLike, fps: float = 16, crf: float = 16):
-        check_number("fps", fps, lambda fps: 0.01 <= fps <= 1000, "a number from 0.01 to 1000")
+        check_fps(fps)
         check_number("crf", crf, lambda crf: 0 <= crf <= 51, "a number from 0 to 51")
         self.go_on(path, {"bytes": 0, "frames": 0, "chunks": 0, "fps": fps, "crf": crf}, None)
         self.path.open("wb").close()
@@ -158,10 +159,41 @@ class LineWriter:
         self.state = {"bytes": self.state["bytes"] + len(added)}
 
 
+def save_video(
+    path: str | os.PathLike, frames: np.ndarray, fps: float, chunk_frames: Sequence[int] | None = None
+) -> Path:
+    """
+    Write a video as mp4, whole or not at all.
+
+    Args:
+        path (`str` or `os.PathLike`): the file, `x.mp4`.
+        frames (`np.ndarray`): uint8 (T, H, W, 3).
+        fps (`float`): frames per second.
+        chunk_frames (`Sequence[int]`, *optional*): frames of each chunk; a player can jump to its first one.
+    """
+    path = Path(path)
+    check(path.suffix.lower() == ".mp4", "path", str(path), "a file that ends with .mp4")
+    starts = range(48, len(frames), 48) if chunk_frames is None else np.cumsum(chunk_frames)[:-1]
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    writer = VideoWriter(unfinished, fps)
+    try:
+        for chunk in np.split(frames, starts):
+            writer.write(chunk)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    return path
+
+
 def numbered(path: str | os.PathLike, video: int, num_videos: int) -> Path:
     """The file of one video of a batch: x.mp4, or x-0.mp4, x-1.mp4 where there are several."""
     path = Path(path)
     return path if num_videos == 1 else path.with_name(f"{path.stem}-{video}{path.suffix}")
+
+
+def check_fps(fps: float) -> None:
+    check_number("fps", fps, lambda fps: 0.01 <= fps <= 1000, "a number from 0.01 to 1000")
 
 
 def frame_rate(fps: float) -> Fraction:
@@ -255,3 +287,12 @@ def mp4_boxes(file: BinaryIO, end: int) -> Iterator[tuple[bytes, int]]:
         whole = length >= 8 and start + length <= end
         yield kind if whole else b"cut", start
         start = start + length if whole else end
+
+
+def optional(module: str, packages: str) -> ModuleType:
+    """Import a module of a package that only looking at a run needs, by its name alone: whatever an import statement
+    of these files names, Diffusers' loader imports and misses at every load."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is not installed: `pip install {packages}`.") from error

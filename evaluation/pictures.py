@@ -16,8 +16,8 @@ from tokentrim.tokentrim_output import (
     choose_chunks,
     decision_event,
     plot_severity,
-    save_video,
 )
+from tokentrim.tokentrim_video import save_video
 
 
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})

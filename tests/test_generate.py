@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
@@ -13,8 +16,11 @@ from conftest import ROOT
 from diffusers import FlowMatchLCMScheduler
 from fresh import Nursery
 
+from tokentrim.tokentrim_video import LineWriter, VideoWriter
 from tokentrim.tools.cli import main
-from tokentrim.tools.generate import read_jobs, read_schedule, read_settings
+from tokentrim.tools.generate import verify
+from tokentrim.tools.jobs import Job, read_jobs, read_schedule, read_settings
+from tokentrim.tools.records import check_records, fingerprint_folder, make_record, write_record
 
 
 SCRIPT = ROOT / "examples" / "generate.py"
@@ -48,7 +54,7 @@ def contents(folder):
 def test_many_prompts(here):
     """Two processes make what one makes, bit by bit; a failure is reported and the rest goes on; a second start does
     what is left; one prompt with its seed is one of them."""
-    (here / "two" / f"{NAMES[1]}.mp4").mkdir(parents=True)  # a video cannot be written there
+    (here / "two" / f"{NAMES[1]}.growing.mp4").mkdir(parents=True)  # a video cannot be written there
     arguments = ["--prompts", "prompts.txt", "--out", "two", *OPTIONS]
     process = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT, *arguments],
@@ -61,7 +67,7 @@ def test_many_prompts(here):
     assert process.stdout == "2 done, 1 failed\n" and "3 to generate, 0 there already" in process.stderr
     assert f"two/{NAMES[1]}.mp4: IsADirectoryError" in process.stderr
     assert "process 0: 100%" in process.stderr and "process 1: 100%" in process.stderr
-    (here / "two" / f"{NAMES[1]}.mp4").rmdir()
+    (here / "two" / f"{NAMES[1]}.growing.mp4").rmdir()
     written = {
         name: (here / "two" / name).stat().st_mtime_ns for name in contents(here / "two") if "00002" not in name
     }
@@ -79,7 +85,17 @@ def test_many_prompts(here):
 
         assert "exit 0" in start(nursery, here, PROMPTS[2], "--out", "deep/down/square.mp4", "--seed", "2")
         assert (here / "deep" / "down" / "square.mp4").read_bytes() == contents(here / "one")[f"{NAMES[1]}.mp4"]
-        assert "0 to generate, 1 there already" in start(nursery, here, PROMPTS[2], "--out", "deep/down/square.mp4")
+        again = [PROMPTS[2], "--out", "deep/down/square.mp4"]
+        assert "0 to generate, 1 there already" in start(nursery, here, *again, "--seed", "2")
+        printed = start(nursery, here, *again, "--seed", "3", "--method", "plain")
+        assert printed.startswith("exit 1\ntokentrim generate: error: ") and printed.count("\n") == 1
+        assert (
+            "square.mp4 is there already, but is another video: seed 2, not 3; method not given, not 'plain'"
+            in printed
+        )
+        (here / "trim.json").write_text(json.dumps({"num_frames": "81"}))
+        printed = start(nursery, here, "--prompts", "prompts.txt", "--out", "three")
+        assert "\ntokentrim generate: error: `num_frames` has to be" in printed and not any((here / "three").iterdir())
 
     record = json.loads((here / "one" / f"{NAMES[1]}.json").read_text())
     assert (record["prompt"], record["seed"]) == (PROMPTS[2], 2) and record["arguments"]["num_frames"] == 33
@@ -169,6 +185,23 @@ def test_an_interrupted_video_with_an_end_is_not_complete(here):
         assert "--num-frames 1197 --out x.mp4 --state-dir DIR" in said
 
 
+def test_a_video_is_complete_only_if_it_plays_to_its_last_frame(tmp_path):
+    path = tmp_path / "x.mp4"
+    video, lines = VideoWriter(path), LineWriter(path.with_suffix(".jsonl"))
+    for chunk in range(3):
+        video.write(np.random.default_rng(chunk).integers(0, 255, (4, 32, 32, 3), dtype=np.uint8))
+        lines.write("{}")
+    verify(path, [4, 4, 4])
+    for expected, message in (([4, 4, 5], "12 frames instead of 13"), ([6, 6], "3 decisions instead of 2")):
+        with pytest.raises(OSError, match=message):
+            verify(path, expected)
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:-4000] + bytes(3000) + whole[-1000:]):
+        path.write_bytes(damaged)
+        with pytest.raises(OSError, match="x.mp4 does not play to its end"):
+            verify(path, [4, 4, 4])
+
+
 def test_the_long_video_of_the_examples(tmp_path):
     """Short: 12 chunks, cut by Ctrl-C and started again."""
     script = "import runpy, sys\nsys.argv = ['long_video.py', '--out', 'x.mp4', '--state-dir', 'run', {}]\n"
@@ -189,14 +222,114 @@ def test_the_long_video_of_the_examples(tmp_path):
 
 def test_seeds_do_not_depend_on_the_number_of_prompts(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    jobs = read_jobs(tmp_path / "prompts.txt", tmp_path, 5, {})
+    jobs, _ = read_jobs(tmp_path / "prompts.txt", tmp_path, 5, {})
     assert [(job.seed, job.path.stem) for job in jobs] == list(zip((5, 7, 8), NAMES))
+
+
+def test_lines_without_words_are_told(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa red circle\r\n\r\n---\r\nein grüner Kreis\u2028mit Rand\r\n".encode())
+    jobs, note = read_jobs(file, tmp_path, 0, {})
+    assert [job.prompt for job in jobs] == ["a red circle", "ein grüner Kreis\u2028mit Rand"]
+    assert [job.path.stem for job in jobs] == ["00000-a-red-circle", "00003-ein-grüner-kreis-mit-rand"]
+    assert note == f"{file}: no video for the lines without a word, counted from 0: 1, 2 ('---')"
+    file.write_text("\U00020000" * 100)  # four bytes each
+    assert len(read_jobs(file, tmp_path, 0, {})[0][0].path.name.encode()) < 200
+    for content, message in (
+        (b"", "no line has a word"),
+        (b"\n!\n", "no line has a word"),
+        (b"a\xff", "byte 1 is none"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"prompts.txt has to .*{message}"):
+            read_jobs(file, tmp_path, 0, {})
+
+
+JOB = Job("a red circle", 3, Path("x.mp4"), {"prune_fraction": 0.1, "prompt_schedule": {4: "a blue circle"}})
+
+
+@pytest.mark.parametrize(
+    "other, different",
+    [
+        ({}, None),
+        ({"job": JOB._replace(prompt="a green circle")}, "prompt 'a red circle', not 'a green circle'"),
+        ({"job": JOB._replace(seed=4)}, "seed 3, not 4"),
+        (
+            {"job": JOB._replace(settings={"prune_fraction": 0.2})},
+            "prune_fraction 0.1, not 0.2; prompt_schedule {'4': 'a ",
+        ),
+        ({"fps": 8}, "fps 16, not 8"),
+        ({"dtype": "bfloat16"}, "dtype 'float32', not 'bfloat16'"),
+        ({"weights": "b"}, "weights 'a', not 'b'"),
+        ({"checkpoint": "moved"}, None),
+    ],
+    ids=str,
+)
+def test_a_video_of_something_else_is_not_there_already(other, different, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = {"job": JOB, "fps": 16, "dtype": "float32", "checkpoint": "world", "weights": "a"}
+    write_record(Path("x.json"), make_record(**made))
+    Path("x.mp4").touch()
+    if different is None:
+        assert check_records([JOB], [make_record(**{**made, **other})]) is None
+    else:
+        with pytest.raises(ValueError, match=f"x.mp4 is there already, but is another video: {re.escape(different)}"):
+            check_records([JOB], [make_record(**{**made, **other})])
+    monkeypatch.setattr("tokentrim.tools.records.__version__", "9")
+    assert "1 of them by version 0" in check_records([JOB], [make_record(**made)])
+    Path("x.json").unlink()
+    with pytest.raises(ValueError, match="no x.json beside it"):
+        check_records([JOB], [make_record(**made)])
+
+
+def test_a_fingerprint_tells_checkpoints_apart(here):
+    folder = here / "checkpoint"
+    ours = fingerprint_folder(folder)
+    shutil.copytree(folder, here / "copy")
+    (here / "copy" / "README.md").write_text("a card")
+    assert fingerprint_folder(here / "copy") == ours
+    for name in ("model_index.json", "scheduler/scheduler_config.json", "vae/diffusion_pytorch_model.safetensors"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + b" ")
+        assert fingerprint_folder(folder) != ours
+        (folder / name).write_bytes(content)
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    for out, message in (
+        ("file/x.mp4", "--out: .*file cannot be written"),
+        ("folder.mp4", "--out: .*folder.mp4 is a folder"),
+    ):
+        assert main(["generate", "a prompt", "--out", str(tmp_path / out), *SHARED]) == 1
+        assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"output_type": "latent"}, r"`output_type` has to be one of \['np', 'pt', 'pil'\], but is 'latent'"),
+        ({"num_frame": 9}, "`config` has to be arguments of the call, .*num_frames, .* but is 'num_frame'"),
+        ({"generator": 3}, "`config` has to be .*but is 'generator'"),
+        ({"num_videos_per_prompt": 0}, "`num_videos_per_prompt` has to be an int >= 1, but is 0"),
+        ({"num_videos_per_prompt": "2"}, "`num_videos_per_prompt` has to be an int >= 1, but is '2'"),
+    ],
+    ids=str,
+)
+def test_configs_that_make_no_video_are_told_at_once(settings, message, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    out = ["--out", str(tmp_path / "x.mp4"), "--config", str(tmp_path / "config.json")]
+    assert main(["generate", "a prompt", *out, *SHARED]) == 1
+    assert re.fullmatch(f"tokentrim generate: error: {message}\\.\n", capsys.readouterr().err)
 
 
 def test_later_settings_count(here):
     settings = read_settings([here / "rollout.json", here / "trim.json"])
     assert settings == {"window_size": 9, "num_frames": 33, "drift_sensitivity": 0.0, "warmup_chunks": 1}
-    for content in ("[1]", "{"):
+    (here / "trim.json").write_text("\ufeff{}")
+    read_settings([here / "trim.json"])
+    for content in ("[]", "[1]", "{"):
         (here / "bad.json").write_text(content)
         with pytest.raises(ValueError, match="bad.json has to hold one JSON object"):
             read_settings([here / "bad.json"])
@@ -223,12 +356,24 @@ SHARED = ["--checkpoint", "nowhere"]
         (["a prompt", "--out", "a.mp4"], "required: --checkpoint"),
         (["a prompt", *SHARED], "required: --out"),
         (["a prompt", "--out", "a.mp4", *SHARED, "--num-frames", "-1"], "--num-frames"),
+        (
+            ["a prompt", "--out", "a.mp4", *SHARED, "--num-frames", "x"],
+            "a number of frames, 0 or `endless`, but is 'x'",
+        ),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--method", "{x"], "has to be a name or JSON, but is '{x'"),
+        (
+            ["a prompt", "--out", "a.mp4", *SHARED, "--fps", "0"],
+            "`fps` has to be a number from 0.01 to 1000, but is 0",
+        ),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--save-every", "0"], "`save_every` has to be an int >= 1, but is 0"),
+        (["--prompts", "a.txt", "--out", "a.mp4", *SHARED], "--out has to be a folder for --prompts, but is 'a.mp4'"),
         (["a prompt", "--out", "a.mp4", *SHARED, "--prompt-transition", "jump"], "--prompt-transition"),
         (["--resume"], "--resume needs --state-dir"),
         (["a prompt", "--out", "a.mp4", *SHARED, "--method", "none"], "--method has to be one of plain, tokentrim, "),
     ],
 )
-def test_wrong_usage(arguments, message, capsys):
+def test_wrong_usage(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         main(["generate", *arguments])
     assert end.value.code == 2 and message in capsys.readouterr().err

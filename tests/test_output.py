@@ -1,5 +1,6 @@
 """Looking at a run: pictures of what the decisions say."""
 
+import resource
 import sys
 
 import imageio.v3 as iio
@@ -110,8 +111,23 @@ def test_save_video(tmp_path):
     assert iio.immeta(path, plugin="FFMPEG")["fps"] == 8
     with pytest.raises(ValueError, match="`video` has to be an int from 0 to 1, but is 2"):
         make_output().save_video(tmp_path / "no.mp4", video=2)
-    with pytest.raises(ValueError, match="`fps` has to be a finite number > 0, but is 0"):
+    with pytest.raises(ValueError, match="`fps` has to be a number from 0.01 to 1000, but is 0"):
         make_output().save_video(tmp_path / "no.mp4", fps=0)
+
+
+def test_a_video_that_cannot_be_written_whole_is_told_and_the_file_before_stays(tmp_path):
+    frames = np.random.default_rng(0).random((2, 8, 64, 64, 3))
+    path = make_output(frames).save_video(tmp_path / "x.mp4", fps=8)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            make_output(frames).save_video(tmp_path / "x.mp4", fps=8, video=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["x.mp4"]
+    with pytest.raises(ValueError, match="`path` has to be a file that ends with .mp4, but is .*x.gif"):
+        make_output(frames).save_video(tmp_path / "x.gif")
 
 
 def test_latents_have_no_frames_to_look_at(tmp_path):
@@ -123,7 +139,7 @@ def test_latents_have_no_frames_to_look_at(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module, packages", [("matplotlib.figure", "matplotlib"), ("imageio_ffmpeg", "imageio imageio-ffmpeg")]
+    "module, packages", [("matplotlib.figure", "matplotlib"), ("imageio_ffmpeg", "imageio-ffmpeg")]
 )
 def test_a_missing_package_is_named_with_the_command(module, packages, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, module, None)
