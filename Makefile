@@ -4,10 +4,13 @@ INSTALLED = .venv/installed
 # A folder of checkpoints/: `make demo WORLD=travelling-world`.
 WORLD = tiny-world
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo install test test-fast lint clean
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.demo --world $(WORLD)
+
+# For the commands of the pages: then `source .venv/bin/activate`.
+install: $(INSTALLED)
 
 # Everything, on all cores; each test uses one.
 test: $(INSTALLED)

@@ -42,6 +42,21 @@ def test_the_command(tmp_path, capsys):
     file = tmp_path / "tokentrim.py"
     assert main(["bundle", str(file)]) == 0
     assert file.read_text() == bundle() and capsys.readouterr().out == f"{file}\n"
+    assert main(["bundle", str(file)]) == 0  # again
     with pytest.raises(SystemExit) as end:
         main(["bundle", str(tmp_path)])
     assert end.value.code == 2 and "FILE has to end with .py" in capsys.readouterr().err
+
+
+def test_no_other_file_is_overwritten_and_the_package_is_not_shadowed(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "pipeline_tokentrim.py"
+    file.write_text("mine")
+    for name, valid in (
+        ("pipeline_tokentrim.py", "a new file, or one that"),
+        ("tokentrim.py", "of another name or in"),
+    ):
+        assert main(["bundle", name]) == 1
+        assert capsys.readouterr().err.startswith(f"tokentrim bundle: error: `FILE` has to be {valid}")
+    assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]
+    assert main(["bundle", "new/tokentrim.py"]) == 0

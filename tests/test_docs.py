@@ -8,12 +8,14 @@ import re
 import shlex
 import sys
 import textwrap
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from conftest import ROOT
 from fresh import Nursery
+from packaging.specifiers import SpecifierSet
 
 from tokentrim.tokentrim_methods import HOOKS, METHODS, POLICIES, make_method
 
@@ -157,10 +159,19 @@ def test_commands_parse(fence, command, only_parse, monkeypatch):
     elif program in ("pytest", "ruff"):
         assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/"))
     else:
-        assert fence.needs or command == ["pip", "install", "."], f"nothing checks {' '.join(command)!r}"
+        assert fence.needs or command == ["source", ".venv/bin/activate"], f"nothing checks {' '.join(command)!r}"
     for word in arguments:
-        if fence.needs is None and word.startswith(("configs/", "evaluation/", "checkpoints/")):
+        if fence.needs is None and word.startswith(("configs/", "evaluation/", "checkpoints/", "examples/")):
             assert (ROOT / word).exists()
+
+
+@pytest.mark.parametrize("page", dict.fromkeys(fence.page for fence in FENCES if fence.language == "bash"), ids=label)
+def test_a_page_says_which_environment_its_commands_need_before_the_first(page):
+    text = page.read_text()
+    fences = [fence for fence in FENCES if fence.page == page and fence.language == "bash"]
+    needed = [word for fence in fences for word, *_ in read_commands(fence) if word not in ("make", "source")]
+    before = text[: text.index(f"\n{needed[0]} ")] if needed else "#try-it"
+    assert "\nsource .venv/bin/activate" in before or "](../README.md#try-it)" in text
 
 
 # Pages
@@ -231,6 +242,21 @@ def test_files_spell_out_named_methods(name):
     assert spelled.drift_signal == named.drift_signal
     for ours, theirs in zip((*spelled.policies, *spelled.hooks), (*named.policies, *named.hooks), strict=True):
         assert type(ours) is type(theirs) and vars(ours) == vars(theirs)
+
+
+def test_all_versions_that_were_tried_install_on_every_python_that_is_promised():
+    setup, constraints = ((ROOT / name).read_text() for name in ("setup.cfg", "constraints.txt"))
+    (oldest,) = re.findall(r"^python_requires = >=(3\.\d+)$", setup, flags=re.M)
+    needs = {}
+    for name in re.findall(r"^([\w.-]+)==", constraints, flags=re.M):
+        try:
+            needs[name] = metadata(name)["Requires-Python"] or ""
+        except PackageNotFoundError:  # of another system
+            continue
+    assert len(needs) > 50
+    assert not {name: needed for name, needed in needs.items() if f"{oldest}.0" not in SpecifierSet(needed)}
+    tried = re.findall(r"Python :: (3\.\d+)", setup)
+    assert tried[0] == oldest and f"Python {', '.join(tried[:-1])} and {tried[-1]}" in constraints
 
 
 def test_packages_hold_what_publishing_reads():

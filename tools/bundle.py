@@ -2,18 +2,22 @@
 """The pipeline and its companions as one file, for `examples/community` of Diffusers."""
 
 import ast
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
+from ..tokentrim_checks import check
+
 
 ROOT = Path(__file__).parent.parent  # of the package
-HEADER = '''# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+MARK = "made of the modules of TokenTrim for Diffusers by `tokentrim bundle`"
+HEADER = f'''# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """TokenTrim (arXiv 2602.00268) for causal video diffusion models: long video that does not fall apart.
 
-One file, made of the modules of TokenTrim for Diffusers by `tokentrim bundle`: change those.
+One file, {MARK}: change those.
 
     pipe = DiffusionPipeline.from_pretrained(checkpoint, custom_pipeline="tokentrim", trust_remote_code=True)
     output = pipe("a red fox trots through snow", num_frames=249)
@@ -94,3 +98,27 @@ def bundle() -> str:
         raise RuntimeError(f"One file can define a name once only, but these are defined in two modules: {twice}.")
     imports = merge_imports([node for nodes, _, _ in modules for node in nodes])
     return "\n\n\n".join([f"{HEADER}\n{imports}", *(text for _, text, _ in modules)]) + "\n"
+
+
+def write_bundle(path: Path) -> None:
+    """
+    Write the file, whole or not at all.
+
+    Raises:
+        `ValueError`: it would take the place of a file that is none of ours, or of the package when Python imports it.
+    """
+    ours = path.is_file() and MARK in path.read_text(errors="replace")[:1000]
+    check(ours or not path.exists(), "FILE", str(path), "a new file, or one that `tokentrim bundle` wrote")
+    importable = {Path.cwd(), *(Path(folder).resolve() for folder in sys.path)}
+    shadows = path.stem == __name__.partition(".")[0] and path.parent.resolve() in importable
+    valid = "of another name or in another folder: there Python would import it in the place of the package"
+    check(not shadows, "FILE", str(path), valid)
+    source = bundle()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(source)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise

@@ -8,17 +8,17 @@ from . import add_command
 
 
 def add_parser(commands) -> None:
-    details = "example:\n  tokentrim bundle tokentrim.py"
+    details = "example:\n  tokentrim bundle build/tokentrim.py"
     summary = "the pipeline and its companions as one file, for `examples/community` of Diffusers"
     parser = add_command(commands, run, "bundle", summary, details)
-    parser.add_argument("out", metavar="FILE", type=Path, help="the .py file to write")
+    parser.add_argument("out", metavar="FILE", type=Path, help="the .py file to write, new or an earlier one")
 
 
 def run(options: argparse.Namespace) -> int:
     if options.out.suffix != ".py":
         options.parser.error(f"FILE has to end with .py, but is {str(options.out)!r}")
-    from ..bundle import bundle
+    from ..bundle import write_bundle
 
-    options.out.write_text(bundle())
+    write_bundle(options.out)
     print(options.out)
     return 0
