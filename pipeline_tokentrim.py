@@ -222,7 +222,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             sigmas (`list[float]`, *optional*):
                 Noise levels, falling from 1; the scheduler's shift is applied on top. By default
                 linspace(1, 0, S + 1)[:-1] for S steps, whatever the scheduler's own spacing.
-            timesteps (`list[float]`, *optional*): the same as timesteps, as the scheduler understands them.
+            timesteps (`list[float]`, *optional*):
+                The same as `scheduler.timesteps` has them, with Euler, LCM and flow-map schedulers: each stands at sigma =
+                t / 1000, and is not shifted.
             guidance_scale (`float`, defaults to `1.0`):
                 Classifier-free guidance above 1; one eviction serves both branches.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):

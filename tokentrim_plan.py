@@ -365,6 +365,14 @@ def _check_schedule(scheduler: Any, call: dict) -> None:
             falling = len(values) > 0 and all(a > b for a, b in zip([top + 1e-6, *values], [*values, 0]))
             check(falling, name, values, f"strictly falling numbers in (0, {top}]")
             check(scheduler.takes(name), name, values, f"None for {type(scheduler).__name__}")
+    shift = scheduler.shift if hasattr(type(scheduler), "shift") else scheduler.config.get("shift", 1)
+    if timesteps is not None and shift != 1:
+        plan_logger.warning(
+            "`timesteps` are used as they are, without the scheduler's shift of %s: what a checkpoint names before the"
+            " shift, as Self Forcing's [1000, 750, 500, 250], is meant as `sigmas`, here %s",
+            shift,
+            [round(timestep / scheduler.config.num_train_timesteps, 4) for timestep in timesteps],
+        )
     prediction = scheduler.config.get("prediction_type", "flow_prediction")
     flow = prediction == "flow_prediction" and scheduler.config.get("use_flow_sigmas", True)
     valid = "a flow-matching scheduler (prediction_type='flow_prediction', use_flow_sigmas=True)"

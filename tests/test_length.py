@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
+from builders import far_pipeline, full_pipeline, generators, latent_pipeline, randn
 from imageio_ffmpeg import count_frames_and_secs
-
-from tests.builders import far_pipeline, full_pipeline, generators, latent_pipeline, randn
 
 
 FRAMES = {"height": 32, "width": 48}  # chunks of 3 latent frames: 9, 21, 33 frames

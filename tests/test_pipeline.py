@@ -28,7 +28,13 @@ from builders import (
 from diffusers import FlowMatchLCMScheduler, UniPCMultistepScheduler, WanPipeline
 from diffusers.callbacks import PipelineCallback
 
-from tokentrim import RollingKVCache, TokenTrimFlowMapEulerDiscreteScheduler, TokenTrimPipeline
+from tokentrim import (
+    RollingKVCache,
+    TokenTrimFlowMapEulerDiscreteScheduler,
+    TokenTrimFlowMatchEulerDiscreteScheduler,
+    TokenTrimFlowMatchLCMScheduler,
+    TokenTrimPipeline,
+)
 from tokentrim.tokentrim_policy import SeverityMonitor
 
 
@@ -106,10 +112,29 @@ def test_default_sigmas_are_linear():
     assert torch.equal(roll(latent_pipeline(), noise(2), num_inference_steps=4).frames, given.frames)
 
 
-def test_timesteps_are_shifted_as_the_scheduler_does():
-    pipe = latent_pipeline(scheduler=TokenTrimFlowMapEulerDiscreteScheduler(shift=5.0))
-    given = roll(pipe, noise(2), timesteps=[1000, 750, 500, 250])
-    torch.testing.assert_close(roll(pipe, noise(2), num_inference_steps=4).frames, given.frames, atol=1e-5, rtol=0)
+SINGLE_STEP = [
+    TokenTrimFlowMatchEulerDiscreteScheduler,
+    TokenTrimFlowMatchLCMScheduler,
+    TokenTrimFlowMapEulerDiscreteScheduler,
+]
+
+
+@pytest.mark.parametrize("scheduler", SINGLE_STEP)
+def test_a_schedulers_own_timesteps_change_nothing(scheduler):
+    pipe = latent_pipeline(scheduler=scheduler(shift=5.0))
+    by_default = roll(pipe, noise(2), num_inference_steps=4, generator=generators(0))
+    given = roll(pipe, noise(2), timesteps=pipe.scheduler.timesteps.tolist(), generator=generators(0))
+    assert torch.equal(by_default.frames, given.frames)
+
+
+@pytest.mark.parametrize("scheduler", SINGLE_STEP)
+def test_timesteps_are_not_shifted_whatever_the_scheduler(scheduler, caplog):
+    pipe = latent_pipeline(scheduler=scheduler(shift=5.0))
+    given = roll(pipe, noise(2), timesteps=[1000, 750, 500, 250], generator=generators(0))
+    assert pipe.scheduler.sigmas.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert "shift of 5.0" in caplog.text and "[1.0, 0.75, 0.5, 0.25]" in caplog.text
+    unshifted = latent_pipeline(scheduler=scheduler(shift=1.0))
+    assert torch.equal(roll(unshifted, noise(2), num_inference_steps=4, generator=generators(0)).frames, given.frames)
 
 
 def test_chunk_partition_is_the_chunks():
