@@ -235,7 +235,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             output_type (`str`, defaults to `"np"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             callback_on_step_end (`Callable`, *optional*):
                 Called after each denoising step, those of regenerations included (there, `latents` are those of the
-                videos generated again), as in every Diffusers pipeline.
+                videos generated again), as in every Diffusers pipeline. Steps count from 0 in each chunk. What it changes
+                (latents and prompts, in place or returned; `pipe._guidance_scale`, which ends guidance at 1 or less)
+                stays until it changes it again.
             max_sequence_length (`int`, *optional*, defaults to `512`): tokens that a prompt is padded to.
             use_mean_velocity (`bool`, defaults to `True`):
                 AnyFlow-FAR alone: whether the model is told where a step goes, not only where it is.

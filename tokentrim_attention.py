@@ -113,7 +113,7 @@ class CachedCrossAttnProcessor(CachedAttnProcessor):
 
         query = attn.to_q(hidden_states)
         query = attn.norm_q(query.float()).unflatten(2, (attn.heads, -1))
-        return self.project(attn, self.attend(query, *self.cache.prompt(self.layer, project)))
+        return self.project(attn, self.attend(query, *self.cache.prompt(self.layer, len(query), project)))
 
 
 class ExactTimesteps(torch.nn.Module):

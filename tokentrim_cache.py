@@ -238,7 +238,9 @@ class RollingKVCache:
                 old if columns is None else take_tokens(old, columns) for old in (past.key, past.value)
             )
             past.read = rotate(old_key, cos, sin).to(value.dtype), old_value
-        keys, values = (torch.cat([self._rows(old), new], dim=1) for old, new in zip(past.read, (key, value)))
+        keys, values = (
+            torch.cat([self._rows(old, len(new)), new], dim=1) for old, new in zip(past.read, (key, value))
+        )
         return keys, values, mask
 
     def rotate_queries(self, query: torch.Tensor) -> torch.Tensor:
@@ -248,17 +250,19 @@ class RollingKVCache:
         return rotate(query, *self._pass_angles("queries", self._view.query_positions, query.device))
 
     def prompt(
-        self, layer: int, project: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+        self, layer: int, num_rows: int, project: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-attention keys and values of `layer`, projected once for a prompt, (rows, text, heads, head_dim)."""
-        if layer not in self._prompt:
+        """Cross-attention keys and values of `layer` for the rows at hand, projected once for a prompt, (rows, text, heads,
+        head_dim)."""
+        known = len(self._prompt[layer][0]) if layer in self._prompt else 0
+        if known < self._num_branches(num_rows) * self.num_videos:
             with torch.no_grad():  # a prompt is no function of the latents
                 projected = project()
             if self._videos is not None:
                 return projected
             self._prompt[layer] = projected
         key, value = self._prompt[layer]
-        return self._rows(key), self._rows(value)
+        return self._rows(key, num_rows), self._rows(value, num_rows)
 
     # 3. Inside
 
@@ -291,11 +295,17 @@ class RollingKVCache:
         """A table by video as a table by row: (B, ...) -> (branches * B, ...)."""
         return table.repeat(num_rows // self.num_videos, *[1] * (table.ndim - 1))
 
-    def _rows(self, by_row: torch.Tensor) -> torch.Tensor:
-        """The rows of the videos that are being read."""
+    def _num_branches(self, num_rows: int) -> int:
+        """Guidance branches of a forward of `num_rows`."""
+        return num_rows // (self.num_videos if self._videos is None else len(self._videos))
+
+    def _rows(self, by_row: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """The `num_rows` of the forward at hand: of the videos that are being read, in its guidance branches. One that is
+        not guided carries the last branch alone, the conditional one."""
+        first = len(by_row) - self._num_branches(num_rows) * self.num_videos
         if self._videos is None:
-            return by_row
-        starts = range(0, by_row.shape[0], self.num_videos)
+            return by_row[first:] if first else by_row
+        starts = range(first, len(by_row), self.num_videos)
         return by_row[[start + video for start in starts for video in self._videos]]
 
     def _reading(self) -> tuple[TokenBook, torch.Tensor, torch.Tensor | None]:
