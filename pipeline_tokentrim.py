@@ -208,17 +208,21 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         Args:
             prompt (`str` or `list[str]`, *optional*): the prompt or prompts; or pass `prompt_embeds`.
             video (`torch.Tensor`, *optional*):
-                Frames to continue, (B, T, C, H, W) in `[0, 1]` with T = 4n + 1. Their latent frames fill whole chunks.
+                Frames to continue, (B, T, C, H, W) in `[0, 1]` with T = 4n + 1. Where their latent frames are no whole
+                chunks, the first chunk is what is left of them: one frame is a chunk of its own. AnyFlow-FAR and
+                `chunk_partition` ask for whole chunks.
             video_latents (`torch.Tensor`, *optional*): the same as latents, (B, T, C, H, W).
             height, width (`int`, *optional*, default to `480`, `832`): size of the video in pixels.
             num_frames (`int`, *optional*, defaults to `81`):
-                Frames of the video. Its latent frames, (num_frames - 1) / temporal factor + 1, are whole chunks; with
-                AnyFlow-FAR the last one is what is left.
+                Frames of the video, 1 or more. Whole chunks are generated, and what is beyond is cut off, frames and
+                latents alike; with AnyFlow-FAR the last chunk is what is left.
             num_inference_steps (`int`, *optional*, defaults to `4`): denoising steps of each chunk.
             sigmas (`list[float]`, *optional*):
                 Noise levels, falling from 1; the scheduler's shift is applied on top. By default
                 linspace(1, 0, S + 1)[:-1] for S steps, whatever the scheduler's own spacing.
-            timesteps (`list[float]`, *optional*): the same as timesteps, as the scheduler understands them.
+            timesteps (`list[float]`, *optional*):
+                The same as `scheduler.timesteps` has them, with Euler, LCM and flow-map schedulers: each stands at sigma =
+                t / 1000, and is not shifted.
             guidance_scale (`float`, defaults to `1.0`):
                 Classifier-free guidance above 1; one eviction serves both branches.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -229,7 +233,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             output_type (`str`, defaults to `"np"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             callback_on_step_end (`Callable`, *optional*):
                 Called after each denoising step, those of regenerations included (there, `latents` are those of the
-                videos generated again), as in every Diffusers pipeline.
+                videos generated again), as in every Diffusers pipeline. Steps count from 0 in each chunk. What it changes
+                (latents and prompts, in place or returned; `pipe._guidance_scale`, which ends guidance at 1 or less)
+                stays until it changes it again.
             max_sequence_length (`int`, *optional*, defaults to `512`): tokens that a prompt is padded to.
             use_mean_velocity (`bool`, defaults to `True`):
                 AnyFlow-FAR alone: whether the model is told where a step goes, not only where it is.
@@ -302,6 +308,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             chunks = list(stream)
 
         # 3. Put the chunks together
+        chunk_frames = [plan.chunk_frames(chunk.index) for chunk in chunks]
         if decodes and chunks:
             frames = concatenated([chunk.frames for chunk in chunks])
         else:
@@ -309,12 +316,14 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             latents = torch.cat(
                 [torch.zeros(num_videos, channels, 0, *size), *(each.latents for each in chunks)], dim=2
             )
-            frames = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+            num_frames = sum(chunk_frames)
+            frames = latents if output_type == "latent" else self.decode_latents(latents, output_type, num_frames)
         decisions = [[chunk.decisions[video] for chunk in chunks] for video in range(plan.num_videos)]
         if not return_dict:
             return (frames, decisions)
-        chunk_frames = None if output_type == "latent" else [plan.chunk_frames(chunk.index) for chunk in chunks]
-        return TokenTrimPipelineOutput(frames, decisions, stream.grid, chunk_frames)
+        return TokenTrimPipelineOutput(
+            frames, decisions, stream.grid, None if output_type == "latent" else chunk_frames
+        )
 
     def stream(
         self,
@@ -402,9 +411,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                     run.policies.observe(latents)
                 else:
                     draft = run.denoiser.draft(index, run.in_flight)
-                    while unstable := {} if self.interrupt else run.policies.review(draft.judged):  # eq. 4 to 8
-                        run.evict(unstable)  # eq. 9, 10: {video: grid tokens}
-                        draft = run.denoiser.redraft(draft, list(unstable))
+                    while evicted := {} if self.interrupt else run.evict(run.policies.review(draft.judged)):
+                        draft = run.denoiser.redraft(draft, list(evicted))  # eq. 4 to 10: {video: grid tokens}
                     latents, in_flight = run.denoiser.finish(draft)
                     if self.interrupt:
                         return
@@ -413,7 +421,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 if run.goes_on(index):
                     run.denoiser.commit(index, context, run.policies.entered)  # clean forward at t = 0
                 run.advance(index)  # from here on the run can be saved and resumed
-                yield Chunk(index, latents, run.policies.close())
+                yield Chunk(index, run.plan.cut(index, latents), run.policies.close())
 
     def begin(self, plan: RolloutPlan) -> Rollout:
         """The session of a planned call: the prompt is encoded; no step is taken."""
@@ -426,8 +434,11 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         return run
 
     @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
-        """Latents (B, C, T, H, W) to videos as `output_type` asks; none where a run was interrupted in its first chunk."""
+    def decode_latents(
+        self, latents: torch.Tensor, output_type: str, num_frames: int | None = None
+    ) -> torch.Tensor | np.ndarray | list:
+        """Latents (B, C, T, H, W) to videos as `output_type` asks, of all frames or the first `num_frames`; none where a
+        run was interrupted in its first chunk."""
         config = self.vae.config
         mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
         latents = (latents * std.to(latents) + mean.to(latents)).to(self.vae.dtype)
@@ -436,4 +447,4 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         else:
             height, width = (side * self.vae_scale_factor_spatial for side in latents.shape[3:])
             video = latents.new_zeros(len(latents), 3, 0, height, width)
-        return self.video_processor.postprocess_video(video, output_type=output_type)
+        return self.video_processor.postprocess_video(video[:, :, :num_frames], output_type=output_type)

@@ -113,7 +113,7 @@ class CachedCrossAttnProcessor(CachedAttnProcessor):
 
         query = attn.to_q(hidden_states)
         query = attn.norm_q(query.float()).unflatten(2, (attn.heads, -1))
-        return self.project(attn, self.attend(query, *self.cache.prompt(self.layer, project)))
+        return self.project(attn, self.attend(query, *self.cache.prompt(self.layer, len(query), project)))
 
 
 class ExactTimesteps(torch.nn.Module):
@@ -203,9 +203,11 @@ class WanBackbone:
         self.cache.make_room(num_frames)
         self.context = {frame: self.context[frame] for frame in self.cache.frames}
 
-    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0, weight: float = 0.0) -> None:
+    def evict(
+        self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0, weight: float = 0.0
+    ) -> dict[int, list[int]]:
         """Hard pruning (eq. 9, 10), or soft pruning to a weight, as in [`RollingKVCache`]."""
-        self.cache.evict(tokens, since_frame, weight)
+        return self.cache.evict(tokens, since_frame, weight)
 
     def predict_flow(
         self,

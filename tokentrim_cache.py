@@ -108,19 +108,27 @@ class RollingKVCache:
             self.frames = [frame for frame in self.frames if frame in kept]
         self._forget_views()
 
-    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0, weight: float = 0.0) -> None:
+    def evict(
+        self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0, weight: float = 0.0
+    ) -> dict[int, list[int]]:
         """Hard pruning (eq. 9, 10): `tokens[video]` are grid indices to remove from all its unprotected frames, or from
-        those since a certain one. Soft pruning: with a `weight` they stay, and count for so much less."""
+        those since a certain one. Soft pruning: with a `weight` they stay, and count for so much less. Returns those of
+        which something was held, for each video that had such."""
         gone, sink = torch.zeros_like(self.book.held), self._sink()
         first = max(since_frame, self.num_protected_frames)
         for video, indices in tokens.items():
             named = torch.isin(self.book.token[video], torch.tensor(sorted(indices), dtype=torch.long))
             gone[video] = named & (self.book.frame[video] >= first) & ~torch.isin(self.book.frame[video], sink)
+        gone &= self.book.held
+        evicted = {
+            video: self.book.token[video][gone[video]].unique().tolist() for video in tokens if gone[video].any()
+        }
         if weight == 0:
             self.drop(gone)
-        else:
+        elif evicted:
             self.book = self.book.weighted(gone, weight)
             self._changed()
+        return evicted
 
     def drop(self, gone: torch.Tensor) -> None:
         """Remove the tokens of the book where `gone`, (B, tokens), is True; what stays moves to the front of each row."""
@@ -238,7 +246,9 @@ class RollingKVCache:
                 old if columns is None else take_tokens(old, columns) for old in (past.key, past.value)
             )
             past.read = rotate(old_key, cos, sin).to(value.dtype), old_value
-        keys, values = (torch.cat([self._rows(old), new], dim=1) for old, new in zip(past.read, (key, value)))
+        keys, values = (
+            torch.cat([self._rows(old, len(new)), new], dim=1) for old, new in zip(past.read, (key, value))
+        )
         return keys, values, mask
 
     def rotate_queries(self, query: torch.Tensor) -> torch.Tensor:
@@ -248,17 +258,19 @@ class RollingKVCache:
         return rotate(query, *self._pass_angles("queries", self._view.query_positions, query.device))
 
     def prompt(
-        self, layer: int, project: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+        self, layer: int, num_rows: int, project: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-attention keys and values of `layer`, projected once for a prompt, (rows, text, heads, head_dim)."""
-        if layer not in self._prompt:
+        """Cross-attention keys and values of `layer` for the rows at hand, projected once for a prompt, (rows, text, heads,
+        head_dim)."""
+        known = len(self._prompt[layer][0]) if layer in self._prompt else 0
+        if known < self._num_branches(num_rows) * self.num_videos:
             with torch.no_grad():  # a prompt is no function of the latents
                 projected = project()
             if self._videos is not None:
                 return projected
             self._prompt[layer] = projected
         key, value = self._prompt[layer]
-        return self._rows(key), self._rows(value)
+        return self._rows(key, num_rows), self._rows(value, num_rows)
 
     # 3. Inside
 
@@ -291,11 +303,17 @@ class RollingKVCache:
         """A table by video as a table by row: (B, ...) -> (branches * B, ...)."""
         return table.repeat(num_rows // self.num_videos, *[1] * (table.ndim - 1))
 
-    def _rows(self, by_row: torch.Tensor) -> torch.Tensor:
-        """The rows of the videos that are being read."""
+    def _num_branches(self, num_rows: int) -> int:
+        """Guidance branches of a forward of `num_rows`."""
+        return num_rows // (self.num_videos if self._videos is None else len(self._videos))
+
+    def _rows(self, by_row: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """The `num_rows` of the forward at hand: of the videos that are being read, in its guidance branches. One that is
+        not guided carries the last branch alone, the conditional one."""
+        first = len(by_row) - self._num_branches(num_rows) * self.num_videos
         if self._videos is None:
-            return by_row
-        starts = range(0, by_row.shape[0], self.num_videos)
+            return by_row[first:] if first else by_row
+        starts = range(first, len(by_row), self.num_videos)
         return by_row[[start + video for start in starts for video in self._videos]]
 
     def _reading(self) -> tuple[TokenBook, torch.Tensor, torch.Tensor | None]:

@@ -308,7 +308,8 @@ class Denoiser:
         sizes = [chunk.latents.shape[2] for chunk in chunks]
         steps = torch.tensor([chunk.step for chunk in chunks])
         levels = F.pad(self.scheduler.timesteps, (0, 1))
-        latents, text = self._branches(torch.cat([chunk.latents for chunk in chunks], dim=2), videos)
+        guided = self._is_guided()
+        latents, text = self._branches(torch.cat([chunk.latents for chunk in chunks], dim=2), videos, guided)
         flow = self.backbone.predict_flow(
             latents,
             sizes,
@@ -319,14 +320,23 @@ class Denoiser:
             Pass("denoise", chunks[0].step),
         ).float()
         self._check_finite(flow, index, f"step {chunks[0].step}")
-        if self.prompt.negative_embeds is None:
+        if not guided:
             return flow
         unconditional, conditional = flow.chunk(2)
         return unconditional + self.pipe.guidance_scale * (conditional - unconditional)
 
-    def _branches(self, latents: torch.Tensor, videos: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _is_guided(self) -> bool:
+        """Whether there is classifier-free guidance in the step at hand, as the pipeline has it now."""
+        guided, scale = self.pipe.do_classifier_free_guidance, self.pipe.guidance_scale
+        known = self.prompt.negative_embeds is not None
+        check(known or not guided, "guidance_scale", scale, "<= 1 in a callback of a call that began without guidance")
+        return guided
+
+    def _branches(
+        self, latents: torch.Tensor, videos: list[int] | None = None, guided: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of latents and of text: with guidance the unconditional ones first."""
-        embeds = self.prompt.branches(videos)
+        embeds = self.prompt.branches(videos)[0 if guided else -1 :]
         return torch.cat([latents] * len(embeds)), torch.cat(embeds)
 
     @staticmethod

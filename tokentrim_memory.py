@@ -168,7 +168,8 @@ def rewrite_memory(
     rope_dims: tuple[int, int, int],
 ) -> None:
     """Let `hook(memory, new, query)` rewrite the past of each row of a layer before a pass over the frames `new` reads
-    it; `query` is the pass's, (rows, seq, heads, head_dim), not rotated."""
+    it; `query` is the pass's, (rows, seq, heads, head_dim), not rotated: of a pass that is not guided, the conditional
+    branch's serves both."""
     columns = book.columns(frames, len(places)).to(past.key.device)
     tag = past.key.new_zeros(*past.key.shape[:2], 3, dtype=torch.long) if past.tag is None else past.tag.clone()
     key, value, notes = past.key.clone(), past.value.clone(), []
@@ -178,7 +179,7 @@ def rewrite_memory(
         note = None if past.note is None else past.note[row]
         tables = (key[row][taken], value[row][taken], tag[row][taken])
         memory = Memory(frames, held, *tables, note, places, rope_dims)
-        hook(memory, new, query[row].detach())
+        hook(memory, new, query[row % len(query)].detach())
         for table, rewritten in ((key, memory.key), (value, memory.value), (tag, memory.tag)):
             table[row, places_of_row[held]] = rewritten[held].to(table.dtype)
         notes.append(memory.note)

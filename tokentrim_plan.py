@@ -29,7 +29,7 @@ from .tokentrim_far import check_compression, check_far
 from .tokentrim_layout import Layout, WindowLayout
 from .tokentrim_layouts import make_layout
 from .tokentrim_methods import Method, make_method
-from .tokentrim_partition import count_given_chunks, partition_chunks
+from .tokentrim_partition import count_given_chunks, count_given_frames, count_latent_frames, partition_chunks
 from .tokentrim_prompts import PromptChange, check_change, read_schedule
 
 
@@ -53,8 +53,8 @@ class RolloutPlan:
         frame_shape (`tuple`): of the latents of a frame, (B, C, H, W).
         height (`int`), width (`int`): of the video in pixels.
         temporal_factor (`int`): frames of a latent frame; the first one is one frame.
-        chunk_partition (`list[int]`): latent frames of each chunk.
-        is_endless (`bool`): whether the last chunk size repeats until the caller stops.
+        chunk_partition (`list[int]`): latent frames of each chunk; without an end the last size repeats.
+        num_frames (`int`, *optional*): of the video, which may end inside its last chunk; `None`: it has no end.
         num_given_chunks (`int`): first chunks that are given, not generated.
         num_protected_frames (`int`): first latent frames that eviction leaves alone.
         num_in_flight (`int`): chunks denoised together.
@@ -72,7 +72,7 @@ class RolloutPlan:
     width: int
     temporal_factor: int
     chunk_partition: list[int]
-    is_endless: bool
+    num_frames: int | None
     num_given_chunks: int
     num_protected_frames: int
     num_in_flight: int
@@ -90,6 +90,10 @@ class RolloutPlan:
     def num_videos(self) -> int:
         return self.frame_shape[0]
 
+    @property
+    def is_endless(self) -> bool:
+        return self.num_frames is None
+
     def has_chunk(self, index: int) -> bool:
         return self.is_endless or index < len(self.chunk_partition)
 
@@ -98,8 +102,21 @@ class RolloutPlan:
         return self.chunk_partition[min(index, len(self.chunk_partition) - 1)]
 
     def chunk_frames(self, index: int) -> int:
-        """Frames of a chunk, once it is decoded."""
-        return self.chunk_size(index) * self.temporal_factor - (self.temporal_factor - 1 if index == 0 else 0)
+        """Frames of a chunk, once it is decoded and what is beyond the video's end is cut off."""
+        return self._frames_before(index + 1) - self._frames_before(index)
+
+    def cut(self, index: int, latents: torch.Tensor) -> torch.Tensor:
+        """A chunk's latents, (B, C, frames, H, W), up to the video's end."""
+        if self.is_endless or index + 1 < len(self.chunk_partition):
+            return latents
+        num_before = sum(self.chunk_partition[:-1])
+        return latents[:, :, : count_latent_frames(self.num_frames, self.temporal_factor) - num_before]
+
+    def _frames_before(self, index: int) -> int:
+        repeated = max(index - len(self.chunk_partition), 0)
+        num_latent_frames = sum(self.chunk_partition[:index]) + repeated * self.chunk_partition[-1]
+        num_frames = max((num_latent_frames - 1) * self.temporal_factor + 1, 0)
+        return num_frames if self.is_endless else min(num_frames, self.num_frames)
 
     def count_steps(self, steps_per_chunk: int, first_chunk: int = 0) -> float:
         """Denoising steps of the run from a chunk on, without regenerations."""
@@ -123,11 +140,11 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
     """
     call = dict(call)
     _check_components(pipe, call)
-    _complete(pipe, call, may_be_endless)
+    far = pipe.transformer.config.get("full_chunk_limit", 1) > 1  # whether the transformer has a compressed part
+    _complete(pipe, call, may_be_endless, far)
     _take_first_prompt(call)
-    frame_shape, partition, is_endless = _plan_shape(pipe, call)
-    far = is_far(pipe)
-    num_given = count_given_chunks(pipe, call, frame_shape, partition, is_endless)
+    frame_shape, partition, num_given = _plan_shape(pipe, call, far)
+    is_endless = call["num_frames"] is None
     sizes = [*partition, *partition[-1:] * (num_given + REPEATED_CHUNKS if is_endless else 0)]
     _check_schedule(pipe.scheduler, call)
     method = make_method(call["method"], {name: call[name] for name in TRIM_SETTINGS})
@@ -151,7 +168,7 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
         width=call["width"],
         temporal_factor=pipe.vae_scale_factor_temporal,
         chunk_partition=partition,
-        is_endless=is_endless,
+        num_frames=call["num_frames"],
         num_given_chunks=num_given,
         num_protected_frames=sum(sizes[:num_given]) if call["protect_conditioning"] else 0,
         num_in_flight=num_in_flight,
@@ -165,11 +182,6 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
         is_far=far,
         call=call,
     )
-
-
-def is_far(pipe: Any) -> bool:
-    """Whether the transformer has a compressed part."""
-    return pipe.transformer.config.get("full_chunk_limit", 1) > 1
 
 
 # 1. Components, and what was not given
@@ -202,7 +214,7 @@ def _check_components(pipe: Any, call: dict) -> None:
     check(text_to_video and transformer.config.patch_size[0] == 1, "transformer", type(transformer).__name__, valid)
 
 
-def _complete(pipe: Any, call: dict, may_be_endless: bool) -> None:
+def _complete(pipe: Any, call: dict, may_be_endless: bool, far: bool) -> None:
     """Take what was not given from the latents, from the checkpoint, or from our defaults."""
     latents = call["latents"]
     if latents is not None:
@@ -216,7 +228,7 @@ def _complete(pipe: Any, call: dict, may_be_endless: bool) -> None:
         call.update({name: value for name, value in of_latents.items() if call[name] is None})
     _fill_in(pipe, call, "rollout", "self_forcing")
     check_choice("rollout", call["rollout"], ROLLOUTS)
-    _fill_in(pipe, call, "num_frames_per_chunk", None if is_far(pipe) else 3)
+    _fill_in(pipe, call, "num_frames_per_chunk", None if far else 3)
     _fill_in(pipe, call, "num_inference_steps", 4)
     _fill_in(pipe, call, "height", 480)
     _fill_in(pipe, call, "width", 832)
@@ -242,8 +254,9 @@ def _fill_in(pipe: Any, call: dict, name: str, fallback: Any) -> None:
 # 2. Sizes, prompts and draws
 
 
-def _plan_shape(pipe: Any, call: dict) -> tuple[tuple[int, ...], list[int], bool]:
-    """The shape of the latents of a frame, (B, C, H, W), the partition of all into chunks, and whether it has no end."""
+def _plan_shape(pipe: Any, call: dict, far: bool) -> tuple[tuple[int, int, int, int], list[int], int]:
+    """The shape of the latents of a frame, (B, C, H, W), the partition of all into chunks, and how many of these are
+    given."""
     config, spatial = pipe.transformer.config, pipe.vae_scale_factor_spatial
     for name, patch in (("height", config.patch_size[1]), ("width", config.patch_size[2])):
         check_int(name, call[name], 1)
@@ -251,20 +264,22 @@ def _plan_shape(pipe: Any, call: dict) -> tuple[tuple[int, ...], list[int], bool
     check_int("max_sequence_length", call["max_sequence_length"], 1)
     check_int("num_videos_per_prompt", call["num_videos_per_prompt"], 1)
     num_videos = _check_prompts(pipe, call) * call["num_videos_per_prompt"]
+    height, width = call["height"] // spatial, call["width"] // spatial
+    frame_shape = (num_videos, config.in_channels, height, width)
+    num_given_frames = count_given_frames(pipe, call, frame_shape)
     chunk_partition = partition_chunks(
         call["num_frames"],
         pipe.vae_scale_factor_temporal,
         call["num_frames_per_chunk"],
         call["chunk_partition"],
         config.get("chunk_partition"),
+        num_given_frames,
     )
-    is_endless = call["num_frames"] is None
-    if is_far(pipe):
-        num_chunks = math.inf if is_endless else len(chunk_partition)
+    if far:
+        num_chunks = math.inf if call["num_frames"] is None else len(chunk_partition)
         check_compression(call["height"], call["width"], spatial, config, num_chunks)
-    num_frames, size = sum(chunk_partition), (call["height"] // spatial, call["width"] // spatial)
-    _check_draws(call["generator"], call["latents"], (num_videos, config.in_channels, num_frames, *size))
-    return (num_videos, config.in_channels, *size), chunk_partition, is_endless
+    _check_draws(call["generator"], call["latents"], (*frame_shape[:2], sum(chunk_partition), height, width))
+    return frame_shape, chunk_partition, count_given_chunks(call, num_given_frames, chunk_partition)
 
 
 def _check_prompts(pipe: Any, call: dict) -> int:
@@ -352,6 +367,14 @@ def _check_schedule(scheduler: Any, call: dict) -> None:
             falling = len(values) > 0 and all(a > b for a, b in zip([top + 1e-6, *values], [*values, 0]))
             check(falling, name, values, f"strictly falling numbers in (0, {top}]")
             check(scheduler.takes(name), name, values, f"None for {type(scheduler).__name__}")
+    shift = scheduler.shift if hasattr(type(scheduler), "shift") else scheduler.config.get("shift", 1)
+    if timesteps is not None and shift != 1:
+        plan_logger.warning(
+            "`timesteps` are used as they are, without the scheduler's shift of %s: what a checkpoint names before the"
+            " shift, as Self Forcing's [1000, 750, 500, 250], is meant as `sigmas`, here %s",
+            shift,
+            [round(timestep / scheduler.config.num_train_timesteps, 4) for timestep in timesteps],
+        )
     prediction = scheduler.config.get("prediction_type", "flow_prediction")
     flow = prediction == "flow_prediction" and scheduler.config.get("use_flow_sigmas", True)
     valid = "a flow-matching scheduler (prediction_type='flow_prediction', use_flow_sigmas=True)"

@@ -69,10 +69,13 @@ class Rollout:
         """Whether a chunk follows, so that this one has to be committed."""
         return self.plan.has_chunk(index + 1)
 
-    def evict(self, tokens: dict[int, list[int]]) -> None:
-        """Grid tokens of some videos leave the context, or count for less."""
+    def evict(self, tokens: dict[int, list[int]]) -> dict[int, list[int]]:
+        """Grid tokens of some videos leave the context, or count for less: those of which it held something. Without any,
+        another attempt would repeat the one before."""
         weight = self.plan.method.prune_weight
-        self.backbone.evict(tokens, **({"weight": weight} if weight else {}))
+        evicted = self.backbone.evict(tokens, **({"weight": weight} if weight else {}))
+        self.policies.evicted(evicted)
+        return evicted
 
     def advance(self, index: int) -> None:
         """Chunk `index` is over: from here on the run can be saved and resumed."""
@@ -195,24 +198,30 @@ class Rollout:
         return [*given, *(self.denoiser.solver_generators or [])]
 
     def _call_back(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """`callback_on_step_end`: it may change the latents and the prompt."""
-        call, prompt = self.plan.call, self.denoiser.prompt
-        tensors = {
+        """`callback_on_step_end`: it may change the latents and the prompt, in place or by what it returns."""
+        call, prompt, name = self.plan.call, self.denoiser.prompt, "callback_on_step_end"
+        before = {
             "latents": latents,
             "prompt_embeds": prompt.embeds,
             "negative_prompt_embeds": prompt.negative_embeds,
         }
-        wanted = {name: tensors[name] for name in call["callback_on_step_end_tensor_inputs"]}
-        outputs, name = call["callback_on_step_end"](self.pipe, step, timestep, wanted), "callback_on_step_end"
+        after = {key: None if tensor is None else tensor.clone() for key, tensor in before.items()}
+        wanted = {key: after[key] for key in call["callback_on_step_end_tensor_inputs"]}
+        outputs = call["callback_on_step_end"](self.pipe, step, timestep, wanted)
         check(isinstance(outputs, dict), name, outputs, "a function that returns a dict of tensors", TypeError)
-        tensors.update(outputs)
-        changed = tensors["latents"]
-        check_tensor(f"{name}: latents", changed, latents.ndim, "like the latents that it was given")
-        check(changed.shape == latents.shape, f"{name}: latents", changed, f"of shape {tuple(latents.shape)}")
-        embeds, negative_embeds = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
-        if embeds is not prompt.embeds or negative_embeds is not prompt.negative_embeds:
+        check(set(outputs) <= set(before), name, list(outputs), f"a function that returns some of {list(before)}")
+        after.update(outputs)
+        for key, tensor in before.items():
+            if tensor is None:
+                check(after[key] is None, f"{name}: {key}", after[key], "None in a call without guidance")
+                continue
+            check_tensor(f"{name}: {key}", after[key], tensor.ndim, f"like the {key} that it was given")
+            check(after[key].shape == tensor.shape, f"{name}: {key}", after[key], f"of shape {tuple(tensor.shape)}")
+        embeds, negative_embeds = after["prompt_embeds"].to(prompt.embeds), after["negative_prompt_embeds"]
+        same_negative = negative_embeds is None or torch.equal(negative_embeds, prompt.negative_embeds)
+        if not (torch.equal(embeds, prompt.embeds) and same_negative):
             self.set_prompt(Prompt(embeds, negative_embeds))
-        return changed
+        return after["latents"]
 
 
 def _solver_generators(scheduler: Any, generator: Any, num_videos: int) -> list[torch.Generator] | None:

@@ -64,8 +64,7 @@ class TokenTrimSchedulerMixin:
     def set_timesteps(self, *args, **kwargs) -> None:
         """As the scheduler's own; remembers the solver's state before its first step."""
         super().set_timesteps(*args, **kwargs)
-        self._fresh_state = {name: copy.copy(value) for name, value in vars(self).items() if name not in OURS}
-        self.begin_chunk()
+        self._start_here()
 
     def set_rollout_timesteps(
         self,
@@ -82,7 +81,9 @@ class TokenTrimSchedulerMixin:
             num_inference_steps (`int`): S, ignored where `sigmas` or `timesteps` are given.
             device (`str` or `torch.device`, *optional*): where the schedule lies.
             sigmas (`list[float]`, *optional*): custom noise levels, before the shift.
-            timesteps (`list[float]`, *optional*): custom timesteps.
+            timesteps (`list[float]`, *optional*):
+                Custom timesteps, as `self.timesteps` has them: each stands at sigma = t / `num_train_timesteps`, and is
+                not shifted again, whatever the scheduler's own `set_timesteps` makes of them.
 
         Raises:
             `ValueError`: the scheduler takes no custom sigmas or timesteps.
@@ -91,7 +92,14 @@ class TokenTrimSchedulerMixin:
             if custom is not None and not self.takes(name):
                 raise ValueError(f"`{name}` has to be None for {type(self).__name__}, but is {custom!r}.")
         if timesteps is not None:
-            self.set_timesteps(len(timesteps), device=device, timesteps=timesteps)
+            self.set_rollout_timesteps(len(timesteps), device)
+            if self.timesteps.tolist() != list(timesteps):  # else to the same bits
+                levels = [timestep / self.config.num_train_timesteps for timestep in timesteps]
+                self.timesteps, self.sigmas = (
+                    self.timesteps.new_tensor(timesteps),
+                    self.sigmas.new_tensor([*levels, 0]),
+                )
+                self._start_here()
         elif self.takes("sigmas"):
             sigmas = np.linspace(1, 0, num_inference_steps + 1)[:-1] if sigmas is None else np.asarray(sigmas)
             self.set_timesteps(len(sigmas), device=device, sigmas=sigmas)
@@ -99,8 +107,9 @@ class TokenTrimSchedulerMixin:
             self.set_timesteps(num_inference_steps, device=device)
 
     def takes(self, name: str) -> bool:
-        """Whether the scheduler's own `set_timesteps` takes custom `"sigmas"` or `"timesteps"`."""
-        return name in inspect.signature(super().set_timesteps).parameters
+        """Whether it takes custom `"sigmas"` (as its own `set_timesteps` does) or `"timesteps"` (where no step needs
+        those before it)."""
+        return self.single_step if name == "timesteps" else name in inspect.signature(super().set_timesteps).parameters
 
     def begin_chunk(self, generator: Generators = None) -> None:
         """
@@ -205,6 +214,11 @@ class TokenTrimSchedulerMixin:
         sigma, _ = self._sigmas_of_step()
         exact = torch.float32 if sample.device.type == "mps" else torch.float64  # which MPS does not have
         return (sample.to(exact) - sigma.to(exact) * model_output.to(exact)).to(sample.dtype)
+
+    def _start_here(self) -> None:
+        """A fresh solver is as this one is."""
+        self._fresh_state = {name: copy.copy(value) for name, value in vars(self).items() if name not in OURS}
+        self.begin_chunk()
 
     def _sigmas_of_step(self) -> tuple[torch.Tensor, torch.Tensor]:
         index = self.begin_index if self.step_index is None else self.step_index

@@ -89,7 +89,7 @@ class Stream:
             chunk = next(self._chunks)
             call = self.run.plan.call
             if self.decoder is not None:
-                video = self.decoder.decode(chunk.latents)
+                video = self.decoder.decode(chunk.latents)[:, :, : self.run.plan.chunk_frames(chunk.index)]
                 frames = self._pipe.video_processor.postprocess_video(video, output_type=call["output_type"])
                 chunk = replace(chunk, frames=frames)
             if call["on_chunk"] is not None and chunk.index >= self.run.plan.num_given_chunks:

@@ -79,7 +79,6 @@ def test_equals_upstream(condition, batch, guidance):
         {"num_inference_steps": 1},
         {"num_inference_steps": 5},
         {"sigmas": [1.0, 0.7, 0.2]},
-        {"timesteps": [1000, 400]},
         {"use_mean_velocity": False},
         {"output_type": "pt", "num_inference_steps": 3},
         {"chunk_partition": [1, 3, 2], "height": 128, "width": 128},  # 64 tokens a frame: some multiples of 128

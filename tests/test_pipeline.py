@@ -27,9 +27,15 @@ from builders import (
     triggers,
 )
 from diffusers import FlowMatchLCMScheduler, UniPCMultistepScheduler, WanPipeline
-from diffusers.callbacks import PipelineCallback
+from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 
-from tokentrim import RollingKVCache, TokenTrimFlowMapEulerDiscreteScheduler, TokenTrimPipeline
+from tokentrim import (
+    RollingKVCache,
+    TokenTrimFlowMapEulerDiscreteScheduler,
+    TokenTrimFlowMatchEulerDiscreteScheduler,
+    TokenTrimFlowMatchLCMScheduler,
+    TokenTrimPipeline,
+)
 from tokentrim.tokentrim_layout import Layout
 from tokentrim.tokentrim_policy import SeverityMonitor
 
@@ -108,10 +114,29 @@ def test_default_sigmas_are_linear():
     assert torch.equal(roll(latent_pipeline(), noise(2), num_inference_steps=4).frames, given.frames)
 
 
-def test_timesteps_are_shifted_as_the_scheduler_does():
-    pipe = latent_pipeline(scheduler=TokenTrimFlowMapEulerDiscreteScheduler(shift=5.0))
-    given = roll(pipe, noise(2), timesteps=[1000, 750, 500, 250])
-    torch.testing.assert_close(roll(pipe, noise(2), num_inference_steps=4).frames, given.frames, atol=1e-5, rtol=0)
+SINGLE_STEP = [
+    TokenTrimFlowMatchEulerDiscreteScheduler,
+    TokenTrimFlowMatchLCMScheduler,
+    TokenTrimFlowMapEulerDiscreteScheduler,
+]
+
+
+@pytest.mark.parametrize("scheduler", SINGLE_STEP)
+def test_a_schedulers_own_timesteps_change_nothing(scheduler):
+    pipe = latent_pipeline(scheduler=scheduler(shift=5.0))
+    by_default = roll(pipe, noise(2), num_inference_steps=4, generator=generators(0))
+    given = roll(pipe, noise(2), timesteps=pipe.scheduler.timesteps.tolist(), generator=generators(0))
+    assert torch.equal(by_default.frames, given.frames)
+
+
+@pytest.mark.parametrize("scheduler", SINGLE_STEP)
+def test_timesteps_are_not_shifted_whatever_the_scheduler(scheduler, caplog):
+    pipe = latent_pipeline(scheduler=scheduler(shift=5.0))
+    given = roll(pipe, noise(2), timesteps=[1000, 750, 500, 250], generator=generators(0))
+    assert pipe.scheduler.sigmas.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert "shift of 5.0" in caplog.text and "[1.0, 0.75, 0.5, 0.25]" in caplog.text
+    unshifted = latent_pipeline(scheduler=scheduler(shift=1.0))
+    assert torch.equal(roll(unshifted, noise(2), num_inference_steps=4, generator=generators(0)).frames, given.frames)
 
 
 def test_chunk_partition_is_the_chunks():
@@ -273,8 +298,7 @@ def frame_by_frame(**arguments):
 
 def test_vae_without_temporal_compression():
     assert frame_by_frame(num_frames=6).shape == (1, 6, 32, 48, 3)
-    with pytest.raises(ValueError, match="`num_frames` .* 6 or 9, but is 7"):
-        frame_by_frame(num_frames=7)
+    assert frame_by_frame(num_frames=7).shape == (1, 7, 32, 48, 3)
 
 
 def test_one_chunk_is_enough_to_continue_without_temporal_compression():
@@ -337,6 +361,103 @@ def test_callback_may_change_the_prompt():
         **settings,
     ).frames
     assert torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize("output", ["returned", "in place"])
+def test_callback_may_change_the_prompt_in_place(output):
+    def callback(pipe, step, timestep, tensors):
+        if output == "returned":
+            return {"prompt_embeds": embeds(seed=50)}
+        tensors["prompt_embeds"].copy_(embeds(seed=50))
+        return {}
+
+    given, inputs = embeds(), {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    changed = roll(latent_pipeline(), noise(2), prompt_embeds=given, callback_on_step_end=callback, **inputs)
+    assert torch.equal(given, embeds())  # the caller's own
+    first, second = changed.frames.split(CHUNK, dim=2)
+    again = roll(
+        latent_pipeline(), noise(2), prompt_embeds=embeds(seed=50), video_latents=first.transpose(1, 2), method="plain"
+    )
+    assert torch.equal(again.frames[:, :, CHUNK:], second)
+
+
+GUIDED = {"guidance_scale": 4.0, "negative_prompt_embeds": embeds(seed=9)}
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
+def test_guidance_ends_and_begins_again_in_a_callback(scale):
+    """Off after the first step; from the second chunk on, what the callback says then: as if the first was given."""
+    calls = []
+
+    def callback(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 0.0 if not calls else scale
+        calls.append(step)
+        return {}
+
+    output = roll(latent_pipeline(), noise(3), **GUIDED, callback_on_step_end=callback)
+    first = output.frames[:, :, :CHUNK].transpose(1, 2)
+    on = {**GUIDED, "guidance_scale": scale} if scale > 1 else {}
+    expected = roll(latent_pipeline(), noise(3), video_latents=first, **on).frames
+    torch.testing.assert_close(output.frames, expected, atol=1e-5, rtol=0)
+    negative = {**GUIDED, "negative_prompt_embeds": embeds(seed=10)}
+    other = roll(latent_pipeline(), noise(3), **negative, callback_on_step_end=callback)  # `calls` is not empty now
+    assert (other.frames - output.frames)[:, :, :CHUNK].abs().amax() > 1e-4  # the first step was guided
+
+
+def test_diffusers_own_callback_ends_guidance():
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    output = roll(latent_pipeline(), noise(3), **GUIDED, callback_on_step_end=cutoff)
+    first = output.frames[:, :, :CHUNK].transpose(1, 2)
+    expected = roll(latent_pipeline(), noise(3), video_latents=first).frames
+    torch.testing.assert_close(output.frames, expected, atol=1e-5, rtol=0)
+    pair = {**GUIDED, "negative_prompt_embeds": embeds(2, seed=9)}
+    with pytest.raises(ValueError, match=r"`callback_on_step_end: prompt_embeds` has to be of shape \(2, 8, 32\)"):
+        roll(latent_pipeline(), noise(3, 2), **pair, callback_on_step_end=cutoff)
+
+
+def test_a_regeneration_after_guidance_ended():
+    def callback(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 0.0
+        return {}
+
+    negative = {**GUIDED, "negative_prompt_embeds": embeds(2, seed=9)}
+    output = roll(latent_pipeline(), steady_noise(5, [9, 3]), **negative, callback_on_step_end=callback)
+    assert [triggers(decisions) for decisions in output.decisions] == [[], [3]]
+
+
+@pytest.mark.parametrize("layout", ["tame", "memrope"])
+def test_a_layout_that_rewrites_memory_goes_on_after_guidance_ended(layout):
+    def callback(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 0.0
+        return {}
+
+    roll(latent_pipeline(), noise(4), layout=layout, **GUIDED, callback_on_step_end=callback, num_inference_steps=1)
+
+
+@pytest.mark.parametrize(
+    "returned, error, key",
+    [
+        ({"prompt_embeds": None}, TypeError, "prompt_embeds"),
+        ({"prompt_embeds": "a red circle"}, TypeError, "prompt_embeds"),
+        ({"prompt_embeds": embeds(2)}, ValueError, "prompt_embeds"),
+        ({"prompt_embeds": embeds() * float("nan")}, ValueError, "prompt_embeds"),
+        ({"promt_embeds": embeds()}, ValueError, "promt_embeds"),
+        ({"negative_prompt_embeds": embeds()}, ValueError, "negative_prompt_embeds"),
+        ({"latents": None}, TypeError, "latents"),
+    ],
+)
+def test_what_a_callback_returns_is_checked(returned, error, key):
+    with pytest.raises(error, match=f"callback_on_step_end.*{key}"):
+        roll(latent_pipeline(), noise(2), callback_on_step_end=lambda *_: returned)
+
+
+def test_guidance_cannot_begin_in_a_callback():
+    def callback(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 4.0
+        return {}
+
+    with pytest.raises(ValueError, match="`guidance_scale`.* is 4.0"):
+        roll(latent_pipeline(), noise(2), callback_on_step_end=callback)
 
 
 def test_callback_of_a_regeneration_sees_its_videos_alone():
