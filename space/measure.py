@@ -1,0 +1,44 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The drift report of one video, for the page; `tokentrim drift` measures."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tokentrim.tools.drift import measure_video, write_json
+from tokentrim.tools.drift_plot import plot_drift
+from tokentrim.tools.frames import read_frames
+
+
+ROWS = (  # name of the measure, what it is, digits, what it is without drift
+    ("color_similarity", "Colours in common, end with start", "{:.1f} of 100", "100"),
+    ("color_distance", "Distance of the colours, end from start", "{:.1f}%", "0"),
+    ("worst_similarity", "Colours in common, worst twentieth with start", "{:.1f} of 100", "100"),
+    ("brightness_slope", "Change of brightness", "{:+.3f}", "0"),
+    ("contrast_slope", "Change of contrast", "{:+.3f}", "0"),
+    ("saturation_slope", "Change of saturation", "{:+.3f}", "0"),
+    ("sharpness_slope", "Change of sharpness", "{:+.3f}", "0"),
+    ("motion_late_to_early", "Motion, end over start", "{:.2f}", "1"),
+)
+
+
+def measure(path: Path) -> tuple[str, Any, str]:
+    """
+    Report in Markdown, figure, and the file of all numbers.
+
+    Raises:
+        `ValueError`: it is no video, or has fewer than 21 frames; in a sentence.
+    """
+    try:
+        drift = measure_video(path.name, read_frames(path))
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), path.name)) from error
+    measures = drift.measures()
+    lines = [f"**{drift.name}**, {drift.num_frames} frames", "", "| measure | value | without drift |", "|---|---|---|"]
+    for name, title, form, neutral in ROWS:
+        value = "-" if measures[name] is None else form.format(measures[name])
+        lines.append(f"| {title} | {value} | {neutral} |")
+    lines += ["", "A sunset that the prompt asks for counts as drift, and a frozen picture does not: docs/drift.md."]
+    numbers = Path(tempfile.mkdtemp(prefix="tokentrim-drift-")) / "drift.json"
+    write_json(numbers, [drift])
+    return "\n".join(lines), plot_drift([drift]), str(numbers)
