@@ -6,16 +6,19 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import yaml
 
 from tokentrim import TokenTrimPipeline
-from training.world import CHANGES, Scene
+from training import world
+from training.world import CHANGES
 
 from .controls import CONTROLS
 from .defects import DEFECTS
 from .rollouts import CHECKPOINT, ROOT
+from .worlds import WORLDS
 
 
 DTYPES = ("float32", "bfloat16")
@@ -32,12 +35,13 @@ class Experiment:
         methods (`dict[str, dict]`): arguments of the pipeline's call by name; `config` takes those of
             `configs/<config>.json` first, `control` names a control of `evaluation.controls`. The first one is what
             the others are compared with.
-        checkpoint (`str`): folder, relative to the repository.
+        checkpoint (`str`): folder, relative to the repository, whose name is one of `evaluation.worlds.WORLDS`.
         dtype (`str`): of transformer and VAE, a floating point type of torch.
         first_seed, num_seeds (`int`): a seed fixes prompt and noise.
         num_chunks (`int`): length of the videos.
         batch_size (`int`): videos generated together.
-        scenes (`list[str]`): what is meant to change in them: `"static"` is nothing but the object's place.
+        scenes (`list[str]`): what is meant to change in them: `"static"` is nothing but the object's place. Of the
+            tiny world alone.
         defects (`list[str]`): kinds of defects to paint, one video each in turn; none by default.
         defect_chunk (`int`): the accepted chunk that they are painted into.
         cases (`list[str]`, *optional*): methods whose best and worst videos the report shows; all by default.
@@ -77,6 +81,12 @@ class Experiment:
                 raise ValueError(f"{path}: unknown {name} {sorted(unknown)}; there are {', '.join(valid)}.")
         if not (ROOT / experiment.checkpoint / "model_index.json").is_file():
             raise ValueError(f"{path}: `checkpoint` has to be a pipeline's folder, but is {experiment.checkpoint!r}.")
+        if experiment.name_of_world not in WORLDS:
+            raise ValueError(
+                f"{path}: `checkpoint` has to be one of the worlds {', '.join(WORLDS)}, but is {experiment.checkpoint!r}."
+            )
+        if experiment.world is not world and (experiment.defects or experiment.scenes != ["static"]):
+            raise ValueError(f"{path}: `scenes` and `defects` are of the tiny world alone.")
         for method in experiment.methods:
             experiment.arguments(method)
         return experiment
@@ -99,9 +109,18 @@ class Experiment:
     def control(self, method: str) -> str | None:
         return (self.methods[method] or {}).get("control")
 
+    @property
+    def name_of_world(self) -> str:
+        return Path(self.checkpoint).name
+
+    @property
+    def world(self) -> ModuleType:
+        """What the checkpoint was trained on."""
+        return WORLDS[self.name_of_world]
+
     def prompts(self, seeds: list[int]) -> list[str]:
         """A prompt for each seed, of this experiment's kinds of scenes."""
-        return sample_prompts(seeds, self.scenes)
+        return sample_prompts(seeds, self.scenes, self.world)
 
     def jobs(self) -> list[tuple[str, list[int]]]:
         """(method, seeds) of each batch, methods alternating."""
@@ -116,14 +135,14 @@ class Experiment:
         return {**shared, "arguments": {method: self.arguments(method) for method in self.methods}}
 
 
-def sample_prompts(seeds: list[int], scenes: list[str] = ("static",)) -> list[str]:
+def sample_prompts(seeds: list[int], scenes: list[str] = ("static",), of: ModuleType = world) -> list[str]:
     """A prompt for each seed; by default of scenes in which nothing but the object is meant to change."""
     prompts = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        scene = Scene.sample(generator)
-        while (scene.change or "static") not in scenes:
-            scene = Scene.sample(generator)
+        scene = of.Scene.sample(generator)
+        while of is world and (scene.change or "static") not in scenes:
+            scene = of.Scene.sample(generator)
         prompts.append(scene.prompt)
     return prompts
 

@@ -16,6 +16,7 @@ BASE_CHUNKS = slice(1, 4)  # the chunk that the others are compared with comes b
 CONTRASTS = ("L_mean", "a_mean", "b_mean", "L_spread", "saturation", "contrast", "sharpness", "flicker")
 RECOVERY = 8  # chunks after a defect
 RIVALS = ("sink", "corrected afterwards")  # what the others are compared with too, where an experiment has them
+CASES = "The five videos whose excess drift falls most and the five where it falls least, each below its reference:"
 RIVALRY = ("excess_drift", "shape_right")
 
 
@@ -31,22 +32,12 @@ def video_table(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     rows = []
     for (method, seed), video in table.groupby(["method", "seed"], sort=False):
         video = video.sort_values("chunk")
-        half, share = len(video) // 2, max(1, round(0.15 * len(video)))
-        error = video["identity_error"].to_numpy()
+        share = max(1, round(0.15 * len(video)))
         row = {
             "method": method,
             "seed": seed,
             "prompt": video["prompt"].iloc[0],
-            "excess_drift": error[half:].mean() - error[BASE_CHUNKS].mean(),
-            "identity_error": error[half:].mean(),
-            "background_error": video["background_error"].iloc[half:].mean(),
-            "object_error": video["object_error"].iloc[half:].mean(),
-            "area_change": abs(video["area"].iloc[half:].mean() / (video["area"].iloc[:3].mean() or np.nan) - 1),
-            "present": video["present"].iloc[half:].mean(),
-            "shape_right": video["shape_right"].iloc[half:].mean(),
-            "scattered": video["scattered"].iloc[half:].mean(),
-            "motion": video["motion"].mean(),
-            "motion_change": video["motion"].iloc[half:].mean() - video["motion"].iloc[BASE_CHUNKS].mean(),
+            **(object_row(video) if "identity_error" in video else {}),
             "flow": video["flow"].mean(),
             "triggers": video["trim"].mean(),
             "quarantined": video["quarantined"].mean(),
@@ -54,7 +45,7 @@ def video_table(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
             "seconds": video["seconds"].sum(),
         }
         if experiment.defects:
-            at = experiment.defect_chunk
+            at, error = experiment.defect_chunk, video["identity_error"].to_numpy()
             row["recovery"] = error[at + 1 : at + 1 + RECOVERY].sum()
             row["excess_recovery"] = row["recovery"] - RECOVERY * error[BASE_CHUNKS].mean()
         for name in CONTRASTS:
@@ -63,6 +54,23 @@ def video_table(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
             row[f"slope_{name}"] = np.polyfit(np.arange(len(values)), values, 1)[0]
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def object_row(video: pd.DataFrame) -> dict[str, float]:
+    """What the tiny world's checker saw in one video."""
+    half, error = len(video) // 2, video["identity_error"].to_numpy()
+    return {
+        "excess_drift": error[half:].mean() - error[BASE_CHUNKS].mean(),
+        "identity_error": error[half:].mean(),
+        "background_error": video["background_error"].iloc[half:].mean(),
+        "object_error": video["object_error"].iloc[half:].mean(),
+        "area_change": abs(video["area"].iloc[half:].mean() / (video["area"].iloc[:3].mean() or np.nan) - 1),
+        "present": video["present"].iloc[half:].mean(),
+        "shape_right": video["shape_right"].iloc[half:].mean(),
+        "scattered": video["scattered"].iloc[half:].mean(),
+        "motion": video["motion"].mean(),
+        "motion_change": video["motion"].iloc[half:].mean() - video["motion"].iloc[BASE_CHUNKS].mean(),
+    }
 
 
 def paired(videos: pd.DataFrame, measure: str, method: str, reference: str) -> np.ndarray:
@@ -170,10 +178,13 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
     methods, reference = list(experiment.methods), next(iter(experiment.methods))
     videos = video_table(table, experiment)
     videos.to_csv(out / "videos.csv", index=False, float_format="%.5g")
-    shown = {"identity_error": "identity error", "background_error": "background\nCIEDE2000", "motion": "motion"}
+    has_object = "excess_drift" in videos
+    shown = {"L_mean": "lightness", "saturation": "saturation", "contrast": "contrast", "flow": "optical flow"}
+    if has_object:
+        shown = {"identity_error": "identity error", "background_error": "background\nCIEDE2000", "motion": "motion"}
     curves(table, shown).savefig(out / "curves.png", dpi=110)
     strips = []
-    for method in methods[1:] if experiment.cases is None else experiment.cases:
+    for method in (methods[1:] if experiment.cases is None else experiment.cases) if has_object else ():
         strips.append(f"cases-{part(out, method, [0]).stem.removesuffix('-0-0')}.jpg")
         cases(videos, experiment, out, method, reference).savefig(out / strips[-1], dpi=80)
     measures = ["excess_drift", "identity_error", "background_error", "object_error", "motion", "motion_change"]
@@ -181,6 +192,7 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
     measures += [f"contrast_{name}" for name in CONTRASTS]
     if experiment.defects:
         measures = ["recovery", "excess_recovery", *measures]
+    measures = [measure for measure in measures if measure in videos]
     others = [method for method in methods[1:] if method in RIVALS]
     sections = [
         f"# {experiment.name}",
@@ -188,12 +200,12 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
         f"from {experiment.first_seed}, {experiment.num_chunks} chunks, scenes {', '.join(experiment.scenes)}, "
         f"checkpoint `{experiment.checkpoint}`.",
         *(comparison(videos, measure, methods, reference) for measure in measures),
-        *(comparison(videos, measure, methods, other) for other in others for measure in RIVALRY),
+        *(comparison(videos, measure, methods, other) for other in others for measure in RIVALRY if has_object),
         *([areas_by_defect(table, experiment), alarms(table, experiment)] if experiment.defects else []),
         cost(table, videos, methods, reference),
-        detectors(table, reference, experiment),
+        *([detectors(table, reference, experiment)] if has_object else []),
         "![curves](curves.png)",
-        "The five videos whose excess drift falls most and the five where it falls least, each below its reference:",
+        *([CASES] if strips else []),
         *(f"![{name}]({name})" for name in strips),
     ]
     report = "\n\n".join(sections) + "\n"

@@ -13,11 +13,12 @@ from accelerate import PartialState
 
 from tokentrim import TokenTrimPipeline
 from tokentrim.tokentrim_policy import SeverityMonitor
+from training import world
 
 from .controls import CONTROLS, correct_afterwards
 from .defects import Painted, paint_chunk
 from .experiment import Experiment, part
-from .measures import measure_chunks
+from .measures import frame_look, measure_chunks
 from .rollouts import ROOT, counted_calls, draw_noise
 from .signals import SIGNALS
 
@@ -52,7 +53,7 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
     signals = {name: signal(chunks, patch_size) for name, signal in SIGNALS.items()}  # each (B, chunks)
     rows = []
     for video, (seed, prompt, kind) in enumerate(zip(seeds, prompts, kinds)):
-        measured = measure_chunks(frames[video], prompt, per_chunk)
+        measured = measure(experiment, frames[video], prompt, per_chunk)
         for chunk, (measures, decision) in enumerate(zip(measured, output.decisions[video], strict=True)):
             rows.append(
                 {
@@ -74,6 +75,13 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
                 }
             )
     return pd.DataFrame(rows), (frames[:, per_chunk // 2 :: per_chunk] * 255).round().astype(np.uint8)
+
+
+def measure(experiment: Experiment, frames: np.ndarray, prompt: str, per_chunk: int) -> list[dict[str, float]]:
+    """Of each chunk of a video, (frames, H, W, 3): what can be told of the tiny world, or of any."""
+    if experiment.world is world:
+        return measure_chunks(frames, prompt, per_chunk)
+    return [frame_look(chunk) for chunk in np.split(frames, len(frames) // per_chunk)]
 
 
 def main() -> None:

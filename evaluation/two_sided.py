@@ -1,0 +1,136 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Infidelity and life of an experiment's videos: `python -m evaluation.two_sided --config evaluation/configs/x.yaml`.
+
+Reads what `evaluation.run` wrote, renders true videos of the same prompts (twice: the second set is the floor, what true
+videos get), and writes two_sided.md, two_sided.json and two_sided.png beside it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from .experiment import Experiment, part
+from .fidelity import LOOKS, Infidelity, Looks, interval, life
+from .measures import flow_amplitude
+from .rollouts import ROOT
+from .worlds import render_chunks
+
+
+FLOOR = "true videos"
+HIDDEN_SEEDS = (1_000_000, 2_000_000)  # added to a video's seed: what the prompt does not tell of the true ones
+FRAMES_PER_CHUNK = 3  # of every world
+MEASURES = {
+    "growth": "growth of infidelity",
+    "share": "of the first method's",
+    "life": "life",
+}
+
+
+def load_videos(experiment: Experiment, out: Path, method: str) -> np.ndarray:
+    """Middle frames, uint8 (videos, chunks, H, W, 3), in the order of the seeds."""
+    parts = [part(out, name, seeds).with_suffix(".npz") for name, seeds in experiment.jobs() if name == method]
+    return np.concatenate([np.load(path)["frames"] for path in parts])
+
+
+def render_true(experiment: Experiment, hidden_seed: int) -> np.ndarray:
+    """True videos, uint8 (videos, chunks, 2, H, W, 3)."""
+    seeds = range(experiment.first_seed, experiment.first_seed + experiment.num_seeds)
+    return np.stack(
+        [
+            render_chunks(experiment.world, prompt, hidden_seed + seed, experiment.num_chunks, FRAMES_PER_CHUNK)
+            for seed, prompt in zip(seeds, experiment.prompts(seeds))
+        ]
+    )
+
+
+def measure(experiment: Experiment, out: Path) -> dict:
+    """For each kind of look and each method, and the floor: infidelity over time, its growth and life with intervals, and
+    the growth as a share of the first method's."""
+    true, again = (render_true(experiment, hidden_seed) for hidden_seed in HIDDEN_SEEDS)
+    videos = {method: load_videos(experiment, out, method) for method in experiment.methods} | {FLOOR: again[:, :, 0]}
+    results = {}
+    for kind, look in LOOKS.items():
+        scale = look(true[:, :, 0])
+        reference, results[kind], first = Looks.of(scale, scale), {}, None
+        for method, frames in videos.items():
+            looks = Looks.of(look(frames), scale)
+            infidelity = Infidelity(looks, reference)
+            first = first or infidelity
+            results[kind][method] = {
+                "over_time": infidelity.over_time().tolist(),
+                "growth": interval(infidelity.growth, len(frames)),
+                "share": interval(lambda chosen: infidelity.growth(chosen) / first.growth(chosen), len(frames)),
+                "life": interval(lambda chosen: life(looks, reference, chosen), len(frames)),
+                "life_over_time": (looks.travel().mean(axis=0)[1:] / reference.travel().mean(axis=0)[1:]).tolist(),
+            }
+    return results
+
+
+def motions(experiment: Experiment, out: Path, true: np.ndarray) -> dict[str, float]:
+    """Optical flow from frame to frame over the last half, over the true videos'."""
+    half = experiment.num_chunks // 2
+    of_true = np.mean([flow_amplitude(pair / 255) for video in true for pair in video[half:]])
+    table = pd.concat([pd.read_csv(part(out, *job)) for job in experiment.jobs()])
+    flow = table[table["chunk"] >= half].groupby("method")["flow"].mean()
+    return {method: float(flow[method] / of_true) for method in experiment.methods}
+
+
+def report(experiment: Experiment, results: dict, motion: dict[str, float]) -> str:
+    def cell(values: tuple[float, float, float]) -> str:
+        return "{:.3g} [{:.3g}, {:.3g}]".format(*values)
+
+    lines = [
+        f"# {experiment.name}: fidelity and life",
+        f"{experiment.num_seeds} videos of {experiment.num_chunks} chunks, checkpoint `{experiment.checkpoint}`. Growth of "
+        "infidelity: of the last half over the first eighth. Motion: over the last half, 1 is the world's.",
+        "",
+        "| method | motion | "
+        + " | ".join(f"{title}, {kind}" for kind in results for title in MEASURES.values())
+        + " |",
+        "| --- " * (2 + len(results) * len(MEASURES)) + "|",
+    ]
+    for method in [*experiment.methods, FLOOR]:
+        cells = [cell(results[kind][method][measure]) for kind in results for measure in MEASURES]
+        lines.append(f"| {method} | {motion.get(method, 1):.2f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict) -> Figure:
+    """Infidelity and life over time, a column for each kind of look."""
+    figure = Figure(figsize=(5 * len(results), 5), layout="constrained")
+    axes = figure.subplots(2, len(results), sharex=True, squeeze=False)
+    for (top, bottom), (kind, methods) in zip(axes.T, results.items()):
+        for method, result in methods.items():
+            style = {"color": "0.5", "linestyle": ":"} if method == FLOOR else {}
+            for axis, values in ((top, result["over_time"]), (bottom, result["life_over_time"])):
+                axis.plot(np.linspace(0, 1, len(values)), values, label=method, **style)
+        bottom.axhline(1, color="0.8", linewidth=0.8)
+        top.set(title=kind, ylabel="infidelity")
+        bottom.set(xlabel="time, share of the video", ylabel="life", ylim=(0, None))
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="an experiment, evaluation/configs/*.yaml")
+    parser.add_argument("--out", type=Path, help="where evaluation.run wrote, evaluation/runs/<name> by default")
+    args = parser.parse_args()
+    experiment = Experiment.load(args.config)
+    out = (args.out or ROOT / "evaluation" / "runs" / experiment.name).resolve()
+    results = measure(experiment, out)
+    motion = motions(experiment, out, render_true(experiment, HIDDEN_SEEDS[0]))
+    (out / "two_sided.json").write_text(json.dumps({"motion": motion, **results}, indent=1))
+    plot(results).savefig(out / "two_sided.png", dpi=110)
+    (out / "two_sided.md").write_text(text := report(experiment, results, motion))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
