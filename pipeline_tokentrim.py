@@ -413,9 +413,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                     run.policies.observe(latents)
                 else:
                     draft = run.denoiser.draft(index, run.in_flight)
-                    while unstable := {} if self.interrupt else run.policies.review(draft.judged):  # eq. 4 to 8
-                        run.evict(unstable)  # eq. 9, 10: {video: grid tokens}
-                        draft = run.denoiser.redraft(draft, list(unstable))
+                    while evicted := {} if self.interrupt else run.evict(run.policies.review(draft.judged)):
+                        draft = run.denoiser.redraft(draft, list(evicted))  # eq. 4 to 10: {video: grid tokens}
                     latents, in_flight = run.denoiser.finish(draft)
                     if self.interrupt:
                         return

@@ -203,9 +203,11 @@ class WanBackbone:
         self.cache.make_room(num_frames)
         self.context = {frame: self.context[frame] for frame in self.cache.frames}
 
-    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0, weight: float = 0.0) -> None:
+    def evict(
+        self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0, weight: float = 0.0
+    ) -> dict[int, list[int]]:
         """Hard pruning (eq. 9, 10), or soft pruning to a weight, as in [`RollingKVCache`]."""
-        self.cache.evict(tokens, since_frame, weight)
+        return self.cache.evict(tokens, since_frame, weight)
 
     def predict_flow(
         self,

@@ -108,19 +108,27 @@ class RollingKVCache:
             self.frames = [frame for frame in self.frames if frame in kept]
         self._forget_views()
 
-    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0, weight: float = 0.0) -> None:
+    def evict(
+        self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0, weight: float = 0.0
+    ) -> dict[int, list[int]]:
         """Hard pruning (eq. 9, 10): `tokens[video]` are grid indices to remove from all its unprotected frames, or from
-        those since a certain one. Soft pruning: with a `weight` they stay, and count for so much less."""
+        those since a certain one. Soft pruning: with a `weight` they stay, and count for so much less. Returns those of
+        which something was held, for each video that had such."""
         gone, sink = torch.zeros_like(self.book.held), self._sink()
         first = max(since_frame, self.num_protected_frames)
         for video, indices in tokens.items():
             named = torch.isin(self.book.token[video], torch.tensor(sorted(indices), dtype=torch.long))
             gone[video] = named & (self.book.frame[video] >= first) & ~torch.isin(self.book.frame[video], sink)
+        gone &= self.book.held
+        evicted = {
+            video: self.book.token[video][gone[video]].unique().tolist() for video in tokens if gone[video].any()
+        }
         if weight == 0:
             self.drop(gone)
-        else:
+        elif evicted:
             self.book = self.book.weighted(gone, weight)
             self._changed()
+        return evicted
 
     def drop(self, gone: torch.Tensor) -> None:
         """Remove the tokens of the book where `gone`, (B, tokens), is True; what stays moves to the front of each row."""

@@ -117,11 +117,16 @@ class ContextPolicies:
                 tokens |= asked if self._attempts < limit else set()
             if tokens:
                 unstable[video] = sorted(tokens)
-                decision = self._decisions[video]
-                decision["trim"], decision["tokens"] = True, sorted({*decision["tokens"], *tokens})
         self._under_review = list(unstable)
         self._attempts += 1
         return unstable
+
+    def evicted(self, tokens: dict[int, list[int]]) -> None:
+        """The grid tokens that left each video's context; these videos are generated again, and reviewed."""
+        self._under_review = list(tokens)
+        for video, indices in tokens.items():
+            decision = self._decisions[video]
+            decision["trim"], decision["tokens"] = True, sorted({*decision["tokens"], *indices})
 
     def commit(self, latents: torch.Tensor) -> torch.Tensor:
         """What becomes context in the place of accepted latents, (B, C, T, H, W); `entered` says of which videos."""

@@ -115,15 +115,21 @@ class FARBackbone:
         known = {*self.cache.frames, *sum(self.full_chunks, [])}
         self.evicted = {frame: tokens for frame, tokens in self.evicted.items() if frame in known}
 
-    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> None:
+    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> dict[int, list[int]]:
         """Hard pruning (eq. 9, 10): `tokens[video]` are full grid indices to remove from all its unprotected frames, or
-        from those since a certain one."""
-        first = max(since_frame, self.cache.num_protected_frames)
-        for frame, evicted in self.evicted.items():
-            for video, indices in tokens.items():
+        from those since a certain one. Returns those that were not evicted from all of them yet, for each video whose
+        context lost something."""
+        first, new, held = max(since_frame, self.cache.num_protected_frames), {}, self.cache.book.held.sum(dim=1)
+        for video, indices in tokens.items():
+            indices = sorted(indices)
+            was = [evicted[video, indices] for frame, evicted in self.evicted.items() if frame >= first]
+            new[video] = [index for index, *each in zip(indices, *was) if not all(each)]
+            for frame, evicted in self.evicted.items():
                 if frame >= first:
-                    evicted[video, list(indices)] = True
+                    evicted[video, indices] = True
         self.cache.drop(self._lost(self.cache.book, self.cache.frames))
+        lost = self.cache.book.held.sum(dim=1) < held
+        return {video: indices for video, indices in new.items() if lost[video]}
 
     def predict_flow(
         self,

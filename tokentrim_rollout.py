@@ -69,10 +69,13 @@ class Rollout:
         """Whether a chunk follows, so that this one has to be committed."""
         return self.plan.has_chunk(index + 1)
 
-    def evict(self, tokens: dict[int, list[int]]) -> None:
-        """Grid tokens of some videos leave the context, or count for less."""
+    def evict(self, tokens: dict[int, list[int]]) -> dict[int, list[int]]:
+        """Grid tokens of some videos leave the context, or count for less: those of which it held something. Without any,
+        another attempt would repeat the one before."""
         weight = self.plan.method.prune_weight
-        self.backbone.evict(tokens, **({"weight": weight} if weight else {}))
+        evicted = self.backbone.evict(tokens, **({"weight": weight} if weight else {}))
+        self.policies.evicted(evicted)
+        return evicted
 
     def advance(self, index: int) -> None:
         """Chunk `index` is over: from here on the run can be saved and resumed."""

@@ -1,14 +1,13 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Controls: something else in the place of a method's remedy."""
 
-import sys
 from collections.abc import Callable
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from tokentrim import Layout, TokenTrim, TokenTrimPipeline, WindowLayout
-from tokentrim.tokentrim_plan import TRIM_SETTINGS, WINDOW_SETTINGS
+from tokentrim import TokenTrim, TokenTrimPipeline
+from tokentrim.tokentrim_plan import TRIM_SETTINGS
 from tokentrim.tokentrim_statistics import MatchDistribution
 
 
@@ -51,13 +50,12 @@ class FreshNoise:
         return randn_tensor(latents.shape, generator=torch.Generator().manual_seed(self.chunk)).to(latents)
 
 
-class Unprunable(Layout):
-    """The checkpoint's window, all of it safe from eviction: another attempt reads the same context."""
+class SameContext(TokenTrim):
+    """TokenTrim whose tokens stay and count for all that they did: another attempt reads the same context."""
 
-    num_sink_frames = sys.maxsize
-
-    def __init__(self, window: WindowLayout):
-        self.keep, self.view, self.check = window.keep, window.view, window.check
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.prune_weight = 1.0
 
 
 def correct_afterwards(latents: torch.Tensor, num_frames_per_chunk: int) -> torch.Tensor:
@@ -77,19 +75,11 @@ def _other_policy(kind: type, *hooks: Callable) -> Callable:
     return change
 
 
-def _fresh_noise_no_pruning(pipe: TokenTrimPipeline, arguments: dict) -> dict:
-    arguments = _other_policy(TokenTrim, FreshNoise)(pipe, arguments)
-    window = {name: arguments.pop(name, None) for name in WINDOW_SETTINGS}
-    window = {name: pipe.config.get(name) if value is None else value for name, value in window.items()}
-    window = WindowLayout(**{name: value for name, value in window.items() if value is not None})
-    return {**arguments, "layout": Unprunable(window)}
-
-
 # What each makes of a call's arguments.
 CONTROLS: dict[str, Callable] = {
     "random_tokens": _other_policy(RandomTokens),
     "lowest_drift": _other_policy(LowestDrift),
     "fresh_noise": _other_policy(TokenTrim, FreshNoise),
-    "fresh_noise_no_pruning": _fresh_noise_no_pruning,
+    "fresh_noise_no_pruning": _other_policy(SameContext, FreshNoise),
     "corrected_afterwards": lambda pipe, arguments: arguments,
 }

@@ -256,6 +256,7 @@ def test_tokens_of_a_review_are_evicted_and_show_in_the_decision(tokens):
     """As if TokenTrim had found them: the same eviction as a chunk that is generated with them gone."""
     policies = ContextPolicies([Trimmer(0, tokens)], 1, GRID)
     assert policies.review(noise(1)) == {0: [1, 4]}
+    policies.evicted({0: [1, 4]})
     (decision,) = policies.close()
     assert decision["trim"] and decision["tokens"] == [1, 4]
 
@@ -276,6 +277,7 @@ def test_a_review_evicts_and_generates_again(drift_signal):
 def test_tokens_that_several_policies_ask_for_are_evicted_together():
     policies = ContextPolicies([Trimmer(0, [1, 4]), Trimmer(0, [0, 1])], 1, GRID)
     assert policies.review(noise(1)) == {0: [0, 1, 4]}
+    policies.evicted({0: [0, 1, 4]})
     assert policies.close()[0]["tokens"] == [0, 1, 4]
 
 
@@ -299,10 +301,12 @@ def test_an_endless_reviewer_stops_after_max_regenerations(max_regenerations):
     pipe, forwards = latent_pipeline(), []
     pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
     output = roll(pipe, noise(3), method=[Endless(max_regenerations)])
-    assert len(forwards) == 3 * 2 * (1 + max_regenerations) + 2
-    assert [decision["reviews"] for decision in output.decisions[0]] == [1 + max_regenerations] * 3
-    assert [decision["trim"] for decision in output.decisions[0]] == [max_regenerations > 0] * 3
-    assert [len(decision["tokens"]) for decision in output.decisions[0]] == [max_regenerations] * 3
+    first, *later = output.decisions[0]  # the first chunk has no context to evict from
+    assert len(forwards) == (3 + 2 * max_regenerations) * 2 + 2
+    assert first["reviews"] == 1 and not first["trim"] and first["tokens"] == []
+    assert [decision["reviews"] for decision in later] == [1 + max_regenerations] * 2
+    assert [decision["trim"] for decision in later] == [max_regenerations > 0] * 2
+    assert [len(decision["tokens"]) for decision in later] == [max_regenerations] * 2
 
 
 def test_max_regenerations_counts_for_each_policy():

@@ -36,8 +36,9 @@ def play(policy, severities):
         attempts = attempts if isinstance(attempts, tuple) else (attempts,)
         for attempt in attempts:
             chunk = torch.full((1, 1, 1, 4, 6), (level + attempt) / 2)  # a patch has 4 values: norm 2
-            if not policies.review(chunk):
+            if not (unstable := policies.review(chunk)):
                 break
+            policies.evicted(unstable)
         level += attempt
         assert torch.equal(policies.commit(chunk), chunk)
         decisions += policies.close()
@@ -129,6 +130,7 @@ def test_each_video_has_a_gate_of_its_own():
         attempt[1, ..., :2, :2] += 20 * (chunk == 3)
         assert policies.review(attempt) == ({1: [0]} if chunk == 3 else {})
         if chunk == 3:
+            policies.evicted({1: [0]})
             assert policies.review(batch + chunk) == {}
         policies.commit(batch + chunk)
         decisions = policies.close()
