@@ -169,7 +169,8 @@ class FARBackbone:
             self.cache.truncate(chunks[0][0])
         self.cache.begin_pass(sum(map(len, carried)), Pass("commit"), self._commit_book(carried, num_compressed))
         with self.cache.writing():
-            clean, sizes = torch.zeros(len(carried), device=latents.device), list(map(len, carried))
+            clean = torch.zeros(len(carried), device=latents.device, dtype=torch.float32)
+            sizes = list(map(len, carried))
             latents = torch.cat(self.recent[-len(carried) :], dim=2)
             self._forward(latents, sizes, clean, clean, text, attention_kwargs, True)
         self.full_chunks = chunks[1 - limit :]
