@@ -1,6 +1,7 @@
 """What people pass to a call: in other forms than ours, to the same video, or to an error that says what to pass."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -337,3 +338,36 @@ def test_a_stream_whose_decoding_ran_out_of_memory_goes_on_from_its_state(tmp_pa
         assert stream.index == stream.first_chunk == 1
         (chunk,) = stream
     assert chunk.index == 1 and (chunk.frames == expected[:, 9:]).all() and seen == [0, 1]
+
+
+# Two rollouts
+
+
+def test_of_two_threads_one_gets_the_transformer_and_the_other_a_sentence():
+    pipe, inside, go_on = full_pipeline(), threading.Event(), threading.Event()
+    before, expected = processors(pipe.transformer), pipe(**CALL, generator=generators(0)).frames
+    outputs = []
+
+    def wait(pipe, step, timestep, tensors):
+        inside.set()
+        assert go_on.wait(60)
+        return {}
+
+    call = {**CALL, "generator": generators(0), "callback_on_step_end": wait}
+    thread = threading.Thread(target=lambda: outputs.append(pipe(**call)))
+    thread.start()
+    assert inside.wait(60)
+    with pytest.raises(RuntimeError, match="in a rollout already"):
+        pipe(**CALL, guidance_scale=5.0)
+    go_on.set()
+    thread.join()
+    assert (outputs[0].frames == expected).all() and processors(pipe.transformer) == before
+
+
+def test_a_call_inside_a_call_is_refused_and_nothing_of_either_stays():
+    pipe = full_pipeline()
+    before, expected = processors(pipe.transformer), pipe(**CALL, generator=generators(0)).frames
+    with pytest.raises(RuntimeError, match="in a rollout already"):
+        pipe(**CALL, on_chunk=lambda *_: pipe(**CALL))
+    assert processors(pipe.transformer) == before
+    assert (pipe(**CALL, generator=generators(0)).frames == expected).all()
