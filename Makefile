@@ -4,7 +4,10 @@ INSTALLED = .venv/installed
 # A folder of checkpoints/: `make demo WORLD=travelling-world`.
 WORLD = tiny-world
 
-.PHONY: demo install test test-fast lint clean
+# Random calls of `make fuzz`; `make test` has 200, always the same.
+EXAMPLES = 20000
+
+.PHONY: demo install test test-fast fuzz lint clean
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.demo --world $(WORLD)
@@ -20,6 +23,9 @@ test: $(INSTALLED)
 FAST = contract methods policy quarantine reanchor statistics layout field_layouts rollout bundle
 test-fast: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -n auto --dist worksteal -m "not slow" $(FAST:%=tests/test_%.py)
+
+fuzz: $(INSTALLED)
+	HF_HUB_OFFLINE=1 EXAMPLES=$(EXAMPLES) $(PYTHON) -m pytest -q tests/test_fuzz.py
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .

@@ -19,6 +19,7 @@ try:
         AnyFlowFARTransformer3DModel,
         AutoencoderKLWan,
         FlowMapEulerDiscreteScheduler,
+        SchedulerMixin,
         WanTransformer3DModel,
     )
 except ImportError as error:
@@ -32,7 +33,7 @@ from .tokentrim_attention import check_free
 from .tokentrim_cache import RollingKVCache  # noqa: F401
 from .tokentrim_checks import check, check_int
 from .tokentrim_context import ContextPolicy
-from .tokentrim_decoding import FrameDecoder, make_decoder
+from .tokentrim_decoding import FrameDecoder, decode_all, make_decoder
 from .tokentrim_denoising import Prompt  # noqa: F401
 from .tokentrim_encoding import encode_given, encode_prompts
 from .tokentrim_far import FARBackbone  # noqa: F401
@@ -45,7 +46,7 @@ from .tokentrim_memory_layouts import MemRoPE  # noqa: F401
 from .tokentrim_methods import make_method  # noqa: F401
 from .tokentrim_output import TokenTrimPipelineOutput, concatenated
 from .tokentrim_partition import partition_chunks  # noqa: F401
-from .tokentrim_plan import RolloutPlan, plan_rollout
+from .tokentrim_plan import RolloutPlan, plan_rollout, read_call
 from .tokentrim_policy import TokenTrim  # noqa: F401
 from .tokentrim_prompts import PromptChange  # noqa: F401
 from .tokentrim_quarantine import Quarantine  # noqa: F401
@@ -56,7 +57,7 @@ from .tokentrim_scheduler import lift_scheduler
 from .tokentrim_stability import token_grid  # noqa: F401
 from .tokentrim_state import check_same, fingerprint, has_state, load_state, recall, record_call, settings_of
 from .tokentrim_statistics import quantiles  # noqa: F401
-from .tokentrim_stream import Chunk, Stream
+from .tokentrim_stream import Chunk, Stream, gather
 from .tokentrim_video import VideoWriter  # noqa: F401
 
 
@@ -118,9 +119,13 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         check_portable(settings)
         is_wan = vae is None or "scale_factor_temporal" in vae.config
         check(is_wan, "vae", type(vae).__name__, "an AutoencoderKLWan, from a causal Wan checkpoint")
-        scheduler = lift_scheduler(scheduler) if scheduler is not None else None
+        scheduler = lift_scheduler(scheduler) if isinstance(scheduler, SchedulerMixin) else scheduler
         super().__init__(tokenizer, text_encoder, transformer, vae, scheduler)
         self.register_to_config(**settings)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As usual, but a scheduler is lifted: `pipe.scheduler = X.from_config(pipe.scheduler.config)` is all it takes."""
+        super().__setattr__(name, lift_scheduler(value) if isinstance(value, SchedulerMixin) else value)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, include_code: bool = False, **kwargs) -> None:
         """
@@ -155,7 +160,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        video: torch.Tensor | None = None,
+        video: torch.Tensor | np.ndarray | list | None = None,
         video_latents: torch.Tensor | None = None,
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
@@ -191,7 +196,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         rollout: str | None = None,
         num_frames_per_chunk: int | None = None,
         layout: str | dict | Layout | None = None,
-        window_size: int | None = None,
+        window_size: int | str | None = None,
         num_sink_frames: int | None = None,
         relative_positions: bool | None = None,
         sink_at_commit: bool | None = None,
@@ -207,8 +212,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
 
         Args:
             prompt (`str` or `list[str]`, *optional*): the prompt or prompts; or pass `prompt_embeds`.
-            video (`torch.Tensor`, *optional*):
-                Frames to continue, (B, T, C, H, W) in `[0, 1]` with T = 4n + 1. Where their latent frames are no whole
+            video (`torch.Tensor`, `np.ndarray` or `list`, *optional*):
+                Frames to continue: a tensor (B, T, 3, H, W), an array (B, T, H, W, 3), both in `[0, 1]` or of bytes, or
+                images of PIL, as a call gives them, of one video or several; T = 4n + 1, of the video's size. Where their latent frames are no whole
                 chunks, the first chunk is what is left of them: one frame is a chunk of its own. AnyFlow-FAR and
                 `chunk_partition` ask for whole chunks.
             video_latents (`torch.Tensor`, *optional*): the same as latents, (B, T, C, H, W).
@@ -266,9 +272,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             layout (`str`, `dict` or `Layout`, *optional*):
                 Which past frames a pass reads, and where they stand: a name, a dict of it with its settings, or an
                 object with the functions of `pipe.Layout`. By default a window, from the next four arguments.
-            window_size (`int`, *optional*):
-                Latent frames that attention spans, the current chunk and the sink included. `None` without a setting
-                in the checkpoint: all of the past, whose cache grows without bound.
+            window_size (`int` or `"all"`, *optional*):
+                Latent frames that attention spans, the current chunk and the sink included. `"all"`, or `None` without a
+                setting in the checkpoint: all of the past, whose cache grows without bound.
             num_sink_frames (`int`, *optional*):
                 First latent frames that never leave the cache. `None` without a setting in the checkpoint: 0, or the
                 first chunk with `"rolling_forcing"`.
@@ -296,6 +302,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         Raises:
             `TypeError`, `ValueError`: an argument is no good; its name, its value and what is valid are in the message.
             `RuntimeError`: the model's output is not finite; chunk and step are in the message.
+            Whatever the VAE raises, as where memory runs out: with the `latents` of all finished chunks as an attribute.
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
 
@@ -305,7 +312,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         # 2. Encode the prompt, and roll out and decode chunk by chunk
         decodes = output_type != "latent" and not self.vae.use_tiling  # tiles are of all frames
         with Stream(self, self.begin(plan), self._make_decoder() if decodes else None) as stream:
-            chunks = list(stream)
+            chunks = gather(stream)
 
         # 3. Put the chunks together
         chunk_frames = [plan.chunk_frames(chunk.index) for chunk in chunks]
@@ -313,11 +320,11 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             frames = concatenated([chunk.frames for chunk in chunks])
         else:
             num_videos, channels, *size = plan.frame_shape
-            latents = torch.cat(
-                [torch.zeros(num_videos, channels, 0, *size), *(each.latents for each in chunks)], dim=2
-            )
-            num_frames = sum(chunk_frames)
-            frames = latents if output_type == "latent" else self.decode_latents(latents, output_type, num_frames)
+            none = torch.zeros(num_videos, channels, 0, *size, dtype=torch.float32)
+            latents = torch.cat([chunk.latents for chunk in chunks], dim=2) if chunks else none
+            frames = latents
+            if output_type != "latent":
+                frames = self.decode_latents(latents, output_type, sum(chunk_frames))
         decisions = [[chunk.decisions[video] for chunk in chunks] for video in range(plan.num_videos)]
         if not return_dict:
             return (frames, decisions)
@@ -344,7 +351,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             state_dir (`str` or `os.PathLike`, *optional*): where the run is saved, for [`resume`].
             save_every (`int`, defaults to `10`): chunks between two states.
         """
-        call = self._bind(*args, **kwargs)
+        call = read_call(self._bind(*args, **kwargs))
         check_int("save_every", save_every, 1)
         if state_dir is not None:
             valid = "a folder without a state: `pipe.resume(state_dir)` goes on with the run that is there"
@@ -378,7 +385,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         decoder = None if state["decoder"] is None else self._make_decoder(preview_vae)
         if decoder is not None:
             decoder.load_state_dict(state["decoder"])
-        return Stream(self, run, decoder, state_dir, state["save_every"], state["call"], state["files"])
+        saved = [state.get(name) for name in ("save_every", "call", "files", "undecoded")]
+        return Stream(self, run, decoder, state_dir, *saved)
 
     def plan(self, *args, **kwargs) -> RolloutPlan:
         """What a call with these arguments would do, completed from the checkpoint and checked; no model runs."""
@@ -426,7 +434,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
     def begin(self, plan: RolloutPlan) -> Rollout:
         """The session of a planned call: the prompt is encoded; no step is taken."""
         check_free(self.transformer)
-        device, self._guidance_scale = self._execution_device, plan.call["guidance_scale"]
+        device = self._execution_device
         prompt, given = encode_prompts(self, plan, device), encode_given(self, plan, device)
         run = Rollout(self, plan, prompt, device, given)
         for index, change in plan.prompt_changes.items():
@@ -437,14 +445,5 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
     def decode_latents(
         self, latents: torch.Tensor, output_type: str, num_frames: int | None = None
     ) -> torch.Tensor | np.ndarray | list:
-        """Latents (B, C, T, H, W) to videos as `output_type` asks, of all frames or the first `num_frames`; none where a
-        run was interrupted in its first chunk."""
-        config = self.vae.config
-        mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
-        latents = (latents * std.to(latents) + mean.to(latents)).to(self.vae.dtype)
-        if latents.shape[2] > 0:
-            video = self.vae.decode(latents, return_dict=False)[0]
-        else:
-            height, width = (side * self.vae_scale_factor_spatial for side in latents.shape[3:])
-            video = latents.new_zeros(len(latents), 3, 0, height, width)
-        return self.video_processor.postprocess_video(video[:, :, :num_frames], output_type=output_type)
+        """Latents (B, C, T, H, W) to videos as `output_type` asks, of all frames or the first `num_frames`."""
+        return decode_all(self, latents, output_type, num_frames)

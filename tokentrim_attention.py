@@ -6,6 +6,7 @@ Queries and keys are normalised and rotated in fp32, and the sinusoid of the tim
 the model's dtype: their rounding would be cached, read again and amplified.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -28,6 +29,7 @@ from .tokentrim_layout import Pass
 
 
 MASKLESS = ("flash", "_flash", "aiter", "sage", "_sage", "_native_flash", "_native_xla")  # how their names begin
+installing = threading.Lock()
 NUM_EXTRA = 8  # channels: kernels ask for heads of a multiple of this
 
 
@@ -144,12 +146,14 @@ def check_free(transformer: ModelMixin) -> None:
 def replaced_processors(transformer: ModelMixin, make_self: Callable, make_cross: Callable) -> Iterator[None]:
     """Give every block of `transformer` the processors that `make_self` and `make_cross` make of a layer's index and the
     stock processor; always puts its own back."""
-    check_free(transformer)
-    stock = [(attn, attn.processor) for block in transformer.blocks for attn in (block.attn1, block.attn2)]
+    stock = []
     try:
-        for layer, block in enumerate(transformer.blocks):
-            block.attn1.set_processor(make_self(layer, block.attn1.processor))
-            block.attn2.set_processor(make_cross(layer, block.attn2.processor))
+        with installing:  # of two threads, one gets it
+            check_free(transformer)
+            stock = [(attn, attn.processor) for block in transformer.blocks for attn in (block.attn1, block.attn2)]
+            for layer, block in enumerate(transformer.blocks):
+                block.attn1.set_processor(make_self(layer, block.attn1.processor))
+                block.attn2.set_processor(make_cross(layer, block.attn2.processor))
         yield
     finally:
         for attn, processor in stock:
@@ -159,20 +163,18 @@ def replaced_processors(transformer: ModelMixin, make_self: Callable, make_cross
 @contextmanager
 def cached_attention(transformer: WanTransformer3DModel, cache: RollingKVCache) -> Iterator[None]:
     """Let every attention layer of `transformer` read and write `cache`; always puts its own parts back."""
-    embedder = transformer.condition_embedder
-    timesteps = embedder.timesteps_proj
-    try:
-        if isinstance(timesteps, Timesteps):
-            embedder.timesteps_proj = ExactTimesteps(timesteps)
-        with warnings.catch_warnings():
-            # The norm in fp32 of a model in bf16 is what we ask for, at the cost of torch's fused kernel.
-            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-            with replaced_processors(
-                transformer, partial(CachedSelfAttnProcessor, cache), partial(CachedCrossAttnProcessor, cache)
-            ):
-                yield
-    finally:
-        embedder.timesteps_proj = timesteps
+    make_self, make_cross = partial(CachedSelfAttnProcessor, cache), partial(CachedCrossAttnProcessor, cache)
+    with replaced_processors(transformer, make_self, make_cross), warnings.catch_warnings():
+        # The norm in fp32 of a model in bf16 is what we ask for, at the cost of torch's fused kernel.
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        embedder = transformer.condition_embedder
+        timesteps = embedder.timesteps_proj
+        try:
+            if isinstance(timesteps, Timesteps):
+                embedder.timesteps_proj = ExactTimesteps(timesteps)
+            yield
+        finally:
+            embedder.timesteps_proj = timesteps
 
 
 def rotary_dims(transformer: WanTransformer3DModel) -> tuple[int, int, int]:
@@ -258,7 +260,7 @@ class WanBackbone:
         frames = range(self.cache.next_frame, self.cache.next_frame + latents.shape[2])
         self.context.update(zip(frames, latents[: self.cache.num_videos].split(1, dim=2)))
         with self.cache.writing():
-            clean, sizes = torch.zeros(1, device=latents.device), [latents.shape[2]]
+            clean, sizes = torch.zeros(1, device=latents.device, dtype=torch.float32), [latents.shape[2]]
             return self.predict_flow(latents, sizes, clean, clean, text, attention_kwargs, Pass("commit"))
 
     def recache(self, text: torch.Tensor, attention_kwargs: dict[str, Any] | None) -> None:
@@ -275,7 +277,8 @@ class WanBackbone:
         latents = torch.cat([self.context[frame] for frame in frames], dim=2)
         latents = latents.repeat(len(text) // len(latents), 1, 1, 1, 1)
         with cache.writing():
-            self._forward(latents, torch.zeros(1, device=latents.device), text, attention_kwargs)
+            clean = torch.zeros(1, device=latents.device, dtype=torch.float32)
+            self._forward(latents, clean, text, attention_kwargs)
 
     def state_dict(self) -> dict:
         """The past between two chunks: plain values and tensors."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from .tokentrim_layout import Layout, Pass, View, check_view
+from .tokentrim_layout import Layout, Pass, View, check_frames, check_view
 from .tokentrim_memory import (
     LayerContext,
     TokenBook,
@@ -97,7 +97,7 @@ class RollingKVCache:
     def make_room(self, num_frames: int) -> None:
         """Before a chunk of `num_frames` latent frames: what the layout does not keep leaves."""
         new = list(range(self.next_frame, self.next_frame + num_frames))
-        self.retain(self.layout.keep(list(self.frames), new))
+        self.retain(check_frames("keep", self.layout.keep(list(self.frames), new), self.layout))
         self._begun.clear()
 
     def retain(self, frames: Iterable[int]) -> None:
@@ -149,7 +149,7 @@ class RollingKVCache:
 
     def flush(self, is_cut: bool = False) -> None:
         """A change of prompt: what the layout does not keep through it leaves; after a cut, the next chunk stands apart."""
-        self.retain(self.layout.flush(list(self.frames)))
+        self.retain(check_frames("flush", self.layout.flush(list(self.frames)), self.layout))
         self._is_cut = is_cut
 
     @contextmanager
@@ -357,7 +357,7 @@ class RollingKVCache:
             mask = torch.cat([book.held, self._pass_book.held], dim=1)
             of_frames, both = self._view.log_weights, book.appended(self._pass_book).log_weight
             if of_frames is not None or both is not None:
-                weights = torch.zeros(mask.shape) if both is None else both
+                weights = torch.zeros(mask.shape, dtype=torch.float32) if both is None else both
                 if of_frames is not None:
                     of_tokens = torch.tensor([*of_frames, 0.0], dtype=torch.float32)[index]
                     weights = weights + F.pad(of_tokens, (0, self._pass_book.held.shape[1]))

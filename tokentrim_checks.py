@@ -7,29 +7,51 @@ A leaf. Each room checks its own settings with them; a check never acts.
 import math
 import reprlib
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 
 
+LINE = 100  # characters of a value in a message
+
 _brief = reprlib.Repr()
-_brief.maxstring = _brief.maxother = 100
+_brief.maxstring = _brief.maxother = LINE
 
 
 def check(ok: bool, name: str, value: Any, valid: str, error: type[Exception] = ValueError) -> None:
     """Raise `error` unless `ok`."""
     if not ok:
-        value = f"of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else _brief.repr(value)
-        raise error(f"`{name}` has to be {valid}, but is {value}.")
+        raise error(f"`{name}` has to be {valid}, but is {shown(value)}.")
 
 
-def check_int(name: str, value: Any, minimum: int) -> None:
-    check(isinstance(value, int) and not isinstance(value, bool), name, value, f"an int >= {minimum}", TypeError)
-    check(value >= minimum, name, value, f"an int >= {minimum}")
+def shown(value: Any) -> str:
+    """A value in a message: the shape of a tensor or an array, and of others no more than a line."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return f"of shape {tuple(value.shape)}"
+    text = " ".join(_brief.repr(value).split())
+    return text if len(text) <= LINE else f"{text[: LINE - 3]}..."
+
+
+def plain(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's, also in dicts, lists and tuples."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if type(value) is dict:
+        return {plain(key): plain(each) for key, each in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+
+def check_int(name: str, value: Any, minimum: int, other: str = "") -> None:
+    """An int; `other` says what else is valid."""
+    valid = f"an int >= {minimum}{other}"
+    check(isinstance(value, Integral) and not isinstance(value, bool), name, value, valid, TypeError)
+    check(value >= minimum, name, value, valid)
 
 
 def check_number(name: str, value: Any, ok: Callable[[float], bool], valid: str) -> None:
-    check(isinstance(value, (int, float)) and not isinstance(value, bool), name, value, valid, TypeError)
+    check(isinstance(value, Real) and not isinstance(value, bool), name, value, valid, TypeError)
     check(math.isfinite(value) and ok(value), name, value, valid)
 
 

@@ -2,13 +2,14 @@
 """What later chunks may read: the contract of a method, and the chain of them for each video of a batch."""
 
 import copy
+import json
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
 
-from .tokentrim_checks import check
+from .tokentrim_checks import check, plain
 
 
 class ContextPolicy:
@@ -67,6 +68,9 @@ DECISION = {
     "quarantined": False,
     "reanchored": None,
 }
+
+
+OURS = ("chunk", "trim", "tokens", "quarantined")  # facts that no policy may overwrite
 
 
 def plain_state(policy: Any) -> dict:
@@ -147,9 +151,7 @@ class ContextPolicies:
         for policies, decision, entered in zip(self.chains, self._decisions, self.entered):
             decision["quarantined"] = not entered
             for policy in policies:
-                facts = policy.close(entered)
-                check(isinstance(facts, dict), f"{self._place(policy)}.close", facts, "a dict", TypeError)
-                decision.update(facts)
+                decision.update(self._check_facts(policy, policy.close(entered)))
         decisions = self._decisions
         self._open_chunk(self._index + 1)
         return decisions
@@ -201,6 +203,21 @@ class ContextPolicies:
         check(whole, name, tokens, valid, TypeError)
         check(all(0 <= token < self.num_tokens for token in tokens), name, tokens, valid)
         return set(map(int, tokens))
+
+    def _check_facts(self, policy: Any, facts: Any) -> dict:
+        name = f"{self._place(policy)}.close"
+        check(isinstance(facts, dict), name, facts, "a dict", TypeError)
+        check(
+            not set(facts) & set(OURS), name, list(facts), f"a dict without {', '.join(OURS)}, which the rollout says"
+        )
+        facts = plain(facts)
+        try:
+            json.dumps(facts, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"`{name}` has to be a dict of finite numbers, texts, lists and dicts: {error}."
+            ) from None
+        return facts
 
     def _check_latents(self, policy: Any, latents: Any, accepted: torch.Tensor) -> torch.Tensor | None:
         if latents is None:

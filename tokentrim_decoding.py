@@ -6,6 +6,8 @@ A decoder holds the temporal cache of one video (or batch) and leaves nothing on
 
 import inspect
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,7 +59,7 @@ class FrameDecoder:
             before = "({}, {}, T, {}, {})".format(*self.shape)
             check(shape == self.shape, "latents", latents, f"{before} like the chunks before")
         self.refuse_tiling()
-        latents = self.vae_latents(latents)
+        latents = self.scaled(latents)
         features = self.features
         if features is None:
             by_video = len(latents) if getattr(self.vae, "use_slicing", False) else 1
@@ -83,11 +85,9 @@ class FrameDecoder:
                 "A chunk needs little memory without."
             )
 
-    def vae_latents(self, latents: torch.Tensor) -> torch.Tensor:
+    def scaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Of the VAE's own scale and dtype."""
-        config = self.vae.config
-        mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
-        return (latents * std.to(latents) + mean.to(latents)).to(self.vae.dtype)
+        return scaled_latents(self.vae, latents)
 
     def decode_part(self, latents: torch.Tensor, features: list | None) -> tuple[torch.Tensor, list]:
         """Frames, and the features that the next chunk reads."""
@@ -122,7 +122,7 @@ class PreviewDecoder(FrameDecoder):
         self.temporal_factor = temporal_factor
         self.overlap = overlap
 
-    def vae_latents(self, latents: torch.Tensor) -> torch.Tensor:
+    def scaled(self, latents: torch.Tensor) -> torch.Tensor:
         return latents.to(next(self.vae.parameters(), latents).dtype)
 
     def decode_part(self, latents: torch.Tensor, features: list | None) -> tuple[torch.Tensor, list]:
@@ -144,6 +144,35 @@ class PreviewDecoder(FrameDecoder):
 def make_decoder(vae: Any, preview_vae: Any = None, temporal_factor: int = 4) -> FrameDecoder:
     """A decoder for one video or batch: of `preview_vae` if there is one, otherwise of the pipeline's own VAE."""
     return FrameDecoder(vae) if preview_vae is None else PreviewDecoder(preview_vae, temporal_factor)
+
+
+def scaled_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The transformer's latents, (B, C, T, H, W), in the scale and dtype of an `AutoencoderKLWan`."""
+    scale = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32)
+    mean, std = scale.view(2, 1, -1, 1, 1, 1)
+    return (latents * std.to(latents) + mean.to(latents)).to(vae.dtype)
+
+
+@contextmanager
+def latents_kept(latents: torch.Tensor) -> Iterator[None]:
+    """A decoding inside may fail, as where memory runs out: the error has `latents`, so that the run is not lost."""
+    try:
+        yield
+    except Exception as error:
+        error.latents = latents
+        error.add_note("The latents are kept as `latents` of this error: `pipe.decode_latents(error.latents, 'np')`.")
+        raise
+
+
+def decode_all(pipe: Any, latents: torch.Tensor, output_type: str, num_frames: int | None) -> Any:
+    """Videos of all latents at once, or their first frames; none where a run was interrupted in its first chunk."""
+    with latents_kept(latents):
+        if latents.shape[2] > 0:
+            video = pipe.vae.decode(scaled_latents(pipe.vae, latents), return_dict=False)[0]
+        else:
+            height, width = (side * pipe.vae_scale_factor_spatial for side in latents.shape[3:])
+            video = latents.new_zeros(len(latents), 3, 0, height, width)
+        return pipe.video_processor.postprocess_video(video[:, :, :num_frames], output_type=output_type)
 
 
 @apply_forward_hook  # as `vae.decode` has it; `vae.decoder` has not

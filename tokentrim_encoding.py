@@ -10,12 +10,12 @@ from .tokentrim_denoising import Prompt
 
 def encode_prompts(pipe: Any, plan: Any, device: torch.device) -> Prompt:
     """Embeddings of a call's prompts, one row for each video; negative ones with classifier-free guidance."""
-    call, repeats = plan.call, plan.call["num_videos_per_prompt"]
+    call, repeats, guided = plan.call, plan.call["num_videos_per_prompt"], plan.call["guidance_scale"] > 1
     names = ("prompt_embeds", "negative_prompt_embeds")
     encoded = pipe.encode_prompt(
         prompt=call["prompt"],
         negative_prompt=call["negative_prompt"],
-        do_classifier_free_guidance=pipe.do_classifier_free_guidance,
+        do_classifier_free_guidance=guided,
         num_videos_per_prompt=repeats,
         prompt_embeds=call["prompt_embeds"],
         negative_prompt_embeds=call["negative_prompt_embeds"],
@@ -26,7 +26,7 @@ def encode_prompts(pipe: Any, plan: Any, device: torch.device) -> Prompt:
         each if each is None or call[name] is None else each.repeat_interleave(repeats, dim=0)
         for name, each in zip(names, encoded)
     )
-    return Prompt(embeds, negative_embeds if pipe.do_classifier_free_guidance else None)
+    return Prompt(embeds, negative_embeds if guided else None)
 
 
 def encode_change(pipe: Any, plan: Any, change: Any, device: torch.device) -> list[torch.Tensor | None]:

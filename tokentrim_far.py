@@ -117,9 +117,9 @@ class FARBackbone:
 
     def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> dict[int, list[int]]:
         """Hard pruning (eq. 9, 10): `tokens[video]` are full grid indices to remove from all its unprotected frames, or
-        from those since a certain one. Returns those that were not evicted from all of them yet, for each video that had
-        such."""
-        first, new = max(since_frame, self.cache.num_protected_frames), {}
+        from those since a certain one. Returns those that were not evicted from all of them yet, for each video whose
+        context lost something."""
+        first, new, held = max(since_frame, self.cache.num_protected_frames), {}, self.cache.book.held.sum(dim=1)
         for video, indices in tokens.items():
             indices = sorted(indices)
             was = [evicted[video, indices] for frame, evicted in self.evicted.items() if frame >= first]
@@ -128,7 +128,8 @@ class FARBackbone:
                 if frame >= first:
                     evicted[video, indices] = True
         self.cache.drop(self._lost(self.cache.book, self.cache.frames))
-        return {video: indices for video, indices in new.items() if indices}
+        lost = self.cache.book.held.sum(dim=1) < held
+        return {video: indices for video, indices in new.items() if lost[video]}
 
     def predict_flow(
         self,
@@ -168,7 +169,8 @@ class FARBackbone:
             self.cache.truncate(chunks[0][0])
         self.cache.begin_pass(sum(map(len, carried)), Pass("commit"), self._commit_book(carried, num_compressed))
         with self.cache.writing():
-            clean, sizes = torch.zeros(len(carried), device=latents.device), list(map(len, carried))
+            clean = torch.zeros(len(carried), device=latents.device, dtype=torch.float32)
+            sizes = list(map(len, carried))
             latents = torch.cat(self.recent[-len(carried) :], dim=2)
             self._forward(latents, sizes, clean, clean, text, attention_kwargs, True)
         self.full_chunks = chunks[1 - limit :]

@@ -1,8 +1,9 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Which latent frames of the past a pass reads, and where it puts them: pure functions of frame numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from .tokentrim_checks import check, check_bool, check_int
@@ -103,7 +104,8 @@ class WindowLayout(Layout):
     """The newest frames of a window, behind a sink that never leaves.
 
     Args:
-        window_size (`int`, *optional*): latent frames that attention spans, the current chunk and the sink included.
+        window_size (`int` or `"all"`, *optional*):
+            Latent frames that attention spans, the current chunk and the sink included; by default all of the past.
         num_sink_frames (`int`): first latent frames that never leave.
         relative_positions (`bool`): count positions inside the window, the sink directly before the recent frames.
         sink_at_commit (`bool`): whether a commit reads the sink too, at the price of as many recent frames.
@@ -116,8 +118,9 @@ class WindowLayout(Layout):
         relative_positions: bool = False,
         sink_at_commit: bool = True,
     ):
+        window_size = None if isinstance(window_size, str) and window_size == "all" else window_size
         if window_size is not None:
-            check_int("window_size", window_size, 1)
+            check_int("window_size", window_size, 1, ", or 'all'")
         check_int("num_sink_frames", num_sink_frames, 0)
         check_bool("relative_positions", relative_positions)
         check_bool("sink_at_commit", sink_at_commit)
@@ -149,6 +152,17 @@ class WindowLayout(Layout):
         valid = f"None or >= {shortest}: {self.num_sink_frames} sink frames and {carried} of {longest} latent frames"
         fits = self.window_size is None or self.window_size >= shortest
         check(fits, "window_size", self.window_size, valid)
+
+
+def check_frames(verb: str, frames: Any, layout: Any) -> list[int]:
+    """Refuse what is no frames of the past."""
+    is_list = isinstance(frames, Iterable) and not isinstance(frames, (str, dict))
+    frames = list(frames) if is_list else frames
+    whole = is_list and all(isinstance(frame, Integral) and not isinstance(frame, bool) for frame in frames)
+    check(
+        whole, f"{type(layout).__name__}.{verb}", frames, "a list of latent frames, numbers of those held", TypeError
+    )
+    return frames
 
 
 def check_view(view: Any, layout: Any, held: Sequence[int], new: Sequence[int]) -> None:

@@ -70,14 +70,15 @@ class TokenBook:
         log_weight = None
         if self.log_weight is not None or other.log_weight is not None:
             both = (
-                torch.zeros(book.held.shape) if book.log_weight is None else book.log_weight for book in (self, other)
+                torch.zeros(book.held.shape, dtype=torch.float32) if book.log_weight is None else book.log_weight
+                for book in (self, other)
             )
             log_weight = torch.cat(list(both), dim=1)
         return TokenBook(*(torch.cat(pair, dim=1) for pair in pairs), log_weight)
 
     def weighted(self, tokens: torch.Tensor, weight: float) -> "TokenBook":
         """With `tokens`, (B, tokens), counting `weight` times what they count for."""
-        old = torch.zeros(self.held.shape) if self.log_weight is None else self.log_weight
+        old = torch.zeros(self.held.shape, dtype=torch.float32) if self.log_weight is None else self.log_weight
         return replace(self, log_weight=old + tokens * math.log(weight))
 
     def of_same(self, frames: Sequence[int], num_tokens: int) -> "TokenBook":

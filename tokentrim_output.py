@@ -95,9 +95,11 @@ class TokenTrimPipelineOutput(BaseOutput):
             `np.ndarray`: one picture with a row for each video, (height, width, 3) in [0, 1].
 
         Raises:
-            `ValueError`: the videos are latents.
+            `ValueError`: the videos are latents, or a run was interrupted in its first chunk.
         """
         check_int("columns", columns, 1)
+        if not self.decisions[0]:
+            raise ValueError("There is no chunk to show: the run was interrupted in its first one.")
         videos = self.overlay_evictions()
         middles = np.cumsum(self.chunk_frames) - self.chunk_frames + np.array(self.chunk_frames) // 2
         edge = max(videos.shape[3] // 32, 2)

@@ -4,6 +4,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from diffusers.video_processor import VideoProcessor
+
 from .tokentrim_checks import check, check_int, check_list, check_tensor
 
 
@@ -64,6 +67,21 @@ def _checkpoint_partition(
     first = min(first, num_latent_frames)
     num_chunks, last = divmod(num_latent_frames - first, size)
     return [first] + [size] * num_chunks + [last] * (last > 0)
+
+
+def read_video(video: Any) -> torch.Tensor:
+    """Frames to continue in any of the forms that Diffusers' video processor takes: images of PIL, arrays (.., H, W, 3) or
+    tensors (.., 3, H, W), of one video or several; (B, T, 3, H, W) in [0, 1]."""
+    if not (isinstance(video, torch.Tensor) and video.ndim == 5):
+        valid = "frames as a tensor, an array, or a list of images, of one video or several"
+        processor = VideoProcessor(do_resize=False, do_normalize=False, do_convert_rgb=True)
+        try:
+            frames = processor.preprocess_video(video).transpose(1, 2)
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):
+            frames = None
+        check(frames is not None, "video", video, valid, TypeError)
+        video = frames
+    return video / 255 if video.dtype == torch.uint8 else video
 
 
 def count_given_frames(pipe: Any, call: dict, frame_shape: Sequence[int]) -> int:

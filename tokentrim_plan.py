@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AnyFlowFARTransformer3DModel, WanTransformer3DModel
+from diffusers import AnyFlowFARTransformer3DModel, SchedulerMixin, WanTransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import is_compiled_module
 
@@ -24,19 +24,28 @@ from .tokentrim_checks import (
     check_list,
     check_number,
     check_tensor,
+    plain,
 )
 from .tokentrim_far import check_compression, check_far
 from .tokentrim_layout import Layout, WindowLayout
 from .tokentrim_layouts import make_layout
 from .tokentrim_methods import Method, make_method
-from .tokentrim_partition import count_given_chunks, count_given_frames, count_latent_frames, partition_chunks
-from .tokentrim_prompts import PromptChange, check_change, read_schedule
+from .tokentrim_partition import (
+    count_given_chunks,
+    count_given_frames,
+    count_latent_frames,
+    partition_chunks,
+    read_video,
+)
+from .tokentrim_prompts import PromptChange, check_prompts, plan_prompts, take_first_prompt
 
 
 ROLLOUTS = ("self_forcing", "rolling_forcing")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 TRIM_SETTINGS = ("prune_fraction", "drift_sensitivity", "warmup_chunks", "max_regenerations", "drift_signal")
 WINDOW_SETTINGS = ("window_size", "num_sink_frames", "relative_positions", "sink_at_commit")
+TENSORS = ("video", "video_latents", "latents", "prompt_embeds", "negative_prompt_embeds")
+LISTS = ("sigmas", "timesteps", "chunk_partition")
 SINK_COLLAPSE = 120  # latent frames from which a sink at absolute positions is known to fail (LoL, arXiv 2601.16914)
 
 REPEATED_CHUNKS = 64  # of a video without an end: as many as checks look ahead
@@ -105,6 +114,12 @@ class RolloutPlan:
         """Frames of a chunk, once it is decoded and what is beyond the video's end is cut off."""
         return self._frames_before(index + 1) - self._frames_before(index)
 
+    def frames_beyond(self, index: int) -> int:
+        """Frames beyond the video's end that the latents of a chunk, as `cut` leaves them, decode to."""
+        if self.is_endless or index + 1 < len(self.chunk_partition):
+            return 0
+        return -(self.num_frames - 1) % self.temporal_factor
+
     def cut(self, index: int, latents: torch.Tensor) -> torch.Tensor:
         """A chunk's latents, (B, C, frames, H, W), up to the video's end."""
         if self.is_endless or index + 1 < len(self.chunk_partition):
@@ -138,11 +153,11 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
     Raises:
         `TypeError`, `ValueError`: an argument is no good; its name, its value and what is valid are in the message.
     """
-    call = dict(call)
+    call = read_call(call)
     _check_components(pipe, call)
     far = pipe.transformer.config.get("full_chunk_limit", 1) > 1  # whether the transformer has a compressed part
     _complete(pipe, call, may_be_endless, far)
-    _take_first_prompt(call)
+    take_first_prompt(call)
     frame_shape, partition, num_given = _plan_shape(pipe, call, far)
     is_endless = call["num_frames"] is None
     sizes = [*partition, *partition[-1:] * (num_given + REPEATED_CHUNKS if is_endless else 0)]
@@ -178,10 +193,17 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
         sigmas=call["sigmas"],
         timesteps=call["timesteps"],
         max_sequence_length=call["max_sequence_length"],
-        prompt_changes=_plan_prompts(call, layout, frame_shape[0], None if is_endless else len(partition), far),
+        prompt_changes=plan_prompts(call, layout, frame_shape[0], None if is_endless else len(partition), far),
         is_far=far,
         call=call,
     )
+
+
+def read_call(call: dict) -> dict:
+    """Arguments as the rest reads them: numbers and lists of numbers as Python's, frames to continue as a tensor."""
+    call = {name: value if name in TENSORS else plain(value) for name, value in call.items()}
+    lists = {name: call[name].tolist() for name in LISTS if isinstance(call[name], torch.Tensor)}
+    return {**call, **lists, "video": None if call["video"] is None else read_video(call["video"])}
 
 
 # 1. Components, and what was not given
@@ -203,6 +225,7 @@ def _check_components(pipe: Any, call: dict) -> None:
         ("scheduler", True, "a component"),
     ):
         check(not needed or getattr(pipe, name, None) is not None, name, None, valid)
+    check(isinstance(pipe.scheduler, SchedulerMixin), "scheduler", type(pipe.scheduler).__name__, "a SchedulerMixin")
     transformer = pipe.transformer._orig_mod if is_compiled_module(pipe.transformer) else pipe.transformer
     if isinstance(transformer, AnyFlowFARTransformer3DModel):
         check_far(transformer.config)
@@ -239,8 +262,9 @@ def _complete(pipe: Any, call: dict, may_be_endless: bool, far: bool) -> None:
     callback = call["callback_on_step_end"]
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         call["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
-    valid = "a list of names of tensors"
-    check_list("callback_on_step_end_tensor_inputs", call["callback_on_step_end_tensor_inputs"], str, valid)
+    name, known = "callback_on_step_end_tensor_inputs", pipe._callback_tensor_inputs
+    check_list(name, call[name], str, f"a list of some of {known}")
+    check(set(call[name]) <= set(known), name, call[name], f"a list of some of {known}")
 
 
 def _fill_in(pipe: Any, call: dict, name: str, fallback: Any) -> None:
@@ -251,7 +275,7 @@ def _fill_in(pipe: Any, call: dict, name: str, fallback: Any) -> None:
         call[name] = fallback
 
 
-# 2. Sizes, prompts and draws
+# 2. Sizes and draws
 
 
 def _plan_shape(pipe: Any, call: dict, far: bool) -> tuple[tuple[int, int, int, int], list[int], int]:
@@ -263,7 +287,7 @@ def _plan_shape(pipe: Any, call: dict, far: bool) -> tuple[tuple[int, int, int, 
         check(call[name] % (spatial * patch) == 0, name, call[name], f"a multiple of {spatial * patch}")
     check_int("max_sequence_length", call["max_sequence_length"], 1)
     check_int("num_videos_per_prompt", call["num_videos_per_prompt"], 1)
-    num_videos = _check_prompts(pipe, call) * call["num_videos_per_prompt"]
+    num_videos = check_prompts(pipe, call) * call["num_videos_per_prompt"]
     height, width = call["height"] // spatial, call["width"] // spatial
     frame_shape = (num_videos, config.in_channels, height, width)
     num_given_frames = count_given_frames(pipe, call, frame_shape)
@@ -280,66 +304,6 @@ def _plan_shape(pipe: Any, call: dict, far: bool) -> tuple[tuple[int, int, int, 
         check_compression(call["height"], call["width"], spatial, config, num_chunks)
     _check_draws(call["generator"], call["latents"], (*frame_shape[:2], sum(chunk_partition), height, width))
     return frame_shape, chunk_partition, count_given_chunks(call, num_given_frames, chunk_partition)
-
-
-def _check_prompts(pipe: Any, call: dict) -> int:
-    """How many prompts there are. Texts are texts, embeddings (B, text, text_dim), alike in both guidance branches."""
-    prompt, embeds = call["prompt"], call["prompt_embeds"]
-    pipe.check_inputs(
-        prompt,
-        call["negative_prompt"],
-        call["height"],
-        call["width"],
-        embeds,
-        call["negative_prompt_embeds"],
-        callback_on_step_end_tensor_inputs=call["callback_on_step_end_tensor_inputs"],
-    )
-    text_dim = pipe.transformer.config.text_dim
-    for name in ("prompt_embeds", "negative_prompt_embeds"):
-        if call[name] is not None:
-            check_tensor(name, call[name], 3, "(batch, text, dim)")
-            fits = len(call[name]) > 0 and call[name].shape[-1] == text_dim
-            check(fits, name, call[name], f"(batch, text, {text_dim})")
-    if embeds is not None and call["negative_prompt_embeds"] is not None:
-        alike = embeds.shape == call["negative_prompt_embeds"].shape
-        valid = f"shaped like `prompt_embeds`, {tuple(embeds.shape)}"
-        check(alike, "negative_prompt_embeds", call["negative_prompt_embeds"], valid)
-    batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else embeds)
-    for name in ("prompt", "negative_prompt"):
-        if isinstance(texts := call[name], list):
-            check(all(isinstance(text, str) for text in texts), name, texts, "a str or a list of str", TypeError)
-            check(len(texts) == max(batch_size, 1), name, texts, f"a str or a list of {max(batch_size, 1)}")
-    return batch_size
-
-
-def _take_first_prompt(call: dict) -> None:
-    """The prompt of chunk 0, where the schedule says it."""
-    schedule = call["prompt_schedule"]
-    if schedule is None:
-        return
-    first = schedule.get(0) if isinstance(schedule, dict) else None
-    if isinstance(schedule, (list, tuple)) and all(isinstance(each, dict) for each in schedule):
-        first = [each[0] for each in schedule if 0 in each] or None
-    for name in ("prompt", "prompt_embeds"):
-        check(first is None or call[name] is None, name, call[name], "None where `prompt_schedule` has chunk 0")
-    if first is not None:
-        call["prompt_embeds" if isinstance(first, torch.Tensor) else "prompt"] = first
-
-
-def _plan_prompts(
-    call: dict, layout: Layout, num_videos: int, num_chunks: int | None, far: bool
-) -> dict[int, PromptChange]:
-    """The changes of the prompt schedule, without chunk 0."""
-    if call["prompt_schedule"] is None:
-        return {}
-    num_prompts = num_videos // call["num_videos_per_prompt"]
-    changes = read_schedule(call["prompt_schedule"], call["prompt_transition"], call["blend_chunks"], num_prompts)
-    changes.pop(0, None)
-    for chunk, change in changes.items():
-        check_change(change, layout, far)
-        inside = num_chunks is None or chunk < num_chunks
-        check(inside, "prompt_schedule", chunk, f"a dict of chunks below {num_chunks}, the chunks of the video")
-    return changes
 
 
 def _check_draws(generator: Any, latents: torch.Tensor | None, shape: Sequence[int]) -> None:
@@ -375,6 +339,8 @@ def _check_schedule(scheduler: Any, call: dict) -> None:
             shift,
             [round(timestep / scheduler.config.num_train_timesteps, 4) for timestep in timesteps],
         )
+    valid = "a scheduler without dynamic shifting, whose `mu` no rollout knows"
+    check(not scheduler.config.get("use_dynamic_shifting"), "scheduler", type(scheduler).__name__, valid)
     prediction = scheduler.config.get("prediction_type", "flow_prediction")
     flow = prediction == "flow_prediction" and scheduler.config.get("use_flow_sigmas", True)
     valid = "a flow-matching scheduler (prediction_type='flow_prediction', use_flow_sigmas=True)"

@@ -32,11 +32,15 @@ class Rollout:
         self.pipe = pipe
         self.plan = plan
         self.device = device
-        self.noise = Noise(plan, plan.call["generator"], device, plan.call["latents"])
+        generator = plan.call["generator"]
+        if generator is None:  # one of its own: what else draws from torch's does not disturb it
+            generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+        self.generator = generator
+        self.noise = Noise(plan, generator, device, plan.call["latents"])
         sizes = [plan.chunk_size(index) for index in range(plan.num_given_chunks)]
         self.given = [] if given is None else list(given.split(sizes, dim=2))
         self.changes: dict[int, tuple[torch.Tensor, str]] = {}  # embeddings (B, text, dim) and transition, by chunk
-        self.guidance_scale = plan.call["guidance_scale"]  # when it starts
+        self.guidance_scale = plan.call["guidance_scale"]  # between two chunks; a callback may change the pipeline's
         self.shows_steps = True  # whether a bar of denoising steps is shown
         self.index = 0
         self.in_flight: tuple[InFlight, ...] = ()
@@ -50,8 +54,8 @@ class Rollout:
         else:
             backbone = WanBackbone(pipe.transformer, grid, num_videos=plan.num_videos, **context)
         self.policies = ContextPolicies(plan.method.policies, plan.num_videos, grid, patch_size)
-        renoise = Renoise(call["renoise"], call["generator"], plan.frame_shape, plan.num_in_flight, device)
-        solver_generators = _solver_generators(pipe.scheduler, call["generator"], plan.num_videos)
+        renoise = Renoise(call["renoise"], generator, plan.frame_shape, plan.num_in_flight, device)
+        solver_generators = _solver_generators(pipe.scheduler, generator, plan.num_videos)
         self.denoiser = Denoiser(pipe, backbone, plan, prompt, self.noise, renoise, solver_generators)
         if call["callback_on_step_end"] is not None:
             self.denoiser.on_step = self._call_back
@@ -80,7 +84,7 @@ class Rollout:
     def advance(self, index: int) -> None:
         """Chunk `index` is over: from here on the run can be saved and resumed."""
         self.noise.forget(index)
-        self.index = index + 1
+        self.index, self.guidance_scale = index + 1, self.pipe.guidance_scale
 
     def num_steps_left(self) -> float:
         """Denoising steps to go, without regenerations."""
@@ -158,7 +162,7 @@ class Rollout:
             "changes": [[chunk, *change] for chunk, change in self.changes.items()],
             "renoise": [[*key, noise] for key, noise in renoise.drawn.items()],
             "prompt": [prompt.embeds, prompt.negative_embeds],
-            "guidance_scale": self.pipe.guidance_scale,
+            "guidance_scale": self.guidance_scale,
             "generators": [generator.get_state() for generator in self._generators()],
             "policies": self.policies.state_dict(),
             "backbone": self.backbone.state_dict(),
@@ -193,8 +197,7 @@ class Rollout:
 
     def _generators(self) -> list[torch.Generator]:
         """All that are drawn from while the run goes on."""
-        given = self.plan.call["generator"]
-        given = given if isinstance(given, list) else [torch.default_generator if given is None else given]
+        given = self.generator if isinstance(self.generator, list) else [self.generator]
         return [*given, *(self.denoiser.solver_generators or [])]
 
     def _call_back(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
@@ -230,7 +233,7 @@ def _solver_generators(scheduler: Any, generator: Any, num_videos: int) -> list[
     scheduler."""
     if not scheduler.draws_inside:
         return None
-    given = generator if isinstance(generator, list) else [torch.default_generator if generator is None else generator]
+    given = generator if isinstance(generator, list) else [generator]
     seeds = []
     for each in given:
         copied = torch.Generator(each.device)

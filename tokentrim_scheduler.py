@@ -264,4 +264,7 @@ def lift_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     if lifted is None:
         lifted = type(f"TokenTrim{stock.__name__}", (TokenTrimSchedulerMixin, stock), {"__module__": __name__})
     logger.info("scheduler %s: lifted to %s, with its config", stock.__name__, lifted.__name__)
-    return lifted.from_config(scheduler.config)
+    ours = lifted.from_config(scheduler.config)
+    if hasattr(scheduler, "set_shift"):  # what was set is in no config
+        ours.set_shift(scheduler.shift)
+    return ours

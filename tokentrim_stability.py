@@ -37,7 +37,7 @@ def token_drift(summary: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def unstable_tokens(drift: torch.Tensor, prune_fraction: float) -> torch.Tensor:
     """Unstable set S_t: the ceil(p N) tokens of largest drift, ascending by index: (B, N) -> (B, ceil(p N))."""
     # p N is a product of a decimal and an integer: take away the rounding before the ceiling (0.07 * 100 > 7).
-    num_unstable = math.ceil(round(prune_fraction * drift.shape[-1], 6))
+    num_unstable = max(math.ceil(round(prune_fraction * drift.shape[-1], 6)), 1)
     return drift.topk(num_unstable, dim=-1).indices.sort(dim=-1).values
 
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -183,6 +184,8 @@ def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return [_without_tensors(each, tensors) for each in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, np.generic):
+        return value.item()
     raise TypeError(f"A state cannot hold {value!r}: numbers, strings, tensors, and lists and dicts of them.")
 
 

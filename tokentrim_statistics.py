@@ -105,7 +105,7 @@ class MatchDistribution:
 
     def __init__(self, reference: torch.Tensor, num_bases: int = 12):
         num_channels, generator = reference.shape[-4], torch.Generator().manual_seed(0)
-        bases = torch.randn(num_bases, num_channels, num_channels, generator=generator)
+        bases = torch.randn(num_bases, num_channels, num_channels, generator=generator, dtype=torch.float32)
         self.bases = torch.linalg.qr(bases).Q.to(reference)
         self.histograms = [MatchHistogram(turned(reference, basis)) for basis in self.bases]
 

@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .tokentrim_checks import check
+from .tokentrim_decoding import latents_kept
 from .tokentrim_output import as_array, as_uint8, decision_event
 from .tokentrim_state import fingerprint, save_state, settings_of
 from .tokentrim_video import LineWriter, VideoWriter, numbered
@@ -49,6 +50,7 @@ class Stream:
         save_every (`int`): chunks between two states.
         call (`dict`, *optional*): the recorded call, for the state.
         files (`Sequence`): path and state of each file that a resumed run writes.
+        undecoded (`Sequence`, *optional*): index, latents and decisions of a finished chunk whose decoding failed.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class Stream:
         save_every: int = 10,
         call: dict | None = None,
         files: Sequence = (),
+        undecoded: Sequence | None = None,
     ):
         self.run: Any = run  # `None` once it is closed
         self.decoder = decoder
         self.grid = run.backbone.cache.grid
-        self.first_chunk = run.index
+        self._undecoded = None if undecoded is None else Chunk(*undecoded)
+        self.first_chunk = self.index
         self._pipe = pipe
         self._chunks = pipe.roll_out(run)
         self._state_dir = state_dir
@@ -86,12 +90,8 @@ class Stream:
             raise StopIteration
         try:
             self._save_if_due()  # the chunk before has been consumed
-            chunk = next(self._chunks)
-            call = self.run.plan.call
-            if self.decoder is not None:
-                video = self.decoder.decode(chunk.latents)[:, :, : self.run.plan.chunk_frames(chunk.index)]
-                frames = self._pipe.video_processor.postprocess_video(video, output_type=call["output_type"])
-                chunk = replace(chunk, frames=frames)
+            chunk = self._undecoded or next(self._chunks)
+            chunk, call = self._decoded(chunk), self.run.plan.call
             if call["on_chunk"] is not None and chunk.index >= self.run.plan.num_given_chunks:
                 call["on_chunk"](chunk.index, chunk.latents.clone(), copy.deepcopy(chunk.decisions))
             for writer, video in zip(self._writers, as_array(chunk.frames) if self._writers else ()):
@@ -122,7 +122,7 @@ class Stream:
     @property
     def index(self) -> int:
         """The next chunk."""
-        return self._running().index
+        return self._running().index - (self._undecoded is not None)
 
     def set_prompt(
         self,
@@ -153,6 +153,8 @@ class Stream:
             "settings": settings_of(self._pipe),
             "run": run.state_dict(),
             "decoder": None if self.decoder is None else self.decoder.state_dict(),
+            "undecoded": self._undecoded
+            and [getattr(self._undecoded, name) for name in ("index", "latents", "decisions")],
             "files": [[str(file.path), file.state] for file in (*self._writers, *self._logs)],
         }
         self._saved_at = run.index
@@ -213,6 +215,28 @@ class Stream:
             models["preview_vae" if is_preview else "vae"] = self.decoder.vae
         return models
 
+    def _decoded(self, chunk: Chunk) -> Chunk:
+        """With its frames. If that fails, as where memory runs out, the chunk is in the error and in the state."""
+        if self.decoder is None:
+            return chunk
+        plan, before = self.run.plan, self.decoder.state_dict()
+        try:
+            with latents_kept(chunk.latents):
+                video = self.decoder.decode(chunk.latents)
+                video = video[:, :, : video.shape[2] - plan.frames_beyond(chunk.index)]
+                frames = self._pipe.video_processor.postprocess_video(video, output_type=plan.call["output_type"])
+        except Exception as error:
+            self.decoder.load_state_dict(before)
+            self._undecoded = chunk
+            if self._state_dir is not None:
+                try:
+                    self.save_state()
+                except OSError as unsaved:
+                    error.add_note(str(unsaved))
+            raise
+        self._undecoded = None
+        return replace(chunk, frames=frames)
+
     def _running(self) -> Any:
         if self.run is None:
             raise RuntimeError("The stream is closed.")
@@ -224,6 +248,19 @@ class Stream:
         over = not self.run.plan.has_chunk(self.run.index)
         if self.run.index - self._saved_at >= self._save_every or (over and self.run.index > self._saved_at):
             self.save_state()
+
+
+def gather(stream: Stream) -> list[Chunk]:
+    """All chunks of a stream. An error of the decoder gets the latents of those before as well."""
+    chunks: list[Chunk] = []
+    try:
+        for chunk in stream:
+            chunks.append(chunk)
+    except Exception as error:
+        if hasattr(error, "latents"):
+            error.latents = torch.cat([*(chunk.latents for chunk in chunks), error.latents], dim=2)
+        raise
+    return chunks
 
 
 class _ProgressBar:
