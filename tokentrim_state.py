@@ -39,7 +39,7 @@ def save_state(folder: str | os.PathLike, number: int, state: dict) -> Path:
     names = [f"state-{number:08}", *(f"state-{number:08}-{again:03}" for again in range(1, 1000))]
     target = next(folder / name for name in names if not (folder / name).exists())  # the one before stays meanwhile
     unfinished = folder / f".{target.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    _sweep(folder)
     unfinished.mkdir()
     try:
         tensors: dict[str, torch.Tensor] = {}
@@ -98,6 +98,7 @@ def has_state(folder: str | os.PathLike) -> bool:
 
 def remove_states(folder: str | os.PathLike) -> None:
     """Of a run that is over."""
+    _sweep(Path(folder))
     for path in _states(Path(folder)):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -169,6 +170,12 @@ def recall(record: dict, objects: dict) -> dict:
 def _states(folder: Path) -> list[Path]:
     """Oldest first."""
     return sorted(path for path in folder.glob("state-*") if path.is_dir())
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes left that were killed while they saved."""
+    for path in folder.glob(".state-*.unfinished"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
