@@ -464,6 +464,13 @@ def test_a_state_that_is_written_again_leaves_the_one_before_until_it_is_whole(t
         assert load_state(tmp_path) == {"value": value} and len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_a_killed_process_left_of_a_state_is_swept(tmp_path):
+    for sweep in (lambda: save_state(tmp_path, 3, {}), lambda: tokentrim_state.remove_states(tmp_path)):
+        (tmp_path / ".state-00000002.unfinished").mkdir()
+        sweep()
+        assert not list(tmp_path.glob(".*"))
+
+
 def test_values_come_back_as_they_were(tmp_path):
     nested = {"a": [1, 2.5, None, True, "x"], 3: {"b": torch.arange(3), "empty": []}, "c": torch.ones(2).bfloat16()}
     save_state(tmp_path, 0, nested)
