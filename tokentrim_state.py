@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -16,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from .tokentrim_checks import check
 
 
+CODE_VERSION = "0.1.0"  # the package's, also where these files are loaded without it
 STATE_VERSION = 1  # of the format
 STATE, TENSORS = "state.json", "tensors.safetensors"
+state_logger = logging.getLogger("tokentrim.state")
 
 
 def save_state(folder: str | os.PathLike, number: int, state: dict) -> Path:
@@ -40,14 +43,15 @@ def save_state(folder: str | os.PathLike, number: int, state: dict) -> Path:
     names = [f"state-{number:08}", *(f"state-{number:08}-{again:03}" for again in range(1, 1000))]
     target = next(folder / name for name in names if not (folder / name).exists())  # the one before stays meanwhile
     unfinished = folder / f".{target.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    _sweep(folder)
     unfinished.mkdir()
     try:
         tensors: dict[str, torch.Tensor] = {}
         plain = _without_tensors(state, tensors)
         save_file(tensors, unfinished / TENSORS)
         sums = [_sha256(json.dumps(plain).encode()), _sha256_of_file(unfinished / TENSORS)]
-        (unfinished / STATE).write_text(json.dumps({"version": STATE_VERSION, "sha256": sums, "state": plain}))
+        record = {"version": STATE_VERSION, "code": _code_versions(), "sha256": sums, "state": plain}
+        (unfinished / STATE).write_text(json.dumps(record))
         for path in (unfinished / TENSORS, unfinished / STATE, unfinished):
             _sync(path)
         os.replace(unfinished, target)
@@ -70,7 +74,8 @@ def load_state(folder: str | os.PathLike) -> dict:
     The newest whole state of a folder.
 
     Raises:
-        `ValueError`: there is none, all are damaged, or it was written by a newer version.
+        `ValueError`: there is none, all are damaged, or it has another format. What other code wrote in this format is
+            loaded, and told to the logger `tokentrim.state`: it goes on, but not to the same bits.
     """
     damaged = []
     for path in reversed(_states(Path(folder))):
@@ -80,11 +85,17 @@ def load_state(folder: str | os.PathLike) -> dict:
         except (OSError, KeyError, TypeError, ValueError):
             damaged.append(path.name)
             continue
-        valid = f"of version {STATE_VERSION} or older"
-        check(version <= STATE_VERSION, "state_dir", f"{path}, version {version}", valid)
+        code, ours = record.get("code", "unknown versions"), _code_versions()
+        if version != STATE_VERSION:
+            valid = f"a state of format {STATE_VERSION}, as {ours} writes it"
+            raise ValueError(f"`state_dir` has to hold {valid}, but {path} has format {version}, by {code}.")
         try:
             plain = json.dumps(record["state"])
             if [_sha256(plain.encode()), _sha256_of_file(path / TENSORS)] == record["sha256"]:
+                if code != ours:
+                    state_logger.warning(
+                        "%s was written by %s, and goes on with %s: bits may differ.", path, code, ours
+                    )
                 return _with_tensors(record["state"], load_file(path / TENSORS))
         except (OSError, KeyError):
             pass
@@ -99,6 +110,7 @@ def has_state(folder: str | os.PathLike) -> bool:
 
 def remove_states(folder: str | os.PathLike) -> None:
     """Of a run that is over."""
+    _sweep(Path(folder))
     for path in _states(Path(folder)):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -170,6 +182,16 @@ def recall(record: dict, objects: dict) -> dict:
 def _states(folder: Path) -> list[Path]:
     """Oldest first."""
     return sorted(path for path in folder.glob("state-*") if path.is_dir())
+
+
+def _code_versions() -> str:
+    return f"tokentrim {CODE_VERSION} with torch {torch.__version__}"
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes left that were killed while they saved."""
+    for path in folder.glob(".state-*.unfinished"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,10 @@ from originals import lora_weights, original_weights
 from safetensors.torch import save_file
 
 from tokentrim import TokenTrimPipeline
+from tokentrim.tools import convert
 from tokentrim.tools.cli import main
 from tokentrim.tools.convert import convert_checkpoint, load_original_transformer
+from tokentrim.tools.folders import locked
 from tokentrim.tools.presets import PRESETS, SCHEDULES, SIZES
 
 
@@ -288,6 +292,68 @@ def test_truncated_files(suffix, keep, tmp_path):
         load(path)
 
 
+@pytest.mark.parametrize("part", ["data/3", "data.pkl", ".format_version"])
+def test_bit_flips_are_told(part, tmp_path):
+    """PyTorch compares no checksums."""
+    path = write(tmp_path, original_weights())
+    with zipfile.ZipFile(path) as archive:
+        (info,) = [info for info in archive.infolist() if info.filename.endswith(part)]
+        content = archive.read(info)
+    data = path.read_bytes()
+    place = data.index(content, info.header_offset + len(info.filename)) + len(content) // 2
+    path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+    with pytest.raises(ValueError, match=f"`path` has to be .*{path}"):
+        load(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_told(suffix, value, tmp_path, base, fail, nothing_written):
+    weights = original_weights()
+    weights["blocks.1.ffn.0.weight"][3, 5] = value
+    path = tmp_path / f"original{suffix}"
+    (torch.save if suffix == ".pt" else save_file)(weights, path)
+    fail(
+        arguments(path, base, tmp_path / "out"),
+        f"`path` has to be finite, but blocks.1.ffn.0.weight of {path} holds NaN",
+    )
+
+
+def test_weights_that_leave_the_range_of_the_dtype_are_told(tmp_path):
+    weights = original_weights()
+    weights["blocks.1.ffn.0.weight"][3, 5] = 1e6
+    with pytest.raises(
+        ValueError, match="`dtype` has to be one that holds the weights, but blocks.1.ffn.0.weight leaves"
+    ):
+        load(write(tmp_path, weights), dtype=torch.float16)
+
+
+def test_zeroed_weights_are_told(tmp_path, caplog):
+    weights = original_weights()
+    weights["blocks.1.ffn.0.weight"].zero_()
+    load(write(tmp_path, weights))
+    (told,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "tensors hold nothing but zeros: " in told.message and "blocks.1.ffn.0.weight" in told.message
+
+
+def test_the_reason_of_a_pickle_is_told(tmp_path):
+    torch.save(original_weights(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="bare pickle, as `torch.save` wrote before PyTorch 1.6: save it again"):
+        load(tmp_path / "old.pt")
+    with zipfile.ZipFile(tmp_path / "odd.pt", "w") as archive:
+        archive.writestr("odd/data.pkl", b"\x80\xc8.")
+    with pytest.raises(ValueError, match="its pickle is damaged: ValueError: unsupported pickle protocol: 200"):
+        load(tmp_path / "odd.pt")
+
+
+def test_a_header_that_lies_is_told(tmp_path):
+    save_file(original_weights(), tmp_path / "original.safetensors")
+    data = (tmp_path / "original.safetensors").read_bytes()
+    (tmp_path / "original.safetensors").write_bytes(data.replace(b'"F32"', b'"F16"', 1))
+    with pytest.raises(ValueError, match="original.safetensors is damaged: .*header"):
+        load(tmp_path / "original.safetensors")
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="`path`.*none.pt does not exist"):
         load(tmp_path / "none.pt")
@@ -371,10 +437,25 @@ def test_failure_while_saving(tmp_path, base, fail, nothing_written, monkeypatch
     fail(arguments(write(tmp_path, LAYOUTS["bare"]()), base, tmp_path / "out"), "No space left on device")
 
 
+def test_what_a_killed_conversion_left_is_swept_by_the_next(tmp_path, base, fail):
+    path = write(tmp_path, LAYOUTS["bare"]())
+    pid = os.fork()
+    if pid == 0:
+        kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+        convert.write_safetensors = kill
+        convert_checkpoint(path, base, tmp_path / "out", "longlive")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert (tmp_path / ".out.unfinished" / "vae").is_dir() and not (tmp_path / "out").exists()
+    with locked(tmp_path / "out", wait=False):
+        fail(arguments(path, base, tmp_path / "out"), ".*out is being written by another process")
+    convert_checkpoint(path, base, tmp_path / "out", "longlive")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"original.pt", "out"}
+
+
 def test_out_that_is_there(tmp_path, base, fail):
     path = write(tmp_path, LAYOUTS["bare"]())
-    fail(arguments(path, base, path), "`out` has to be a new or an empty folder.*is there already")
-    fail(arguments(path, base, tmp_path), "`out` has to be a new or an empty folder.*is there already")
+    fail(arguments(path, base, path), "`out` has to be a new or an empty folder, but is ")
+    fail(arguments(path, base, tmp_path), "`out` has to be a new or an empty folder, but is ")
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 

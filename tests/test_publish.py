@@ -22,7 +22,7 @@ def content(folder):
 
 
 def snippet(card):
-    return re.search(r"```python\n(.*?)```", card.text, flags=re.S)[1]
+    return re.search(r"^```python\n(.*?)^```", card.text, flags=re.M | re.S)[1]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,30 @@ def test_numbers_of_the_card_are_those_of_the_reports(tmp_path):
         assert all(n in (ROOT / "evaluation" / "results" / report / "report.md").read_text() for n in numbers)
     for number in ("+0.0011 [-0.0062, +0.0093]", "0.0614", "0.0448 to 0.0054", "-0.0394 [-0.0435, -0.0356]", "37%"):
         assert number in text
+
+
+@pytest.mark.parametrize(
+    "prompt", ['a "red" circle', "back\\slash\\", "two\nlines\r```\n", "{{ repo_id }} 🦊 é\u2028", "\udcff"], ids=ascii
+)
+def test_snippets_are_python_for_any_prompt(prompt, tmp_path):
+    publish("you/code", tmp_path / "out", prompt=prompt, revision='v"1')
+    calls = [
+        node
+        for node in ast.walk(ast.parse(snippet(ModelCard.load(tmp_path / "out" / "README.md"))))
+        if isinstance(node, ast.Call)
+    ]
+    values = {node.value for call in calls for node in ast.walk(call) if isinstance(node, ast.Constant)}
+    assert {prompt, 'v"1'} <= values
+
+
+def test_a_failure_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("tokentrim.tools.publish.name_our_classes", fail)
+    with pytest.raises(OSError, match="No space left"):
+        publish("you/both", tmp_path / "out", checkpoint)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input(checkpoint, tmp_path):

@@ -4,6 +4,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -27,8 +28,10 @@ from builders import (
     tiny_transformer,
     tiny_vae,
 )
+from conftest import ROOT
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, UniPCMultistepScheduler
 
+import tokentrim
 from tokentrim import TokenTrimPipeline, tokentrim_state
 from tokentrim.tokentrim_state import STATE, TENSORS, load_state, save_state
 
@@ -464,6 +467,13 @@ def test_a_state_that_is_written_again_leaves_the_one_before_until_it_is_whole(t
         assert load_state(tmp_path) == {"value": value} and len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_a_killed_process_left_of_a_state_is_swept(tmp_path):
+    for sweep in (lambda: save_state(tmp_path, 3, {}), lambda: tokentrim_state.remove_states(tmp_path)):
+        (tmp_path / ".state-00000002.unfinished").mkdir()
+        sweep()
+        assert not list(tmp_path.glob(".*"))
+
+
 def test_values_come_back_as_they_were(tmp_path):
     nested = {"a": [1, 2.5, None, True, "x"], 3: {"b": torch.arange(3), "empty": []}, "c": torch.ones(2).bfloat16()}
     save_state(tmp_path, 0, nested)
@@ -523,11 +533,28 @@ def test_a_folder_without_a_state_is_refused(tmp_path):
         full_pipeline().resume(tmp_path)
 
 
-def test_a_state_of_a_newer_version_is_refused(run):
+@pytest.mark.parametrize("other", [0, 2])
+def test_a_state_of_another_format_is_refused_with_both_versions(other, run):
     folder, _ = run
-    rewrite(folder / "state-00000002", '"version": 1', '"version": 2')
-    with pytest.raises(ValueError, match="version 2.*of version 1 or older|of version 1 or older.*version 2"):
+    rewrite(folder / "state-00000002", '"version": 1', f'"version": {other}')
+    rewrite(folder / "state-00000002", '"tokentrim 0', '"tokentrim 9')
+    with pytest.raises(ValueError, match=f"format 1, as tokentrim 0.*format {other}, by tokentrim 9"):
         full_pipeline().resume(folder)
+
+
+def test_a_state_of_other_code_goes_on_and_is_told(run, caplog):
+    folder, _ = run
+    load_state(folder)
+    assert not caplog.records
+    rewrite(folder / "state-00000002", '"tokentrim 0', '"tokentrim 9')
+    load_state(folder)
+    (told,) = caplog.messages
+    assert re.search("written by tokentrim 9.* with torch .*, and goes on with tokentrim 0", told)
+
+
+def test_the_code_knows_the_version_of_its_package():
+    setup = (ROOT / "setup.cfg").read_text()
+    assert tokentrim_state.CODE_VERSION == tokentrim.__version__ and f"version = {tokentrim.__version__}\n" in setup
 
 
 def test_other_weights_are_refused(run):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -153,33 +152,53 @@ def child(task):
             os.waitpid(pid, 0)
 
 
+MOMENTS = ("encoding", "truncating", "half written", "written", "synced")
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(moment):
+    """In a child: the next chunk is its last. Counted in steps, so that nothing depends on the machine's speed."""
+    if moment == "encoding":
+        tokentrim_video.encode_chunk = die
+    elif moment == "written":
+        tokentrim_video.os.fsync = die
+    else:
+
+        def append(path, size, added):
+            with open(path, "r+b", buffering=0) as file:
+                file.truncate(size)
+                file.seek(size)
+                file.write({"truncating": b"", "half written": added[: len(added) // 2], "synced": added}[moment])
+            die()
+
+        tokentrim_video.append = append
+
+
 def test_killed_at_any_moment_it_plays_and_goes_on_to_the_same_bytes(tmp_path):
-    chunks = [9] + [12] * 11
+    chunks = [9] + [12] * 2 * len(MOMENTS)
     write_all(tmp_path / "whole.mp4", chunks)
     whole, path = played(tmp_path / "whole.mp4"), tmp_path / "x.mp4"
-    rng, kills = random.Random(0), 0
-    state = VideoWriter(path).state
-    while state["chunks"] < len(chunks):
+    state, done = VideoWriter(path).state, []
+    for moment in (*MOMENTS, *MOMENTS, None):
 
         def task(report):
             writer = VideoWriter.resume(path, state)
             for index in range(state["chunks"], len(chunks)):
+                if moment and index > state["chunks"]:
+                    die_at(moment)
                 writer.write(frames_of(index, chunks[index]))
                 report(writer.state)
 
-        with child(task) as (pid, reports):
-            if kills < 10:
-                if rng.randrange(2):
-                    state = json.loads(reports.readline())
-                time.sleep(rng.uniform(0, 0.06))
-                os.kill(pid, signal.SIGKILL)
-                kills += 1
-            for line in reports:
-                state = json.loads(line)
-        shown = played(path) if state["chunks"] else whole[:0]
+        with child(task) as (_, reports):
+            state = [json.loads(line) for line in reports][-1]
+        done.append(state["chunks"])
+        shown = played(path)
         assert len(shown) >= state["frames"]
         assert np.array_equal(shown[: state["frames"]], whole[: state["frames"]])
-    assert kills >= 3
+    assert done == [*range(1, 2 * len(MOMENTS) + 1), len(chunks)]  # each was killed in its second chunk, but the last
     assert path.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
 
 

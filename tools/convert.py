@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -20,11 +19,12 @@ from transformers import AutoConfig, AutoTokenizer, UMT5Config
 from ..pipeline_tokentrim import TokenTrimPipeline
 from ..tokentrim_checks import check_choice
 from ..tokentrim_saving import INDEX
+from .folders import check_new_folder, new_folder
 from .headers import read_header
 from .lora import read_lora
 from .original import check_whole, infer_config, list_shapes, read_original, require
 from .presets import PRESETS, SCHEDULES, check_size
-from .tensors import TensorReader, merge_pair, write_safetensors
+from .tensors import TensorReader, is_finite, merge_pair, write_safetensors
 
 
 logger = logging.getLogger("tokentrim.convert")
@@ -58,6 +58,7 @@ class OriginalTransformer:
         self.lora = None if lora is None else read_lora(Path(lora), list_shapes(self.config))
         with init_empty_weights():
             self.model = WanTransformer3DModel(**self.config)
+        self.zeros: list[str] = []  # names of weights that were read and are all zero
         self.names = {key: name for name in tensors for key in convert_wan_transformer_to_diffusers({name: None})}
         self.shapes = {key: tensors[name].shape for key, name in self.names.items()}
         if self.shapes != {key: tuple(tensor.shape) for key, tensor in self.model.state_dict().items()}:
@@ -81,13 +82,27 @@ class OriginalTransformer:
         read_matrix = lora and TensorReader(lora.path, lora.chosen, lora.tensors)
 
         def read_weight(key: str) -> torch.Tensor:
-            name = self.names[key]
+            name, dtype = self.names[key], self.dtypes[key]
             weight = read(name)
+            require(is_finite(weight), "path", "finite", f"{name} of {original.path} holds NaN or Inf")
             if lora is not None and name in lora.pairs:
                 weight = merge_pair(weight, lora.pairs[name], read_matrix)
-            return weight.to(self.dtypes[key])
+                require(is_finite(weight), "lora", "finite", f"with {lora.path}, {name} holds NaN or Inf")
+            if not weight.any():
+                self.zeros.append(name)
+            converted = weight.to(dtype)
+            require(is_finite(converted), "dtype", "one that holds the weights", f"{name} leaves the range of {dtype}")
+            return converted
 
         return read_weight
+
+    def tell_zeros(self) -> None:
+        """Tensors without a value: trained models hardly have any, files that were damaged do."""
+        if self.zeros:
+            told = ", ".join(self.zeros[:10]) + (", ..." if len(self.zeros) > 10 else "")
+            logger.warning(
+                "zeros     %d of %d tensors hold nothing but zeros: %s", len(self.zeros), len(self.names), told
+            )
 
 
 def load_original_transformer(
@@ -123,6 +138,7 @@ def load_original_transformer(
     source = OriginalTransformer(path, ema, dtype, attention_head_dim, lora, **config)
     read = source.reader()
     source.model.load_state_dict({name: read(name) for name in source.names}, assign=True)
+    source.tell_zeros()
     return source.model.eval()
 
 
@@ -154,8 +170,7 @@ def convert_checkpoint(
     """
     base, out = Path(base), Path(out).absolute()
     check_choice("preset", preset, list(PRESETS))
-    fresh = not out.exists() or out.is_dir() and not any(out.iterdir())
-    require(fresh, "out", "a new or an empty folder", f"{out} is there already")
+    check_new_folder(out)
     for name in BASE_PARTS:
         valid = f"a Wan2.1 folder in Diffusers format, with {', '.join(f'{part}/' for part in BASE_PARTS)}"
         require((base / name).is_dir(), "base", valid, f"{base} has no {name}/")
@@ -171,9 +186,7 @@ def convert_checkpoint(
 
     scheduler = FlowMatchLCMScheduler(**SCHEDULES[preset])
     pipe = TokenTrimPipeline(tokenizer, None, source.model, None, scheduler, **PRESETS[preset])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as partial:
-        folder = Path(partial) / out.name
+    with new_folder(out) as folder:
         for name in BASE_PARTS:
             shutil.copytree(base / name, folder / name, ignore=shutil.ignore_patterns(".*"))
         pipe.save_config(folder)
@@ -182,9 +195,7 @@ def convert_checkpoint(
         source.model.save_config(folder / "transformer")
         weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
         write_safetensors(weights, source.dtypes, source.shapes, source.reader())
-        if out.exists():
-            out.rmdir()
-        os.replace(folder, out)
+        source.tell_zeros()
     logger.info("preset    %s: %s, schedule %s", preset, PRESETS[preset], SCHEDULES[preset])
     logger.info("written   %s", out)
 

@@ -9,8 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,13 +17,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from imageio_ffmpeg import get_ffmpeg_exe
 from tqdm import tqdm
 
 from ..tokentrim_checks import check
 from ..tokentrim_saving import INDEX
 from ..tokentrim_state import has_state, remove_states
+from .folders import locked
 from .jobs import NUM_FRAMES, Job, check_jobs
 from .records import check_records, fingerprint_folder, make_record, write_record
 
@@ -114,22 +114,6 @@ def play(path: Path) -> int:
         reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise OSError(f"{path} does not play to its end (exit status {done.returncode}): {reason[0]}")
     return int(re.findall(r"^frame=\s*(\d+)", done.stdout, flags=re.M)[-1])
-
-
-@contextmanager
-def locked(path: Path, wait: bool) -> Iterator[None]:
-    """
-    Keep other processes from making the same video; a process that is killed keeps nobody.
-
-    Raises:
-        `Timeout`: another one is making it, and is not waited for.
-    """
-    lock = path.with_name(f".{path.name}.lock")
-    with FileLock(lock, timeout=-1 if wait else 0):
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def find_checkpoint(checkpoint: str) -> Path:

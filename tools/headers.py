@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from math import prod
 from pathlib import Path
@@ -43,6 +44,21 @@ STORAGES = {
     "UntypedStorage": "uint8",
 }
 SIZES = {"64": 8, "32": 4, "16": 2, "t8": 1}  # bytes, by the end of a dtype's name
+
+
+DAMAGED = (  # what Python's readers raise for a file that is none of theirs
+    zipfile.BadZipFile,
+    zlib.error,
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+    struct.error,
+    LookupError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    EOFError,
+    OSError,
+)
 
 
 class TensorInfo(NamedTuple):
@@ -85,7 +101,7 @@ def read_header(path: Path) -> Any:
             f"`path` has to be a file of tensors alone, but {path} needs more to be unpickled, which could run any"
             f" code: {error}. Where you trust it, save its state dict as .safetensors first."
         ) from error
-    except (zipfile.BadZipFile, json.JSONDecodeError, struct.error, KeyError, TypeError, EOFError, OSError) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"`path` has to be a complete .safetensors file, or .pt file in the zip format of `torch.save`, but {path}"
             f" is truncated or something else: {error}"
@@ -147,12 +163,39 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
 
 
 def read_zip(path: Path) -> Any:
+    with path.open("rb") as file:
+        if file.read(1) == pickle.PROTO:
+            raise zipfile.BadZipFile("it is a bare pickle, as `torch.save` wrote before PyTorch 1.6: save it again")
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(names) != 1:
             raise zipfile.BadZipFile("it is a zip file that `torch.save` did not write")
         with archive.open(names[0]) as file:
-            return Unpickler(file, path).load()
+            try:
+                return Unpickler(file, path).load()
+            except (pickle.UnpicklingError, *DAMAGED):
+                raise
+            except Exception as error:  # bytes that are no pickle can raise whatever they like
+                raise zipfile.BadZipFile(f"its pickle is damaged: {type(error).__name__}: {error}") from error
+
+
+def check_sums(path: Path) -> None:
+    """
+    Read a file of `torch.save` as a whole, and compare it with the checksums that it holds; PyTorch does not.
+
+    Raises:
+        `ValueError`: a part of it is not what was written.
+    """
+    with zipfile.ZipFile(path) as archive:
+        try:
+            damaged = archive.testzip()
+        except DAMAGED as error:
+            damaged = str(error)
+    if damaged is not None:
+        raise ValueError(
+            f"`path` has to be whole, but {path} is damaged: checksums do not fit ({damaged}). Download it again; one that"
+            " was saved without checksums has to be saved again."
+        )
 
 
 class Unpickler(pickle.Unpickler):

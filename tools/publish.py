@@ -8,6 +8,7 @@ A card is made of `model_card.md` and the `card_*.md` beside it. What was measur
 the card of the code alone: it says nothing about other weights.
 """
 
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from .. import __version__
 from ..tokentrim_checks import check
 from ..tokentrim_saving import INDEX, name_our_classes
 from .bundle import bundle
+from .folders import check_new_folder, new_folder
 
 
 ROOT = Path(__file__).parent.parent  # of the package
@@ -41,7 +43,7 @@ def publish(
     prompt: str = "a red fox trots through snow",
 ) -> ModelCard:
     """
-    Write a folder that is ready for `hf upload`.
+    Write a folder that is ready for `hf upload`. It appears when it is complete; a failure leaves nothing behind.
 
     Args:
         repo_id (`str`): the repository that the card's snippet loads, `"you/name"`.
@@ -65,7 +67,7 @@ def publish(
     except HFValidationError as error:
         raise ValueError(f"`repo_id` has to be a name like 'you/name', but is {repo_id!r}: {error}") from error
     check("/" in repo_id, "repo_id", repo_id, "a name like 'you/name'")
-    check(not out.exists() or (out.is_dir() and not any(out.iterdir())), "out", str(out), "a new or an empty folder")
+    check_new_folder(out)
     body = None
     if checkpoint is None:
         check(license in (None, "apache-2.0"), "license", license, "None or 'apache-2.0' for the code alone")
@@ -77,31 +79,36 @@ def publish(
             own_card = ModelCard.load(checkpoint / "README.md")
             license, body = license or own_card.data.license, nested(own_card.text)
         check(license is not None, "license", license, f"given, since {checkpoint} has no card that says it")
-        shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns(".*", "*.py"), dirs_exist_ok=True)
-
-    out.mkdir(parents=True, exist_ok=True)
-    pipeline = out / "pipeline_tokentrim.py"
-    pipeline.write_text(bundle())
-    (out / "pipeline.py").write_text(ENTRY)
-    shutil.copy(ROOT / "LICENSE", out)
-    if checkpoint is not None:
-        name_our_classes(out, pipeline)
 
     card = ModelCard.from_template(
         ModelCardData(library_name="diffusers", pipeline_tag="text-to-video", license=license, tags=TAGS),
         template_str=(PAGES / "model_card.md").read_text(),
         title=repo_id.split("/")[1],
         repo_id=repo_id,
-        revision=revision,
-        prompt=prompt,
+        revision=quoted(revision),
+        prompt=quoted(prompt),
         checkpoint=checkpoint,
         license=license,
         body=body,
         results=(PAGES / "card_results.md").read_text().strip() if checkpoint is None else None,
         limits=(PAGES / "card_limits.md").read_text().strip(),
     )
-    card.save(out / "README.md")
+    with new_folder(out) as folder:
+        if checkpoint is not None:
+            shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(".*", "*.py"), dirs_exist_ok=True)
+        pipeline = folder / "pipeline_tokentrim.py"
+        pipeline.write_text(bundle())
+        (folder / "pipeline.py").write_text(ENTRY)
+        shutil.copy(ROOT / "LICENSE", folder)
+        if checkpoint is not None:
+            name_our_classes(folder, pipeline)
+        card.save(folder / "README.md")
     return card
+
+
+def quoted(text: str) -> str:
+    """As Python has it, on one line, in UTF-8."""
+    return json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
 def nested(text: str) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from .headers import DTYPES, TensorInfo
+from .headers import DTYPES, TensorInfo, check_sums
 from .lora import Pair
 
 
@@ -38,14 +38,23 @@ class TensorReader:
         self.tensors, self.keys = tensors, keys or {name: name for name in tensors}
         self.state = None
         if all(tensor.file.suffix != ".safetensors" for tensor in tensors.values()):
+            check_sums(path)
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             self.state = state if chosen is None else state[chosen]
 
     def __call__(self, name: str) -> torch.Tensor:
         if self.state is not None:
             return self.state[self.keys[name]].detach()
-        with safe_open(self.tensors[name].file, "pt") as file:
-            return file.get_tensor(self.keys[name])
+        path = self.tensors[name].file
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(self.keys[name])
+        except SafetensorError as error:
+            raise ValueError(f"`path` has to be a whole .safetensors file, but {path} is damaged: {error}") from error
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all())
 
 
 def merge_pair(weight: torch.Tensor, pair: Pair, read: Callable[[str], torch.Tensor]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 """`tokentrim publish`."""
 
 import argparse
+import shlex
 
 from ... import __version__
 from . import add_command
@@ -37,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
     card = publish(repo_id, out, options.checkpoint, options.license, revision, options.prompt)
     if options.validate:
         card.validate()
-    print(f"written {out}. Read its README.md, then:\n\n  hf repos create {repo_id}\n  hf upload {repo_id} {out} .")
-    print(f"  hf repos tag create {repo_id} {revision}")
+    print(
+        f"written {out}. Read its README.md, then:\n\n  hf repos create {repo_id}\n  hf upload {repo_id} {shlex.quote(out)} ."
+    )
+    print(f"  hf repos tag create {repo_id} {shlex.quote(revision)}")
     return 0
