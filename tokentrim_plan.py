@@ -29,8 +29,14 @@ from .tokentrim_far import check_compression, check_far
 from .tokentrim_layout import Layout, WindowLayout
 from .tokentrim_layouts import make_layout
 from .tokentrim_methods import Method, make_method
-from .tokentrim_partition import count_given_chunks, count_given_frames, count_latent_frames, partition_chunks
-from .tokentrim_prompts import PromptChange, check_change, read_schedule
+from .tokentrim_partition import (
+    count_given_chunks,
+    count_given_frames,
+    count_latent_frames,
+    image_as_video,
+    partition_chunks,
+)
+from .tokentrim_prompts import PromptChange, check_prompts, plan_prompts, take_first_prompt
 
 
 ROLLOUTS = ("self_forcing", "rolling_forcing")
@@ -142,7 +148,7 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
     _check_components(pipe, call)
     far = pipe.transformer.config.get("full_chunk_limit", 1) > 1  # whether the transformer has a compressed part
     _complete(pipe, call, may_be_endless, far)
-    _take_first_prompt(call)
+    take_first_prompt(call)
     frame_shape, partition, num_given = _plan_shape(pipe, call, far)
     is_endless = call["num_frames"] is None
     sizes = [*partition, *partition[-1:] * (num_given + REPEATED_CHUNKS if is_endless else 0)]
@@ -178,7 +184,7 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
         sigmas=call["sigmas"],
         timesteps=call["timesteps"],
         max_sequence_length=call["max_sequence_length"],
-        prompt_changes=_plan_prompts(call, layout, frame_shape[0], None if is_endless else len(partition), far),
+        prompt_changes=plan_prompts(call, layout, frame_shape[0], None if is_endless else len(partition), far),
         is_far=far,
         call=call,
     )
@@ -193,12 +199,13 @@ def _check_components(pipe: Any, call: dict) -> None:
     check_choice("output_type", call["output_type"], OUTPUT_TYPES)
     encodes_negative = call["guidance_scale"] > 1.0 and call["negative_prompt_embeds"] is None
     encodes_text = call["prompt"] is not None or encodes_negative
-    uses_vae = call["video"] is not None or call["output_type"] != "latent"
+    gives_frames = call["video"] is not None or call["image"] is not None
+    uses_vae = gives_frames or call["output_type"] != "latent"
     unless_embeds = "a component, unless `prompt_embeds` (with guidance, negative ones too) are passed"
     for name, needed, valid in (
         ("tokenizer", encodes_text, unless_embeds),
         ("text_encoder", encodes_text, unless_embeds),
-        ("vae", uses_vae, "a component, unless `output_type='latent'` without `video`"),
+        ("vae", uses_vae, "a component, unless `output_type='latent'` without `video` and `image`"),
         ("transformer", True, "a component"),
         ("scheduler", True, "a component"),
     ):
@@ -251,7 +258,7 @@ def _fill_in(pipe: Any, call: dict, name: str, fallback: Any) -> None:
         call[name] = fallback
 
 
-# 2. Sizes, prompts and draws
+# 2. Sizes and draws
 
 
 def _plan_shape(pipe: Any, call: dict, far: bool) -> tuple[tuple[int, int, int, int], list[int], int]:
@@ -263,9 +270,11 @@ def _plan_shape(pipe: Any, call: dict, far: bool) -> tuple[tuple[int, int, int, 
         check(call[name] % (spatial * patch) == 0, name, call[name], f"a multiple of {spatial * patch}")
     check_int("max_sequence_length", call["max_sequence_length"], 1)
     check_int("num_videos_per_prompt", call["num_videos_per_prompt"], 1)
-    num_videos = _check_prompts(pipe, call) * call["num_videos_per_prompt"]
+    num_videos = check_prompts(pipe, call) * call["num_videos_per_prompt"]
     height, width = call["height"] // spatial, call["width"] // spatial
     frame_shape = (num_videos, config.in_channels, height, width)
+    if call["image"] is not None:
+        call["video"] = image_as_video(pipe, call)
     num_given_frames = count_given_frames(pipe, call, frame_shape)
     chunk_partition = partition_chunks(
         call["num_frames"],
@@ -280,66 +289,6 @@ def _plan_shape(pipe: Any, call: dict, far: bool) -> tuple[tuple[int, int, int, 
         check_compression(call["height"], call["width"], spatial, config, num_chunks)
     _check_draws(call["generator"], call["latents"], (*frame_shape[:2], sum(chunk_partition), height, width))
     return frame_shape, chunk_partition, count_given_chunks(call, num_given_frames, chunk_partition)
-
-
-def _check_prompts(pipe: Any, call: dict) -> int:
-    """How many prompts there are. Texts are texts, embeddings (B, text, text_dim), alike in both guidance branches."""
-    prompt, embeds = call["prompt"], call["prompt_embeds"]
-    pipe.check_inputs(
-        prompt,
-        call["negative_prompt"],
-        call["height"],
-        call["width"],
-        embeds,
-        call["negative_prompt_embeds"],
-        callback_on_step_end_tensor_inputs=call["callback_on_step_end_tensor_inputs"],
-    )
-    text_dim = pipe.transformer.config.text_dim
-    for name in ("prompt_embeds", "negative_prompt_embeds"):
-        if call[name] is not None:
-            check_tensor(name, call[name], 3, "(batch, text, dim)")
-            fits = len(call[name]) > 0 and call[name].shape[-1] == text_dim
-            check(fits, name, call[name], f"(batch, text, {text_dim})")
-    if embeds is not None and call["negative_prompt_embeds"] is not None:
-        alike = embeds.shape == call["negative_prompt_embeds"].shape
-        valid = f"shaped like `prompt_embeds`, {tuple(embeds.shape)}"
-        check(alike, "negative_prompt_embeds", call["negative_prompt_embeds"], valid)
-    batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else embeds)
-    for name in ("prompt", "negative_prompt"):
-        if isinstance(texts := call[name], list):
-            check(all(isinstance(text, str) for text in texts), name, texts, "a str or a list of str", TypeError)
-            check(len(texts) == max(batch_size, 1), name, texts, f"a str or a list of {max(batch_size, 1)}")
-    return batch_size
-
-
-def _take_first_prompt(call: dict) -> None:
-    """The prompt of chunk 0, where the schedule says it."""
-    schedule = call["prompt_schedule"]
-    if schedule is None:
-        return
-    first = schedule.get(0) if isinstance(schedule, dict) else None
-    if isinstance(schedule, (list, tuple)) and all(isinstance(each, dict) for each in schedule):
-        first = [each[0] for each in schedule if 0 in each] or None
-    for name in ("prompt", "prompt_embeds"):
-        check(first is None or call[name] is None, name, call[name], "None where `prompt_schedule` has chunk 0")
-    if first is not None:
-        call["prompt_embeds" if isinstance(first, torch.Tensor) else "prompt"] = first
-
-
-def _plan_prompts(
-    call: dict, layout: Layout, num_videos: int, num_chunks: int | None, far: bool
-) -> dict[int, PromptChange]:
-    """The changes of the prompt schedule, without chunk 0."""
-    if call["prompt_schedule"] is None:
-        return {}
-    num_prompts = num_videos // call["num_videos_per_prompt"]
-    changes = read_schedule(call["prompt_schedule"], call["prompt_transition"], call["blend_chunks"], num_prompts)
-    changes.pop(0, None)
-    for chunk, change in changes.items():
-        check_change(change, layout, far)
-        inside = num_chunks is None or chunk < num_chunks
-        check(inside, "prompt_schedule", chunk, f"a dict of chunks below {num_chunks}, the chunks of the video")
-    return changes
 
 
 def _check_draws(generator: Any, latents: torch.Tensor | None, shape: Sequence[int]) -> None:
