@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 
@@ -55,7 +56,7 @@ from .tokentrim_rollout import Rollout
 from .tokentrim_saving import SETTINGS, check_portable, copy_code, name_our_classes, name_stock_classes
 from .tokentrim_scheduler import lift_scheduler
 from .tokentrim_stability import token_grid  # noqa: F401
-from .tokentrim_state import check_same, fingerprint, has_state, load_state, recall, record_call, settings_of
+from .tokentrim_state import check_same, check_weights, has_state, load_state, recall, record_call, settings_of
 from .tokentrim_statistics import quantiles  # noqa: F401
 from .tokentrim_stream import Chunk, Stream, gather
 from .tokentrim_video import VideoWriter  # noqa: F401
@@ -204,6 +205,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         pad_keys: bool = True,
         renoise: Callable[[int, int], torch.Tensor] | None = None,
         on_chunk: Callable[[int, torch.Tensor, list[dict]], None] | None = None,
+        image: PipelineImageInput | None = None,
     ) -> TokenTrimPipelineOutput | tuple:
         r"""
         Generate long videos.
@@ -218,6 +220,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 chunks, the first chunk is what is left of them: one frame is a chunk of its own. AnyFlow-FAR and
                 `chunk_partition` ask for whole chunks.
             video_latents (`torch.Tensor`, *optional*): the same as latents, (B, T, C, H, W).
+            image (`PIL.Image`, `np.ndarray`, `torch.Tensor` or a list, *optional*):
+                The first frame: `video` of one frame, in floats in [0, 1], resized as Diffusers' image processors do.
             height, width (`int`, *optional*, default to `480`, `832`): size of the video in pixels.
             num_frames (`int`, *optional*, defaults to `81`):
                 Frames of the video, 1 or more. Whole chunks are generated, and what is beyond is cut off, frames and
@@ -375,11 +379,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         state = load_state(state_dir)
         check_same(state["settings"], settings_of(self))
         models = {"transformer": self.transformer, "vae": self.vae, "preview_vae": preview_vae}
-        again = "preview_vae" in state["weights"]
-        check((preview_vae is not None) == again, "preview_vae", preview_vae, "the stream's" if again else "None")
-        for name, saved in state["weights"].items():
-            ours = fingerprint(models[name])
-            check(ours == saved, name, f"of fingerprint {ours}", f"the weights that the run began with, {saved}")
+        check_weights(state["weights"], models)
         run = self.begin(plan_rollout(self, recall(state["call"], objects), may_be_endless=True))
         run.load_state_dict(state["run"])
         decoder = None if state["decoder"] is None else self._make_decoder(preview_vae)

@@ -34,6 +34,7 @@ from .tokentrim_partition import (
     count_given_chunks,
     count_given_frames,
     count_latent_frames,
+    image_as_video,
     partition_chunks,
     read_video,
 )
@@ -215,12 +216,13 @@ def _check_components(pipe: Any, call: dict) -> None:
     check_choice("output_type", call["output_type"], OUTPUT_TYPES)
     encodes_negative = call["guidance_scale"] > 1.0 and call["negative_prompt_embeds"] is None
     encodes_text = call["prompt"] is not None or encodes_negative
-    uses_vae = call["video"] is not None or call["output_type"] != "latent"
+    gives_frames = call["video"] is not None or call["image"] is not None
+    uses_vae = gives_frames or call["output_type"] != "latent"
     unless_embeds = "a component, unless `prompt_embeds` (with guidance, negative ones too) are passed"
     for name, needed, valid in (
         ("tokenizer", encodes_text, unless_embeds),
         ("text_encoder", encodes_text, unless_embeds),
-        ("vae", uses_vae, "a component, unless `output_type='latent'` without `video`"),
+        ("vae", uses_vae, "a component, unless `output_type='latent'` without `video` and `image`"),
         ("transformer", True, "a component"),
         ("scheduler", True, "a component"),
     ):
@@ -290,6 +292,8 @@ def _plan_shape(pipe: Any, call: dict, far: bool) -> tuple[tuple[int, int, int, 
     num_videos = check_prompts(pipe, call) * call["num_videos_per_prompt"]
     height, width = call["height"] // spatial, call["width"] // spatial
     frame_shape = (num_videos, config.in_channels, height, width)
+    if call["image"] is not None:
+        call["video"] = image_as_video(pipe, call)
     num_given_frames = count_given_frames(pipe, call, frame_shape)
     chunk_partition = partition_chunks(
         call["num_frames"],

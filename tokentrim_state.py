@@ -141,6 +141,15 @@ def check_same(saved: dict, ours: dict) -> None:
         check(saved.get(name) == ours.get(name), name, ours.get(name), f"{saved.get(name)!r}, as the run began")
 
 
+def check_weights(saved: dict[str, str], models: dict[str, torch.nn.Module | None]) -> None:
+    """Refuse other weights than those that the run began with, by their fingerprints."""
+    again, preview = "preview_vae" in saved, models["preview_vae"]
+    check((preview is not None) == again, "preview_vae", preview, "the stream's" if again else "None")
+    for name, expected in saved.items():
+        ours = fingerprint(models[name])
+        check(ours == expected, name, f"of fingerprint {ours}", f"the weights that the run began with, {expected}")
+
+
 def record_call(call: dict) -> dict:
     """A call's arguments as a state can hold them: values, and the names of those that have to be given again."""
     values, objects = {}, []

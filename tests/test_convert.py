@@ -139,6 +139,21 @@ def test_dtype_leaves_in_fp32_what_diffusers_does(tmp_path, base):
     assert_same_weights(converted, direct)
 
 
+def test_fp8_files_hold_what_they_held(tmp_path, base):
+    """As they are, or in another dtype; the modules that Diffusers keeps in fp32 are."""
+    weights = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in original_weights(EMA, in_model).items()}
+    save_file(weights, tmp_path / "fp8.safetensors")
+    expected = load(tmp_path / "fp8.safetensors").state_dict()
+    assert {tensor.dtype for tensor in expected.values()} == {torch.float8_e4m3fn}
+    convert_checkpoint(tmp_path / "fp8.safetensors", base, tmp_path / "out", "krea_realtime")
+    convert_checkpoint(tmp_path / "fp8.safetensors", base, tmp_path / "bf16", "krea_realtime", dtype=torch.bfloat16)
+    for folder in ("out", "bf16"):
+        folder = tmp_path / folder / "transformer"
+        found = WanTransformer3DModel.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+        assert {tensor.dtype for tensor in found.values()} == {torch.float32, torch.bfloat16}
+        assert all(tensor.float().equal(expected[name].float()) for name, tensor in found.items())
+
+
 # The folder
 
 
@@ -257,6 +272,10 @@ BAD_FILES = {
     "unexpected": (
         {**original_weights(), "img_emb.proj.0.weight": torch.zeros(3), "blocks.0.extra": torch.zeros(3)},
         r"are 2 unexpected: img_emb.proj.0.weight, blocks.0.extra\.",
+    ),
+    "scaled fp8": (
+        {**original_weights(), "blocks.0.ffn.0.scale_weight": torch.ones(1)},
+        "are 1 unexpected: blocks.0.ffn.0.scale_weight",
     ),
     "missing": (
         without("blocks.1.norm3.bias", without("head.head.bias", original_weights())),

@@ -2,7 +2,6 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
 from math import prod
@@ -14,6 +13,7 @@ from conftest import ROOT
 from originals import original_weights
 from safetensors.torch import save_file
 
+from benchmarks.conversion import write_sparse
 from tokentrim.tools.cli import main
 from tokentrim.tools.convert import load_original_transformer
 from tokentrim.tools.headers import DTYPES, TensorInfo, read_header
@@ -34,18 +34,6 @@ CONFIG = {
     "patch_size": (1, 2, 2),
     "num_layers": 30,
 }
-
-
-def write_sparse(path, shapes, code="F32", size=4):
-    """A complete safetensors file of zeros that takes no room on the disk."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + prod(shape) * size
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
 
 
 def write_sharded(folder, weights, num_shards=3, write=save_file):

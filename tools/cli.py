@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from .commands import bundle, convert, drift, generate, publish
+from .commands import bundle, convert, doctor, drift, generate, publish
 
 
-COMMANDS = (generate, convert, publish, bundle, drift)
+COMMANDS = (generate, convert, doctor, publish, bundle, drift)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

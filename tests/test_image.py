@@ -1,0 +1,125 @@
+"""`image=`: one frame, in any form, is the first of the video."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from builders import far_components, full_pipeline, generators, quiet, randn
+
+from tokentrim import TokenTrimPipeline
+
+
+HEIGHT, WIDTH = 32, 48
+CALL = {"prompt": "a red circle", "num_frames": 21, "height": HEIGHT, "width": WIDTH, "output_type": "latent"}
+
+
+def picture(height=HEIGHT, width=WIDTH, seed=0) -> PIL.Image.Image:
+    small = (randn(4, 6, 3, seed=seed).sigmoid().numpy() * 255).astype(np.uint8)
+    return PIL.Image.fromarray(small).resize((width, height), PIL.Image.BICUBIC)
+
+
+def as_array(image) -> np.ndarray:
+    return np.asarray(image, np.float32) / 255
+
+
+def as_tensor(image) -> torch.Tensor:
+    return torch.from_numpy(as_array(image)).permute(2, 0, 1)
+
+
+def generate(pipe=None, **arguments):
+    pipe = full_pipeline() if pipe is None else pipe
+    return pipe(**{**CALL, "generator": generators(0), **arguments})
+
+
+FORMS = {
+    "PIL": lambda image: image,
+    "with an alpha channel": lambda image: image.convert("RGBA"),
+    "array": as_array,
+    "array, batch": lambda image: as_array(image)[None],
+    "tensor": as_tensor,
+    "tensor, batch": lambda image: as_tensor(image)[None],
+    "list": lambda image: [image],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_image_is_a_video_of_one_frame(form):
+    expected = generate(video=as_tensor(picture())[None, None])
+    output = generate(image=FORMS[form](picture()))
+    torch.testing.assert_close(output.frames, expected.frames, atol=1e-4, rtol=0)
+    assert output.frames.shape[2] == 6 and len(output.decisions[0]) == 3
+    assert full_pipeline().plan(image=picture(), **CALL).chunk_partition == [1, 3, 3]
+
+
+@pytest.mark.parametrize("form", ["PIL", "array", "tensor"])
+def test_it_is_resized_as_diffusers_does(form):
+    image, pipe = FORMS[form](picture(20, 60)), full_pipeline()
+    frame = pipe.video_processor.preprocess(image, HEIGHT, WIDTH)[:, None] / 2 + 0.5
+    torch.testing.assert_close(pipe.plan(image=image, **CALL).call["video"], frame)
+    torch.testing.assert_close(generate(image=image).frames, generate(video=frame).frames, atol=1e-4, rtol=0)
+
+
+def test_it_is_the_first_frame_that_is_shown():
+    """As well as the VAE can: it has random weights, so what it makes of the frame alone is the measure."""
+    pipe = full_pipeline()
+    output = generate(pipe, image=picture(), output_type="pt")
+    latents = pipe.encode_video(as_tensor(picture())[None, None], HEIGHT, WIDTH).transpose(1, 2)
+    torch.testing.assert_close(output.frames[:, :1], pipe.decode_latents(latents.float(), "pt"), atol=1e-4, rtol=0)
+    assert output.frames.shape[1] == 21
+
+
+def test_one_for_all_prompts_or_one_for_each():
+    prompts, first, second = ["a red circle", "a blue square"], picture(), picture(seed=1)
+    alike = generate(prompt=prompts, image=first, generator=generators(0, 1)).frames
+    each = generate(prompt=prompts, image=[first, second], generator=generators(0, 1)).frames
+    torch.testing.assert_close(alike[0], each[0], atol=1e-4, rtol=0)
+    single = generate(prompt=prompts[1], image=second, generator=generators(1)).frames
+    torch.testing.assert_close(each[1:], single, atol=1e-4, rtol=0)
+    assert not torch.allclose(alike[1], each[1], atol=1e-2)
+
+
+def test_a_stream_and_its_resumption(tmp_path):
+    call = {**CALL, "num_frames": 33, "generator": generators(0)}
+    with full_pipeline().stream(image=picture(), **call, state_dir=tmp_path, save_every=1) as stream:
+        chunks = [next(stream).latents for _ in range(3)]
+        stream.save_state()
+    assert [chunk.shape[2] for chunk in chunks] == [1, 3, 3]
+    with pytest.raises(ValueError, match="`image` has to be given again"):
+        full_pipeline().resume(tmp_path)
+    with full_pipeline().resume(tmp_path, image=picture()) as stream:
+        rest = [chunk.latents for chunk in stream]
+    whole = generate(num_frames=33, image=picture()).frames
+    assert torch.equal(torch.cat([*chunks, *rest], dim=2)[:, :, :9], whole)
+
+
+def test_anyflow_far_begins_with_a_chunk_of_one_frame():
+    pipe = quiet(TokenTrimPipeline(**far_components()))
+    size = {"height": 64, "width": 96, "num_frames": 17, "num_inference_steps": 1, "max_sequence_length": 8}
+    output = generate(pipe, image=picture(), **size)
+    expected = generate(pipe, video=pipe.plan(image=picture(), **{**CALL, **size}).call["video"], **size)
+    assert torch.equal(output.frames, expected.frames)
+
+
+@pytest.mark.parametrize(
+    "image, error, message",
+    [
+        ("fox.png", TypeError, "`image` has to be a PIL image, an array .*'fox.png'"),
+        ([picture(), as_tensor(picture())], TypeError, "`image` has to be a PIL image"),
+        ([], TypeError, "`image` has to be a PIL image"),
+        (np.asarray(picture()), TypeError, r"`image` has to be of floats in \[0, 1\], or a PIL image, but is .*uint8"),
+        (as_tensor(picture()) * 2 - 1, ValueError, r"`image` has to be in \[0, 1\], but is 'in \[-"),
+        (as_array(picture())[..., 0], ValueError, "`image` has to be a PIL image, an array"),
+        (randn(4, 4, 6).sigmoid(), ValueError, "`image` has to be a PIL image, an array"),
+        ([picture()] * 3, ValueError, "a batch that divides the 1 videos"),
+    ],
+    ids=["path", "mixed", "empty", "uint8", "range", "one channel", "four channels", "three for one"],
+)
+def test_what_is_no_image(image, error, message):
+    with pytest.raises(error, match=message):
+        generate(image=image)
+
+
+@pytest.mark.parametrize("other", ["video", "video_latents"])
+def test_an_image_and_frames_are_too_much(other):
+    with pytest.raises(ValueError, match=f"`{other}` has to be None where `image` is given"):
+        generate(image=picture(), **{other: as_tensor(picture())[None, None]})

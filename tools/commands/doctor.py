@@ -1,0 +1,38 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""`tokentrim doctor`."""
+
+import argparse
+from pathlib import Path
+
+from . import DTYPES, add_command
+
+
+def add_parser(commands) -> None:
+    details = """\
+Ten lines: what the folder is, its parts, rollout, context, schedule and licence, whether numbers are finite, what the
+order of frames means to the model, memory and speed on this machine, and what is odd. The exit code is 1 if anything is.
+
+The order of frames: how much of the error of a noised chunk is left beside its clean past, and beside its clean future.
+A model that was trained chunk by chunk has never read a future; a bidirectional one uses it as well as the past.
+
+examples:
+  tokentrim doctor self-forcing-diffusers
+  tokentrim doctor self-forcing-diffusers --height 240 --width 416 --prompt "a red fox trots through snow\""""
+    summary = "what a checkpoint is, whether it runs, and what is odd about it"
+    parser = add_command(commands, run, "doctor", summary, details)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder in Diffusers format")
+    parser.add_argument("--prompt", default="a red fox trots through snow", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else bfloat16)")
+    parser.add_argument("--height", type=int, metavar="N", help="in pixels (default: the checkpoint's, or 480)")
+    parser.add_argument("--width", type=int, metavar="N", help="in pixels (default: the checkpoint's, or 832)")
+
+
+def run(options: argparse.Namespace) -> int:
+    import torch
+
+    from ..doctor import examine, format_report
+
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    found, odd = examine(options.checkpoint, options.prompt, dtype, options.height, options.width)
+    print(format_report(found, odd))
+    return int(bool(odd))
