@@ -30,5 +30,6 @@ from .tokentrim_scheduler import lift_scheduler  # noqa: F401
 from .tokentrim_stability import token_grid  # noqa: F401
 from .tokentrim_state import load_state  # noqa: F401
 from .tokentrim_statistics import quantiles  # noqa: F401
+from .tokentrim_storage import LayerStore  # noqa: F401
 from .tokentrim_stream import Stream  # noqa: F401
 from .tokentrim_video import VideoWriter  # noqa: F401

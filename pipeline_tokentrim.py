@@ -58,6 +58,7 @@ from .tokentrim_scheduler import lift_scheduler
 from .tokentrim_stability import token_grid  # noqa: F401
 from .tokentrim_state import check_same, check_weights, has_state, load_state, recall, record_call, settings_of
 from .tokentrim_statistics import quantiles  # noqa: F401
+from .tokentrim_storage import LayerStore  # noqa: F401
 from .tokentrim_stream import Chunk, Stream, gather
 from .tokentrim_video import VideoWriter  # noqa: F401
 

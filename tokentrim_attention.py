@@ -49,7 +49,7 @@ class CachedAttnProcessor:
 
     def __init__(self, cache: RollingKVCache, layer: int, stock):
         self.cache = cache
-        self.layer = layer
+        self.layer = cache.layer(layer)
         self._attention_backend = stock._attention_backend
         self._parallel_config = stock._parallel_config
 
@@ -242,6 +242,7 @@ class WanBackbone:
         return self._forward(latents, timestep, text, attention_kwargs)
 
     def _forward(self, latents, timestep, text, attention_kwargs) -> torch.Tensor:
+        self.cache.prepare(len(latents), latents.device)
         return self.transformer(
             hidden_states=latents.to(self.transformer.dtype),
             timestep=timestep.expand(len(latents), *timestep.shape[1:]),

@@ -10,25 +10,19 @@ import torch
 import torch.nn.functional as F
 
 from .tokentrim_layout import Layout, Pass, View, check_frames, check_view
-from .tokentrim_memory import (
-    LayerContext,
-    TokenBook,
-    grid_places,
-    rewrite_memory,
-    rotary_angles,
-    rotate,
-    take_tokens,
-)
+from .tokentrim_memory import LayerContext, TokenBook, grid_places, rewrite_memory, rotary_angles, rotate
+from .tokentrim_storage import Arrangement, LayerStore
 
 
 class RollingKVCache:
     """Keys and values of the past, (rows, held tokens, heads, head_dim) in each layer.
 
     Grows by the frames of each `writing` pass; `make_room` lets go what the layout does not keep. A *row* is one
-    sequence of the transformer's batch: video v is rows v, v + B, ... (guidance branches). Keys are kept without rotary
-    embedding and a second time rotated for the chunk at hand, so that their positions may move and no length meets the
-    end of a table. Evicted tokens are gone from memory; rows that hold fewer tokens than the longest are padded and the
-    padding masked.
+    sequence of the transformer's batch: video v is rows v, v + B, ... (guidance branches). Keys are kept once, rotated, at
+    the latent frames that they are of: attention depends on distances alone, so that only those whose distance from the
+    present changes, as a sink's, are turned again, and no length meets the end of a table. The tokens of a pass are put
+    behind the past, where attention reads both in one piece. Evicted tokens are gone from memory; rows that hold fewer
+    tokens than the longest are padded and the padding masked.
 
     Args:
         grid (`tuple[int, int]`): tokens of a latent frame, (height, width).
@@ -67,13 +61,18 @@ class RollingKVCache:
         self._pass_frames: list[int] = []
         self._pass_book = self.book
         self._view = View([], [], [])
-        self._layers: dict[int, LayerContext] = {}
-        self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._pending: dict[int, LayerContext] | None = None
+        self._layers: dict[int, LayerStore] = {}
+        self._is_writing = False
         self._videos: list[int] | None = None
         self._is_cut = False  # whether the next chunk follows a cut
-        self._begun: set[int] = set()  # layers that a pass of the chunk at hand has been through
-        self._memo: dict[str, tuple] = {}  # what follows from the book and the view, until they change
+        self._has_hooks = any(hasattr(self.layout, name) for name in ("before_chunk", "before_commit"))
+        window_size = getattr(self.layout, "window_size", None)
+        self._limit = window_size * self.tokens_per_frame if isinstance(window_size, int) else None
+        # What follows from the book and the view, until they change: see `prepare`.
+        self._ready_for = 0  # rows
+        self._arrangement: Arrangement | None = None
+        self._key_angles = self._query_angles = self._home_angles = None
+        self._mask: torch.Tensor | None = None
 
     @property
     def tokens_per_frame(self) -> int:
@@ -81,7 +80,7 @@ class RollingKVCache:
 
     @property
     def is_writing(self) -> bool:
-        return self._pending is not None
+        return self._is_writing
 
     def held_tokens(self, video: int = 0) -> list[tuple[int, int]]:
         """The (latent frame, token) of everything that `video` can attend to, in the order of memory."""
@@ -90,7 +89,12 @@ class RollingKVCache:
 
     def newest_values(self) -> torch.Tensor:
         """The last layer's values of all that is held, (rows, tokens, heads, head_dim)."""
-        return self._layers[max(self._layers)].value
+        layer = self._layers[max(self._layers)]
+        return layer.value[:, : layer.length]
+
+    def layer(self, index: int) -> LayerStore:
+        """Where a layer's keys and values are held."""
+        return self._layers.setdefault(index, LayerStore())
 
     # 1. What changes the past
 
@@ -98,7 +102,8 @@ class RollingKVCache:
         """Before a chunk of `num_frames` latent frames: what the layout does not keep leaves."""
         new = list(range(self.next_frame, self.next_frame + num_frames))
         self.retain(check_frames("keep", self.layout.keep(list(self.frames), new), self.layout))
-        self._begun.clear()
+        for layer in self._layers.values():
+            layer.is_begun = False
 
     def retain(self, frames: Iterable[int]) -> None:
         """All frames but these leave."""
@@ -106,7 +111,7 @@ class RollingKVCache:
         if kept != set(self.frames):
             self.drop(~torch.isin(self.book.frame, torch.tensor(sorted(kept), dtype=torch.long)))
             self.frames = [frame for frame in self.frames if frame in kept]
-        self._forget_views()
+        self._ready_for = 0
 
     def evict(
         self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0, weight: float = 0.0
@@ -136,10 +141,14 @@ class RollingKVCache:
         if torch.equal(held, self.book.held):
             return
         columns = held.byte().argsort(dim=1, descending=True, stable=True)[:, : int(held.sum(dim=1).max())]
+        places = torch.arange(columns.shape[1])
+        first = int((columns == places).all(dim=0).cumprod(dim=0).sum())  # up to here, nothing moves
+        shifts = (columns - places)[:, first:].unique().tolist()
+        for layer in self._stored():
+            layer.take(
+                self._by_row(columns, layer).to(layer.key.device), first, shifts[0] if len(shifts) == 1 else None
+            )
         self.book = self.book.taken(columns, held)
-        for layer in self._layers.values():
-            row_columns = self._by_row(columns, layer.key.shape[0]).to(layer.key.device)
-            layer.take(row_columns)
         self._changed()
 
     def truncate(self, frame: int) -> None:
@@ -155,17 +164,17 @@ class RollingKVCache:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """A commit: keys and values of the forward inside become context, all layers or none."""
-        self._pending = {}
+        self._is_writing = True
         try:
             yield
-            pending = self._pending
+        except BaseException:
+            for layer in self._layers.values():
+                layer.new = None
+            raise
         finally:
-            self._pending = None
-        for index, new in pending.items():
-            old = self._layers.get(index)
-            if old is not None:
-                new = old.appended(new)
-            self._layers[index] = new
+            self._is_writing = False
+        for layer in self._layers.values():
+            layer.append(self._pass_book.held.shape[1], self._limit)
         gone = F.pad(~self._pass_book.held, (self.book.held.shape[1], 0))  # what nobody may attend to does not enter
         self.book = self.book.appended(replace(self._pass_book, held=torch.ones_like(self._pass_book.held)))
         self.frames = self.frames + self._pass_frames
@@ -176,22 +185,32 @@ class RollingKVCache:
 
     def forget_prompt(self) -> None:
         """The prompt changed: project it again."""
-        self._prompt.clear()
+        for layer in self._layers.values():
+            layer.prompt = None
 
     def state_dict(self) -> dict:
-        """The context between two chunks: plain values and tensors."""
+        """The context between two chunks: plain values and tensors on the CPU."""
+        layers = [layer for _, layer in sorted(self._layers.items()) if layer.key is not None]
         return {
             "frames": list(self.frames),
             "next_frame": self.next_frame,
             "book": [self.book.frame, self.book.token, self.book.held, self.book.log_weight],
-            "layers": [[each.key, each.value, each.tag, each.note] for _, each in sorted(self._layers.items())],
+            "layers_at_home": [layer.saved() for layer in layers],
+            "devices": [str(layer.key.device) for layer in layers],
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.frames, self.next_frame = list(state["frames"]), state["next_frame"]
         self.book = TokenBook(*state["book"])
-        self._layers = {index: LayerContext(*layer) for index, layer in enumerate(state["layers"])}
-        self.forget_prompt()
+        self._layers = {}
+        for index, tables in enumerate(state.get("layers_at_home", state.get("layers"))):
+            context = LayerContext(*tables)
+            if "devices" in state:
+                device = state["devices"][index]
+                context = LayerContext(*(None if each is None else each.to(device) for each in tables))
+            else:  # of a version that held keys as they were projected
+                context.key = rotate(context.key, *self._book_angles(context.key)).to(context.value.dtype)
+            self.layer(index).put(context)
         self._changed()
 
     # 2. What attention reads
@@ -206,25 +225,53 @@ class RollingKVCache:
         check_view(view, self.layout, self.frames, frames)
         self._pass_frames, self._view = frames, view
         self._pass_book = TokenBook.of_frames(frames, self.tokens_per_frame, self.num_videos) if book is None else book
-        self._forget_views()
+        self._ready_for = 0
 
     @contextmanager
     def only(self, videos: Iterable[int]) -> Iterator[None]:
         """Read for some videos of the batch: the forwards inside carry their rows alone."""
         videos = list(videos)
         self._videos = videos if len(videos) < self.num_videos else None
+        self._ready_for = 0
         try:
             yield
         finally:
             self._videos = None
+            self._ready_for = 0
+
+    def prepare(self, num_rows: int, device: torch.device) -> None:
+        """Before the first forward of a pass with `num_rows`: what its layers have in common, and what each reads."""
+        if self._ready_for == num_rows:
+            return
+        # Distances alone count: everything is moved, so that the pass stands at its own frames.
+        view, moved = self._view, self._pass_frames[0] - self._view.own_positions[0]
+        own = [position + moved for position in view.own_positions]
+        self._key_angles = self._query_angles = self._pass_angles(own, device)
+        if view.query_positions is not None:
+            self._query_angles = self._pass_angles([position + moved for position in view.query_positions], device)
+        self._home_angles = None if own == self._pass_frames else self._pass_angles(self._pass_frames, device)
+        book, index, columns, start = self._reading()
+        self._mask = self._make_mask(book, index, device)
+        turn = self._turn(torch.tensor([*view.positions, 0])[index] + moved - book.frame, book, device)
+        alone = self._videos is None or len(self._videos) == 1  # else the rows that are read are copied at each pass
+        room = self._pass_book.held.shape[1] if columns is None and alone else 0
+        for layer in self._stored():
+            first = layer.num_rows - self._num_branches(num_rows) * self.num_videos
+            rows = slice(first if room else 0, None)
+            if room and self._videos is not None:
+                rows = slice(first + self._videos[0], None, self.num_videos)
+            by_row = None if columns is None else self._by_row(columns, layer).to(layer.key.device)
+            self._arrangement = Arrangement(room, self._limit, start, by_row, turn, rows)
+            layer.arrange(self._arrangement)
+        self._ready_for = num_rows
 
     def update(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor | None = None
+        self, layer: int | LayerStore, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Put the tokens of the pass behind the past and return what its queries attend to.
+        """Put the tokens of the pass behind the past and return what its queries attend to, until the next pass.
 
         Args:
-            layer (`int`): index of the transformer block.
+            layer (`int` or [`LayerStore`]): index of the transformer block, or what `layer` gives for it.
             key (`torch.Tensor`), value (`torch.Tensor`): of the pass, unrotated, (rows, seq, heads, head_dim).
             query (`torch.Tensor`, *optional*): the same, for layouts that rewrite the past by what is asked for.
 
@@ -233,56 +280,67 @@ class RollingKVCache:
             `None` where every row reads all of them alike, boolean where some are padding, and what is added to the
             scores where the view weights its frames.
         """
-        self._rewrite(layer, query)
-        if self._pending is not None:
-            self._pending[layer] = LayerContext(key.to(value.dtype), value)
-        key = rotate(key, *self._pass_angles("keys", self._view.own_positions, key.device)).to(value.dtype)
-        past, mask = self._layers.get(layer), self._mask(len(key), key.device)
-        if past is None or past.key.shape[1] == 0:
+        layer = self.layer(layer) if isinstance(layer, int) else layer
+        if self._ready_for != len(key):
+            self.prepare(len(key), key.device)
+        if self._has_hooks:
+            self._rewrite(layer, query)
+        apart = layer.keys is None or key.requires_grad  # not in one piece of memory, which no gradient goes through
+        if self._is_writing and (apart or self._home_angles is not None):
+            home = self._key_angles if self._home_angles is None else self._home_angles
+            layer.new = rotate(key, *home).to(value.dtype), value
+        key = rotate(key, *self._key_angles).to(value.dtype)
+        mask = None if self._mask is None else self._mask.repeat(len(key) // len(self._mask), 1)[:, None, None, :]
+        if not apart:
+            num_past = layer.keys.shape[1] - key.shape[1]
+            layer.keys[:, num_past:], layer.values[:, num_past:] = key, value
+            return layer.keys, layer.values, mask
+        if layer.past is None:
             return key, value, mask
-        if past.read is None:
-            columns, cos, sin = self._past_angles(past.key)
-            old_key, old_value = (
-                old if columns is None else take_tokens(old, columns) for old in (past.key, past.value)
-            )
-            past.read = rotate(old_key, cos, sin).to(value.dtype), old_value
-        keys, values = (
-            torch.cat([self._rows(old, len(new)), new], dim=1) for old, new in zip(past.read, (key, value))
-        )
-        return keys, values, mask
+        past = layer.past if layer.keys is not None else [self._rows(each, len(key)) for each in layer.past]
+        return *(torch.cat([old, new], dim=1) for old, new in zip(past, (key, value))), mask
 
     def rotate_queries(self, query: torch.Tensor) -> torch.Tensor:
         """Queries of the pass at hand, (rows, seq, heads, head_dim), at their positions, in fp32."""
-        if self._view.query_positions is None:
-            return rotate(query, *self._pass_angles("keys", self._view.own_positions, query.device))
-        return rotate(query, *self._pass_angles("queries", self._view.query_positions, query.device))
+        if self._ready_for != len(query):
+            self.prepare(len(query), query.device)
+        return rotate(query, *self._query_angles)
 
     def prompt(
-        self, layer: int, num_rows: int, project: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+        self, layer: LayerStore, num_rows: int, project: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-attention keys and values of `layer` for the rows at hand, projected once for a prompt, (rows, text, heads,
+        """Cross-attention keys and values of a layer for the rows at hand, projected once for a prompt, (rows, text, heads,
         head_dim)."""
-        known = len(self._prompt[layer][0]) if layer in self._prompt else 0
+        known = 0 if layer.prompt is None else len(layer.prompt[0])
         if known < self._num_branches(num_rows) * self.num_videos:
             with torch.no_grad():  # a prompt is no function of the latents
                 projected = project()
             if self._videos is not None:
                 return projected
-            self._prompt[layer] = projected
-        key, value = self._prompt[layer]
+            layer.prompt = projected
+        key, value = layer.prompt
         return self._rows(key, num_rows), self._rows(value, num_rows)
 
     # 3. Inside
 
-    def _rewrite(self, layer: int, query: torch.Tensor | None) -> None:
+    def _stored(self) -> list[LayerStore]:
+        """The layers that hold something."""
+        return [layer for layer in self._layers.values() if layer.key is not None]
+
+    def _rewrite(self, layer: LayerStore, query: torch.Tensor | None) -> None:
         """Let the layout rewrite what a layer holds before the first pass of a chunk, and before its commit, read it."""
-        due = ["before_chunk"] * (layer not in self._begun) + ["before_commit"] * self.is_writing
-        self._begun.add(layer)
-        for name in due if layer in self._layers else ():
-            hook = getattr(self.layout, name, None)
-            if hook is not None:
-                past, new = self._layers[layer], list(self._pass_frames)
-                rewrite_memory(hook, past, self.book, list(self.frames), new, query, self.places, self.rope_dims)
+        due = ["before_chunk"] * (not layer.is_begun) + ["before_commit"] * self._is_writing
+        layer.is_begun = True
+        hooks = [hook for hook in (getattr(self.layout, name, None) for name in due) if hook is not None]
+        for hook in hooks if layer.key is not None else ():
+            past, new = layer.at_home(), list(self._pass_frames)
+            home, (cos, sin) = past.key, self._book_angles(past.key)
+            projected = past.key = rotate(home, cos, -sin)
+            rewrite_memory(hook, past, self.book, list(self.frames), new, query, self.places, self.rope_dims)
+            same = (past.key == projected).flatten(2).all(dim=-1)[:, :, None, None]
+            past.key = home.where(same, rotate(past.key, cos, sin).to(home.dtype))  # what stays is not rounded again
+            layer.put(past)
+            layer.arrange(self._arrangement)
 
     def _sink(self) -> torch.Tensor:
         """The frames that the layout saves from eviction."""
@@ -291,17 +349,11 @@ class RollingKVCache:
 
     def _changed(self) -> None:
         self.version += 1
-        self._forget_views()
+        self._ready_for = 0
 
-    def _forget_views(self) -> None:
-        """What was derived from the context or its positions no longer holds."""
-        self._memo.clear()
-        for layer in self._layers.values():
-            layer.read = None
-
-    def _by_row(self, table: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """A table by video as a table by row: (B, ...) -> (branches * B, ...)."""
-        return table.repeat(num_rows // self.num_videos, *[1] * (table.ndim - 1))
+    def _by_row(self, table: torch.Tensor, layer: LayerStore) -> torch.Tensor:
+        """A table by video as a table by row of a layer: (B, ...) -> (branches * B, ...)."""
+        return table.repeat(layer.num_rows // self.num_videos, *[1] * (table.ndim - 1))
 
     def _num_branches(self, num_rows: int) -> int:
         """Guidance branches of a forward of `num_rows`."""
@@ -316,21 +368,19 @@ class RollingKVCache:
         starts = range(first, len(by_row), self.num_videos)
         return by_row[[start + video for start in starts for video in self._videos]]
 
-    def _reading(self) -> tuple[TokenBook, torch.Tensor, torch.Tensor | None]:
-        """What the pass at hand reads of the past: its book, the index in the view of each token's frame, (B, tokens),
-        and the columns of memory, unless that is all of it as it lies there."""
-        if "reading" not in self._memo:
-            frames, book, columns = self._view.frames, self.book, None
-            index = torch.cat([self._order(places) for places in self._places(frames)], dim=1)
-            held = index < len(frames)
-            last = index.masked_fill(~held, -1).cummax(dim=1).values  # of what is read so far; padding may lie between
-            if not torch.equal(held, book.held) or bool((held & (index < last)).any()):
-                taken = index.argsort(dim=1, stable=True)[:, : int(held.sum(dim=1).max())]
-                columns = taken % book.held.shape[1]
-                book = replace(book.taken(columns, book.held), held=held.gather(1, taken))
-                index = index.gather(1, taken)
-            self._memo["reading"] = (book, index, columns)
-        return self._memo["reading"]
+    def _reading(self) -> tuple[TokenBook, torch.Tensor, torch.Tensor | None, int]:
+        """What the pass at hand reads of the past: its book, the index in the view of each token's frame, (B, tokens); and
+        the columns of memory, or `None` and the first of them, where all behind that are read, in whatever order."""
+        frames, book = self._view.frames, self.book
+        index = torch.cat([self._order(places) for places in self._places(frames)], dim=1)
+        read, num_held = index < len(frames), book.held.shape[1]
+        start = int(read.any(dim=0).byte().argmax()) if read.any() else num_held
+        if index.shape[1] == num_held and torch.equal(read[:, start:], book.held[:, start:]):
+            return book.since(start), index[:, start:], None, start
+        taken = index.argsort(dim=1, stable=True)[:, : int(read.sum(dim=1).max())]
+        columns = taken % num_held
+        book = replace(book.taken(columns, book.held), held=read.gather(1, taken))
+        return book, index.gather(1, taken), columns, 0
 
     @staticmethod
     def _places(frames: Sequence[int]) -> list[dict[int, int]]:
@@ -350,48 +400,42 @@ class RollingKVCache:
         order[torch.tensor([*places], dtype=torch.long)] = torch.tensor([*places.values()], dtype=torch.long)
         return order[self.book.frame.clamp(max=self.next_frame)].where(self.book.held, unread)
 
-    def _mask(self, num_rows: int, device: torch.device) -> torch.Tensor | None:
-        """What the queries of the `num_rows` at hand may attend to, (rows, 1, 1, keys), where that is not all alike."""
-        if "mask" not in self._memo:
-            book, index, _ = self._reading()
-            mask = torch.cat([book.held, self._pass_book.held], dim=1)
-            of_frames, both = self._view.log_weights, book.appended(self._pass_book).log_weight
-            if of_frames is not None or both is not None:
-                weights = torch.zeros(mask.shape, dtype=torch.float32) if both is None else both
-                if of_frames is not None:
-                    of_tokens = torch.tensor([*of_frames, 0.0], dtype=torch.float32)[index]
-                    weights = weights + F.pad(of_tokens, (0, self._pass_book.held.shape[1]))
-                mask = weights.masked_fill(~mask, -torch.inf)
-            elif mask.all():
-                mask = None
-            self._memo["mask"] = (mask if mask is None else mask.to(device),)
-        (mask,) = self._memo["mask"]
-        if mask is None:
+    def _make_mask(self, book: TokenBook, index: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+        """What the pass at hand may attend to, (B, keys), where that is not all alike."""
+        mask = torch.cat([book.held, self._pass_book.held], dim=1)
+        of_frames, both = self._view.log_weights, book.appended(self._pass_book).log_weight
+        if of_frames is not None or both is not None:
+            weights = torch.zeros(mask.shape, dtype=torch.float32) if both is None else both
+            if of_frames is not None:
+                of_tokens = torch.tensor([*of_frames, 0.0], dtype=torch.float32)[index]
+                weights = weights + F.pad(of_tokens, (0, self._pass_book.held.shape[1]))
+            mask = weights.masked_fill(~mask, -torch.inf)
+        elif mask.all():
             return None
-        mask = mask if self._videos is None else mask[self._videos]
-        return mask.repeat(num_rows // len(mask), 1)[:, None, None, :]
+        return (mask if self._videos is None else mask[self._videos]).to(device)
 
-    def _past_angles(self, key: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """The columns of `key` that the pass at hand reads, unless all; cosine and sine of their positions."""
-        if "past" not in self._memo:
-            book, index, columns = self._reading()
-            if columns is not None:
-                columns = self._by_row(columns, key.shape[0]).to(key.device)
-            position, token = torch.tensor([*self._view.positions, 0])[index], book.token
-            if book.is_shared():
-                position, token = position[:1], token[:1]  # rows alike share one table
-            else:
-                position, token = self._by_row(position, key.shape[0]), self._by_row(token, key.shape[0])
-            self._memo["past"] = (columns, *self._rotary_angles(position, token, key.device))
-        return self._memo["past"]
+    def _turn(self, way: torch.Tensor, book: TokenBook, device: torch.device) -> tuple | None:
+        """How keys get from home to where they are read, `way` latent frames on, (B, tokens): up to the last that moves."""
+        way = way.where(book.held, 0)
+        if not way.any():
+            return None
+        num_tokens = int(way.any(dim=0).nonzero().max()) + 1
+        way = way[:1, :num_tokens] if (way == way[:1]).all() else self._by_row(way[:, :num_tokens], self._stored()[0])
+        return num_tokens, *rotary_angles(way, torch.zeros(*way.shape, 0), self.rope_dims[:1], device)
 
-    def _pass_angles(self, name: str, positions: Sequence[int], device: torch.device) -> tuple:
+    def _pass_angles(self, positions: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine of the tokens of the pass, whose frames stand at `positions`."""
-        if name not in self._memo:
-            frame, token = self._pass_book.frame[:1], self._pass_book.token[:1]
-            position = torch.tensor(positions)[frame - self.next_frame]
-            self._memo[name] = self._rotary_angles(position, token, device)
-        return self._memo[name]
+        position = torch.tensor(positions)[self._pass_book.frame[:1] - self.next_frame]
+        return self._rotary_angles(position, self._pass_book.token[:1], device)
+
+    def _book_angles(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of all that is held, at home."""
+        frame, token = self.book.frame, self.book.token
+        if self.book.is_shared():
+            frame, token = frame[:1], token[:1]
+        else:
+            frame, token = (table.repeat(len(key) // self.num_videos, 1) for table in (frame, token))
+        return self._rotary_angles(frame, token, key.device)
 
     def _rotary_angles(
         self, position: torch.Tensor, token: torch.Tensor, device: torch.device

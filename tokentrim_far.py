@@ -212,6 +212,7 @@ class FARBackbone:
 
     def _forward(self, latents, chunk_sizes, timesteps, next_timesteps, text, attention_kwargs, is_cache_step):
         """The transformer's own forward over some chunks alone; the others are in our processors."""
+        self.cache.prepare(len(latents), latents.device)
         sizes = torch.tensor(chunk_sizes, device=latents.device)
         timesteps, next_timesteps = (
             times.repeat_interleave(sizes).expand(len(latents), -1) for times in (timesteps, next_timesteps)

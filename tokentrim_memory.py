@@ -65,6 +65,11 @@ class TokenBook:
         log_weight = None if self.log_weight is None else self.log_weight.gather(1, columns)
         return TokenBook(*(table.gather(1, columns) for table in (self.frame, self.token, held)), log_weight)
 
+    def since(self, column: int) -> "TokenBook":
+        """The tokens from `column` on."""
+        log_weight = None if self.log_weight is None else self.log_weight[:, column:]
+        return TokenBook(self.frame[:, column:], self.token[:, column:], self.held[:, column:], log_weight)
+
     def appended(self, other: "TokenBook") -> "TokenBook":
         pairs = ((self.frame, other.frame), (self.token, other.token), (self.held, other.held))
         log_weight = None
@@ -108,23 +113,12 @@ class TokenBook:
 
 @dataclass
 class LayerContext:
-    """One layer's context, (rows, tokens, heads, head_dim): keys as projected, and what the pass at hand reads."""
+    """One layer's context, (rows, tokens, heads, head_dim)."""
 
     key: torch.Tensor
     value: torch.Tensor
     tag: torch.Tensor | None = None  # (rows, tokens, 3): see `Memory`
     note: torch.Tensor | None = None  # (rows, ...)
-    read: tuple[torch.Tensor, torch.Tensor] | None = None  # rotated keys, and values
-
-    def appended(self, new: "LayerContext") -> "LayerContext":
-        key, value = torch.cat([self.key, new.key], dim=1), torch.cat([self.value, new.value], dim=1)
-        tag = None if self.tag is None else torch.nn.functional.pad(self.tag, (0, 0, 0, new.key.shape[1]))
-        return LayerContext(key, value, tag, self.note)
-
-    def take(self, columns: torch.Tensor) -> None:
-        """Keep the tokens at `columns`, (rows, taken)."""
-        self.key, self.value = take_tokens(self.key, columns), take_tokens(self.value, columns)
-        self.tag = None if self.tag is None else take_tokens(self.tag, columns)
 
 
 @dataclass
@@ -184,5 +178,5 @@ def rewrite_memory(
         for table, rewritten in ((key, memory.key), (value, memory.value), (tag, memory.tag)):
             table[row, places_of_row[held]] = rewritten[held].to(table.dtype)
         notes.append(memory.note)
-    past.key, past.value, past.tag, past.read = key, value, tag, None
+    past.key, past.value, past.tag = key, value, tag
     past.note = None if notes[0] is None else torch.stack(notes)

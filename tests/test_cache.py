@@ -139,7 +139,8 @@ def test_update_returns_exactly_the_held_keys_and_values_in_order():
     ],
 )
 def test_relative_positions(num_chunks, window_size, num_sink_frames, held, positions, chunk_positions):
-    """The sink directly before the recent frames, these directly before the chunk, all counted from 0."""
+    """The sink directly before the recent frames, these directly before the chunk, all counted from 0: queries meet keys as
+    at these positions, wherever both stand."""
     cache = new_cache(window_size=window_size, num_sink_frames=num_sink_frames, relative_positions=True)
     written = torch.cat([write(cache, seed=seed)[0] for seed in range(num_chunks)], dim=1)
     begin_pass(cache, CHUNK)
@@ -148,8 +149,8 @@ def test_relative_positions(num_chunks, window_size, num_sink_frames, held, posi
     keys, _, _ = cache.update(0, key, value)
     of_held = written.unflatten(1, (-1, NUM_TOKENS))[:, list(held)].flatten(1, 2)
     expected = torch.cat([rope(of_held, list(positions)), rope(key, list(chunk_positions))], dim=1)
-    torch.testing.assert_close(keys, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(cache.rotate_queries(key), rope(key, list(chunk_positions)), atol=1e-5, rtol=0)
+    pairs = (cache.rotate_queries(key), keys), (rope(key, list(chunk_positions)), expected)
+    torch.testing.assert_close(*(torch.einsum("bqhd,bkhd->bhqk", *pair) for pair in pairs), atol=1e-5, rtol=0)
 
 
 def test_relative_positions_do_not_close_up_over_evicted_tokens():
@@ -215,13 +216,64 @@ def test_version_changes_when_and_only_when_the_context_does():
     assert len(set(versions)) == 6
 
 
+def test_a_key_is_held_once_and_read_where_it_lies():
+    """No pass copies the past, whatever its window; the tokens of a commit stay where the pass put them."""
+    cache = new_cache(window_size=9, num_sink_frames=3, relative_positions=True)
+    for seed in range(5):
+        write(cache, seed=seed)
+    begin_pass(cache, CHUNK)
+    layer = cache.layer(0)
+    memory = [table.untyped_storage().data_ptr() for table in (layer.key, layer.value)]
+    for _ in range(2):
+        read = cache.update(0, *randn(2, 1, CHUNK * NUM_TOKENS, 2, HEAD_DIM))[:2]
+        assert [table.untyped_storage().data_ptr() for table in read] == memory
+    assert layer.key.shape[1] == 9 * NUM_TOKENS and layer.home.shape[1] == 3 * NUM_TOKENS  # the sink alone is turned
+    assert layer.home.shape[3] == ROPE_DIMS[0]  # and of it what stands for time
+    write(cache)
+    assert [table.untyped_storage().data_ptr() for table in (layer.key, layer.value)] == memory
+
+
+@pytest.mark.parametrize(("window_size", "sizes"), [(6, [1, 2, 4, 4, 6]), (None, [1, 2, 4, 4, 8])])
+def test_memory_grows_by_doubling_up_to_the_window(window_size, sizes):
+    cache, seen = new_cache(window_size=window_size), []
+    for _ in sizes:
+        write(cache, 1)
+        seen.append(cache.layer(0).key.shape[1] // NUM_TOKENS)
+    assert seen == sizes
+
+
+def test_a_state_with_keys_as_they_were_projected_is_read():
+    """As an older version saved them."""
+    cache, other = (new_cache(window_size=9) for _ in range(2))
+    written = [write(cache, seed=seed) for seed in range(2)]
+    state = cache.state_dict()
+    del state["devices"], state["layers_at_home"]
+    state["layers"] = [[*(torch.cat(each, dim=1) for each in zip(*written)), None, None]]
+    other.load_state_dict(state)
+    probe = randn(2, 1, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
+    for each in (cache, other):
+        begin_pass(each, CHUNK)
+    assert torch.equal(other.update(0, *probe)[0], cache.update(0, *probe)[0])
+
+
+def test_a_saved_context_stays_as_it_was():
+    cache = new_cache(window_size=9)
+    write(cache)
+    state = cache.state_dict()
+    kept = [table.clone() for table in state["layers_at_home"][0][:2]]
+    for seed in range(4):
+        write(cache, seed=seed)
+    cache.evict({0: [1, 2]})
+    assert all(torch.equal(one, other) for one, other in zip(state["layers_at_home"][0], kept))
+
+
 def test_writing_is_all_or_nothing():
     cache = new_cache()
     write(cache)
     before = cache.held_tokens(), cache.version, cache.next_frame
     begin_pass(cache, CHUNK)
     probe = randn(2, 1, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
-    keys_before = cache.update(0, *probe)[0]
+    keys_before = cache.update(0, *probe)[0].clone()
     with pytest.raises(KeyboardInterrupt):
         with cache.writing():
             cache.update(0, *randn(2, 1, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=4))

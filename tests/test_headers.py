@@ -192,7 +192,7 @@ def test_the_dry_run_reads_headers_alone(tmp_path):
         "its path suggests longlive",
     ):
         assert words in process.stdout
-    assert "weights 2.6 GiB, cache of 21 latent frames 8.4 GiB" in process.stdout
+    assert "weights 2.6 GiB, cache of 21 latent frames 5.6 GiB" in process.stdout
 
 
 def test_the_dry_run_of_a_file_that_does_not_fit(tmp_path, capsys):

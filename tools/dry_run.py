@@ -59,8 +59,7 @@ def describe_conversion(
     preset = preset or (presets or ["self_forcing"])[0]
     held, patch = count_held_frames(preset), config["patch_size"]
     tokens = held * (HEIGHT // (VAE_FACTOR * patch[1])) * (WIDTH // (VAE_FACTOR * patch[2]))
-    # The cache holds each key twice: as it was written, and rotated to its present position.
-    cache = 3 * prod(size) * tokens * 2
+    cache = 2 * prod(size) * tokens * 2
     lines.append(
         f"memory   in bfloat16, at {HEIGHT} x {WIDTH}: weights {2 * sum(map(prod, shapes.values())) / GIB:.1f} GiB, cache of"
         f" {held} latent frames {cache / GIB:.1f} GiB ({preset}); text encoder, VAE and activations come on top"
