@@ -1,35 +1,20 @@
-# `make demo` and `make test` need python3 and nothing else: what they use is installed into .venv.
+# `make demo`, `make app` and `make test` need python3 and nothing else: what they use is installed
+# into .venv and .venv-app.
 PYTHON = .venv/bin/python
 INSTALLED = .venv/installed
 # A folder of checkpoints/: `make demo WORLD=travelling-world`.
 WORLD = tiny-world
 
-.PHONY: demo install test test-fast lint clean
+# http://127.0.0.1:7860, or GRADIO_SERVER_PORT; another model with TOKENTRIM_CHECKPOINT.
+app: $(APP_INSTALLED)
+	$(APP_PYTHON) space/app.py
 
-demo: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.demo --world $(WORLD)
-
-# For the commands of the pages: then `source .venv/bin/activate`.
-install: $(INSTALLED)
-
-# Everything, on all cores; each test uses one.
-test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -n auto --dist worksteal tests
-
-# What a new method or a new layout can break.
-FAST = contract methods policy quarantine reanchor statistics layout field_layouts rollout bundle
-test-fast: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -n auto --dist worksteal -m "not slow" $(FAST:%=tests/test_%.py)
-
-lint: $(INSTALLED)
-	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
-
-# torch first and by itself, so that no other package chooses its build.
-$(INSTALLED): constraints.txt setup.cfg
-	python3 -m venv .venv
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[plots,test]"
-	touch $(INSTALLED)
-
-clean:
-	rm -rf .venv
+# A folder that is ready for `hf upload you/name build/space --repo-type space`.
+space:
+	rm -rf build/space
+	mkdir -p build/space/tokentrim/tools/commands build/space/checkpoints
+	cp space/* build/space
+	cp LICENSE *.py build/space/tokentrim
+	cp tools/*.* build/space/tokentrim/tools
+	cp tools/commands/*.py build/space/tokentrim/tools/commands
+	cp -r checkpoints/tiny-world build/space/checkpoints

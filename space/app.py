@@ -11,7 +11,9 @@ import logging
 import os
 
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing leaves the machine; before Gradio is imported
+# Nothing leaves the machine. Libraries read these when they are imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 try:
     import spaces  # on the Hub's shared GPUs; before PyTorch is imported
 except ImportError:
@@ -41,7 +43,16 @@ METHODS = [
     ("TokenTrim: the paper", "tokentrim"),
     ("tokentrim_plus: ours", "tokentrim_plus"),
 ]
+TINY_WORLD = "checkpoints/tiny-world"
 LAYOUT_CHOICES = [("as the model was trained", ""), *(name for name in LAYOUTS if name != "window")]
+CSS = """
+#words .block { padding: 10px 6px; }
+#words .secondary-wrap, #words input { padding: 0; }
+#words .wrap-inner { padding: 4px 2px 4px 8px; }
+#report table { width: auto; }
+#report th, #report td { padding: 5px 12px; border-color: var(--border-color-primary); }
+#report td:not(:first-child), #report th { white-space: nowrap; }
+"""
 WELCOME = """\
 # TokenTrim, live
 
@@ -270,14 +281,16 @@ def measure_upload(path: str | None) -> tuple:
 
 def load_app() -> App:
     """With the checkpoint that the environment names, or the tiny world that ships with the project."""
-    beside = [folder / "checkpoints" / "tiny-world" for folder in (HERE, HERE.parent)]
-    found = next((str(folder) for folder in beside if folder.exists()), "")
-    checkpoint = os.environ.get("TOKENTRIM_CHECKPOINT") or found
+    beside = [folder / TINY_WORLD for folder in (HERE, HERE.parent)]  # in a Space, and in a clone
+    checkpoint, name = os.environ.get("TOKENTRIM_CHECKPOINT"), None
+    if not checkpoint and (found := [folder for folder in beside if folder.exists()]):
+        checkpoint, name = str(found[0]), TINY_WORLD
     fps = os.environ.get("TOKENTRIM_FPS")
     try:
         if not checkpoint:
             raise ValueError("TOKENTRIM_CHECKPOINT has to name a folder or a Hub id")
-        studio = Studio(checkpoint, int(os.environ.get("TOKENTRIM_MAX_CHUNKS", 200)), float(fps) if fps else None)
+        limit = int(os.environ.get("TOKENTRIM_MAX_CHUNKS", 200))
+        studio = Studio(checkpoint, limit, float(fps) if fps else None, name)
     except Exception as error:  # whatever it is, the page says it, and videos can be measured
         logger.error("the checkpoint could not be loaded", exc_info=error)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -293,7 +306,7 @@ def launch(app: App, **options) -> tuple:
     return build(app).launch(
         share=False,
         theme=theme,
-        css="#words input { padding: 0; } #words .wrap { padding-right: 2px; }",
+        css=CSS,
         footer_links=[],
         allowed_paths=[str(app.runs)],
         max_file_size="200mb",

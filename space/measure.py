@@ -11,9 +11,9 @@ from tokentrim.tools.frames import read_frames
 
 
 ROWS = (  # name of the measure, what it is, digits, what it is without drift
-    ("color_similarity", "Colours in common, end with start", "{:.1f} of 100", "100"),
+    ("color_similarity", "Colours in common, end with start", "{:.1f}%", "100%"),
     ("color_distance", "Distance of the colours, end from start", "{:.1f}%", "0"),
-    ("worst_similarity", "Colours in common, worst twentieth with start", "{:.1f} of 100", "100"),
+    ("worst_similarity", "Colours in common, worst twentieth with start", "{:.1f}%", "100%"),
     ("brightness_slope", "Change of brightness", "{:+.3f}", "0"),
     ("contrast_slope", "Change of contrast", "{:+.3f}", "0"),
     ("saturation_slope", "Change of saturation", "{:+.3f}", "0"),
@@ -34,7 +34,7 @@ def measure(path: Path) -> tuple[str, Any, str]:
     except ValueError as error:
         raise ValueError(str(error).replace(str(path), path.name)) from error
     measures = drift.measures()
-    lines = [f"**{drift.name}**, {drift.num_frames} frames", "", "| measure | value | without drift |", "|---|---|---|"]
+    lines = [f"**{drift.name}**, {drift.num_frames} frames", "", "| measure | value | no drift |", "|---|---|---|"]
     for name, title, form, neutral in ROWS:
         value = "-" if measures[name] is None else form.format(measures[name])
         lines.append(f"| {title} | {value} | {neutral} |")

@@ -58,14 +58,15 @@ class Studio:
         checkpoint (`str`): folder or Hub id, in Diffusers format.
         max_chunks (`int`): of a run.
         fps (`float`, *optional*): frames per second; by default 8 for the tiny world, and 16, Wan's.
+        name (`str`, *optional*): what the scripts for visitors call the checkpoint.
 
     Raises:
         `OSError`, `ValueError`: the checkpoint is none.
     """
 
-    def __init__(self, checkpoint: str, max_chunks: int, fps: float | None = None):
+    def __init__(self, checkpoint: str, max_chunks: int, fps: float | None = None, name: str | None = None):
         on_gpu = torch.cuda.is_available()
-        self.checkpoint, self.max_chunks = checkpoint, max_chunks
+        self.name, self.max_chunks = name or checkpoint, max_chunks
         self.options = {"dtype": torch.bfloat16} if on_gpu else {}
         pipe = TokenTrimPipeline.from_pretrained(checkpoint, **self.options).to("cuda" if on_gpu else "cpu")
         self.pipes = {"left": pipe, "right": make_twin(pipe)}
@@ -162,7 +163,7 @@ class Studio:
             "num_frames": state["num_frames"],
             "fps": self.fps,
             "changes": {at: {"prompt": each.prompt, "transition": each.transition} for at, each in changes.items()},
-            "checkpoint": self.checkpoint,
+            "checkpoint": self.name,
             "versions": versions,
         }
         (folder / "decisions.json").write_text(json.dumps(decisions) + "\n")
@@ -174,22 +175,29 @@ class Studio:
         """Ten lines of Python that write the same two files, byte for byte."""
         arguments = [f"num_frames={num_frames}", "method=method", "generator=generator"]
         if settings.layout is not None:
-            arguments.append(f"layout={settings.layout!r}")
+            arguments.append(f"layout={quoted(settings.layout)}")
         if changes:
-            arguments.append(f"prompt_schedule={ {at: each.prompt for at, each in changes.items()} !r}")
-            arguments.append(f"prompt_transition={ {at: each.transition for at, each in changes.items()} !r}")
+            prompts = ", ".join(f"{at}: {quoted(each.prompt)}" for at, each in changes.items())
+            transitions = ", ".join(f"{at}: {quoted(each.transition)}" for at, each in changes.items())
+            arguments += [f"prompt_schedule={{{prompts}}}", f"prompt_transition={{{transitions}}}"]
         options = "".join(f", {name}={value}" for name, value in self.options.items())
         return f"""\
 import torch
 from tokentrim import TokenTrimPipeline
 
 torch.set_num_threads({torch.get_num_threads()})
-pipe = TokenTrimPipeline.from_pretrained({self.checkpoint!r}{options}){'.to("cuda")' if self.options else ""}
-for name, method in {{"left": {settings.left!r}, "right": {settings.right!r}}}.items():
+pipe = TokenTrimPipeline.from_pretrained({quoted(self.name)}{options}){'.to("cuda")' if self.options else ""}
+prompt = {quoted(settings.prompt)}
+for name, method in {{"left": {quoted(settings.left)}, "right": {quoted(settings.right)}}}.items():
     generator = torch.Generator().manual_seed({settings.seed})
-    with pipe.stream({settings.prompt!r}, {", ".join(arguments)}) as stream:
+    with pipe.stream(prompt, {", ".join(arguments)}) as stream:
         stream.save_video(f"{{name}}.mp4", fps={self.fps})
 """
+
+
+def quoted(text: str) -> str:
+    """A Python string in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def make_twin(pipe: Any) -> Any:
