@@ -31,6 +31,7 @@ import gradio as gr
 import world
 from measure import measure
 from runs import Change, Settings, Studio, ask_to_change, ask_to_stop, is_over
+
 from tokentrim.tokentrim_layouts import LAYOUTS
 from tokentrim.tokentrim_prompts import TRANSITIONS
 
@@ -220,7 +221,8 @@ def build(app: App) -> gr.Blocks:
                         next_chunk = gr.Number(0, label="From chunk (0: the next)", precision=0, min_width=120)
                     change = gr.Button("Change the prompt", elem_id="change")
                     told = gr.Markdown(
-                        "A chunk that is filled in before the start changes the prompt there by itself.", elem_id="told"
+                        "A chunk that is filled in before the start changes the prompt there by itself.",
+                        elem_id="told",
                     )
                 with gr.Accordion("More settings", open=False):
                     left = gr.Dropdown(METHODS, value="plain", label="Left")
@@ -259,9 +261,7 @@ def build(app: App) -> gr.Blocks:
         runs.then(lambda: set_buttons(False), None, buttons, queue=False, api_visibility="private")
         stop.click(app.stop, None, None, queue=False, api_name="stop")
         change.click(app.change, [next_prompt, next_chunk, transition], told, queue=False, api_name="change")
-        measured.click(
-            measure_upload, video, [report, figure, numbers], concurrency_id="measure", api_name="measure"
-        )
+        measured.click(measure_upload, video, [report, figure, numbers], concurrency_id="measure", api_name="measure")
         page.unload(app.leave)
     return page.queue(default_concurrency_limit=1, max_size=32)
 

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from world import is_tiny_world, unknown_words
+
 from tokentrim import TokenTrimPipeline, __version__
 from tokentrim.tokentrim_output import as_uint8, decision_event
 from tokentrim.tokentrim_video import VideoWriter
-from world import is_tiny_world, unknown_words
 
 
 SIDES = ("left", "right")
@@ -104,9 +105,7 @@ class Studio:
                 raise ValueError(f"The prompt can change at chunks 1 to {last} of this video, not at {change.chunk}.")
             schedule = {"prompt_schedule": {1: change.prompt}, "prompt_transition": change.transition}
         for side in SIDES:
-            self.pipes[side].plan(
-                settings.prompt, method=getattr(settings, side), layout=settings.layout, **schedule
-            )
+            self.pipes[side].plan(settings.prompt, method=getattr(settings, side), layout=settings.layout, **schedule)
 
     def roll_out(self, settings: Settings, folder: Path) -> Iterator[dict]:
         """
@@ -246,7 +245,13 @@ def describe(decision: dict, frames: Any) -> dict:
     numbers = {name: decision[name] for name in ("severity", "threshold", "regenerated_severity")}
     known = {name: None if value is None else round(value, 4) for name, value in numbers.items()}
     color = [round(float(value), 1) for value in frames.mean((0, 1, 2))]
-    return {**known, "event": decision_event(decision), "tokens": decision["tokens"], "color": color, "frames": len(frames)}
+    return {
+        **known,
+        "event": decision_event(decision),
+        "tokens": decision["tokens"],
+        "color": color,
+        "frames": len(frames),
+    }
 
 
 # What passes between the page and a run

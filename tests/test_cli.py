@@ -10,7 +10,7 @@ from conftest import ROOT
 from tokentrim.tools import cli
 
 
-COMMANDS = ("generate", "convert", "publish", "bundle", "drift")
+COMMANDS = ("generate", "convert", "publish", "bundle", "drift", "app")
 
 
 def start(folder, *arguments):

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from .commands import bundle, convert, drift, generate, publish
+from .commands import app, bundle, convert, drift, generate, publish
 
 
-COMMANDS = (generate, convert, publish, bundle, drift)
+COMMANDS = (generate, convert, publish, bundle, drift, app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
