@@ -252,15 +252,18 @@ def build(app: App) -> gr.Blocks:
                     figure = gr.Plot(show_label=False, elem_id="figure")
                     numbers = gr.DownloadButton("drift.json", visible=False)
 
+        # Errors are shown of events in the queue alone; those that do not use the model never wait in it.
         asked = [prompt, seed, left, right, layout, num_chunks, next_prompt, next_chunk, transition]
         buttons = [begin, stop]
-        ready = begin.click(app.prepare, asked, None, queue=False, api_name="prepare")
+        ready = begin.click(app.prepare, asked, None, concurrency_limit=None, api_name="prepare")
         runs = ready.success(lambda: set_buttons(True), None, buttons, queue=False, api_visibility="private").then(
             app.watch, None, stage, concurrency_id="model", show_progress="minimal", api_name="watch"
         )
         runs.then(lambda: set_buttons(False), None, buttons, queue=False, api_visibility="private")
         stop.click(app.stop, None, None, queue=False, api_name="stop")
-        change.click(app.change, [next_prompt, next_chunk, transition], told, queue=False, api_name="change")
+        change.click(
+            app.change, [next_prompt, next_chunk, transition], told, concurrency_limit=None, api_name="change"
+        )
         measured.click(measure_upload, video, [report, figure, numbers], concurrency_id="measure", api_name="measure")
         page.unload(app.leave)
     return page.queue(default_concurrency_limit=1, max_size=32)
