@@ -14,10 +14,12 @@ import time
 import urllib.request
 from contextlib import contextmanager
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 from conftest import ROOT
+
+from tokentrim.tokentrim_video import VideoWriter
+from tokentrim.tools.frames import read_frames
 
 
 pytest.importorskip("gradio", reason="Gradio is not in this environment: `make test-app`")
@@ -147,6 +149,10 @@ class Visitor:
         link = self.page.locator("#stage .files a", has_text=name).get_attribute("href")
         return self.context.request.get(link).body()
 
+    def download_frames(self, name, folder):
+        (folder / name).write_bytes(self.download(name))
+        return np.stack(list(read_frames(folder / name)))
+
     def leave(self):
         assert self.errors == []
         self.context.close()
@@ -165,7 +171,7 @@ def arrive(browser, address):
         visitor.context.close()
 
 
-def test_videos_play_and_plots_grow_while_they_are_made(arrive):
+def test_videos_play_and_plots_grow_while_they_are_made(arrive, tmp_path):
     visitor = arrive()
     begin = time.perf_counter()
     visitor.begin(num_chunks=30)
@@ -191,12 +197,12 @@ def test_videos_play_and_plots_grow_while_they_are_made(arrive):
     assert visitor.told().startswith("chunk 30 of 30") and "complete" in visitor.told()
     local = ("http://127.0.0.1:", "blob:http://127.0.0.1:", "data:")
     assert [url for url in visitor.requests if not url.startswith(local)] == []
-    frames = iio.imread(visitor.download("left.mp4"), extension=".mp4", plugin="FFMPEG")
+    frames = visitor.download_frames("left.mp4", tmp_path)
     assert frames.shape == (90, 64, 64, 3)
     visitor.leave()
 
 
-def test_the_prompt_changes_while_it_runs(arrive):
+def test_the_prompt_changes_while_it_runs(arrive, tmp_path):
     visitor = arrive()
     visitor.page.get_by_text("Direct: change").click()
     visitor.page.get_by_label("New prompt").fill(GREEN)
@@ -207,7 +213,7 @@ def test_the_prompt_changes_while_it_runs(arrive):
     visitor.wait_for(f"document.querySelector('#stage .prompt').textContent === '{GREEN}'")
     visitor.wait_for_end()
     (at,) = json.loads(visitor.download("settings.json"))["changes"]
-    frames = iio.imread(visitor.download("right.mp4"), extension=".mp4", plugin="FFMPEG")
+    frames = visitor.download_frames("right.mp4", tmp_path)
     before, after = frames[: 3 * int(at)].mean((0, 1, 2)), frames[3 * int(at) :].mean((0, 1, 2))
     assert before.argmax() == 2 and after.argmax() != 2  # blue, and no longer blue
     visitor.leave()
@@ -282,11 +288,8 @@ def test_evicted_tokens_are_outlined_on_demand(arrive):
 
 
 def test_measure_reports_a_video_and_refuses_what_is_none(arrive, tmp_path):
-    iio.imwrite(
-        tmp_path / "fade.mp4",
-        np.linspace(0, 200, 30).astype(np.uint8)[:, None, None, None].repeat(64, 1).repeat(64, 2).repeat(3, 3),
-        fps=8,
-    )
+    grey = np.linspace(0, 200, 30).astype(np.uint8)
+    VideoWriter(tmp_path / "fade.mp4", 8).write(np.tile(grey[:, None, None, None], (1, 64, 64, 3)))
     (tmp_path / "broken.mp4").write_bytes((tmp_path / "fade.mp4").read_bytes()[:300])
     visitor = arrive()
     visitor.page.get_by_role("tab", name="Measure").click()
