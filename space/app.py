@@ -20,12 +20,15 @@ except ImportError:
     spaces = None
 
 import atexit
+import contextvars
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import world
@@ -83,6 +86,7 @@ class App:
     def __init__(self, studio: Studio | None, complaint: str = ""):
         self.studio, self.complaint = studio, complaint
         self.visits: dict[str, Visit] = {}
+        self.thread = ThreadPoolExecutor(1)
         self.runs = Path(tempfile.mkdtemp(prefix="tokentrim-runs-")).resolve()
         atexit.register(shutil.rmtree, self.runs, ignore_errors=True)
         self.generate = studio and (spaces.GPU(duration=120)(studio.roll_out) if spaces else studio.roll_out)
@@ -117,14 +121,18 @@ class App:
         states = self.generate(visit.settings, visit.folder)
         try:
             with sentences():
-                for state in states:
+                while (state := self.in_model_thread(next, states, None)) is not None:
                     visit.made = state["made"]
                     yield self.publish(state, visit.folder)
         except gr.Error:
             if visit.folder.exists():  # otherwise the visitor has left, and nobody is there to read it
                 raise
         finally:
-            states.close()
+            self.in_model_thread(states.close)
+
+    def in_model_thread(self, function: Callable, *arguments) -> Any:
+        """The server's threads come and go, and the memory that each of them once had stays: one makes all videos."""
+        return self.thread.submit(contextvars.copy_context().run, function, *arguments).result()
 
     def publish(self, state: dict, folder: Path) -> dict:
         """The state with addresses in the place of files."""

@@ -73,6 +73,7 @@ class Studio:
         self.pipes = {"left": pipe, "right": make_twin(pipe)}
         for each in self.pipes.values():
             each.set_progress_bar_config(disable=True)
+        self.pool = ThreadPoolExecutor(len(SIDES))  # of calls of ffmpeg
         self.is_tiny_world = is_tiny_world(pipe.tokenizer)
         self.fps = fps or (8 if self.is_tiny_world else 16)
         if self.is_tiny_world:
@@ -121,7 +122,6 @@ class Studio:
         folder.mkdir(parents=True, exist_ok=True)
         state, inbox, changes = begin_state(self, settings), Inbox(folder), {}
         with ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(len(SIDES)))  # of calls of ffmpeg
             streams = [stack.enter_context(self.start(side, settings)) for side in SIDES]
             writers = [VideoWriter(folder / f"{side}.mp4", self.fps) for side in SIDES]
             state["grid"], clock = list(streams[0].grid), Clock()
@@ -135,7 +135,7 @@ class Studio:
                 if len(chunks) < len(streams):
                     break
                 frames = [as_uint8(chunk.frames[0]) for chunk in chunks]
-                list(pool.map(VideoWriter.write, writers, frames))
+                list(self.pool.map(VideoWriter.write, writers, frames))
                 state = add_chunks(state, chunks, frames, writers) | clock.tell(len(frames[0]))
                 state["prompts"] = [[0, settings.prompt], *([at, each.prompt] for at, each in changes.items())]
                 yield state
