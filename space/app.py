@@ -86,6 +86,7 @@ class App:
     def __init__(self, studio: Studio | None, complaint: str = ""):
         self.studio, self.complaint = studio, complaint
         self.visits: dict[str, Visit] = {}
+        self.reports: dict[str, Path] = {}  # folders of measured drift
         self.thread = ThreadPoolExecutor(1)
         self.runs = Path(tempfile.mkdtemp(prefix="tokentrim-runs-")).resolve()
         atexit.register(shutil.rmtree, self.runs, ignore_errors=True)
@@ -149,7 +150,7 @@ class App:
             ask_to_stop(visit.folder)
 
     def leave(self, request: gr.Request) -> None:
-        """A visitor is gone, or begins anew: its run ends with its folder."""
+        """A visitor begins anew, or is gone: its run ends with its folder."""
         if visit := self.visits.pop(request.session_hash, None):
             shutil.rmtree(visit.folder, ignore_errors=True)
 
@@ -169,6 +170,24 @@ class App:
             ask_to_change(visit.folder, change)
         at = "the next chunk" if change.chunk is None else f"chunk {change.chunk}"
         return f"From {at} on: *{change.prompt}*"
+
+    # Measure
+
+    def measure(self, path: str | None, request: gr.Request) -> tuple:
+        """Report, figure and numbers of a visitor's file."""
+        with sentences():
+            if path is None:
+                raise ValueError("No video is there yet: drop one first.")
+            folder = self.reports.setdefault(request.session_hash, self.runs / uuid.uuid4().hex)
+            folder.mkdir(exist_ok=True)
+            text, figure = measure(Path(path), folder / "drift.json")
+        return text, figure, gr.DownloadButton(value=folder / "drift.json", visible=True)
+
+    def forget(self, request: gr.Request) -> None:
+        """A visitor is gone: its run ends, and nothing of it stays."""
+        self.leave(request)
+        if folder := self.reports.pop(request.session_hash, None):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def require_studio(self) -> None:
         if self.studio is None:
@@ -272,22 +291,13 @@ def build(app: App) -> gr.Blocks:
         change.click(
             app.change, [next_prompt, next_chunk, transition], told, concurrency_limit=None, api_name="change"
         )
-        measured.click(measure_upload, video, [report, figure, numbers], concurrency_id="measure", api_name="measure")
-        page.unload(app.leave)
+        measured.click(app.measure, video, [report, figure, numbers], concurrency_id="measure", api_name="measure")
+        page.unload(app.forget)
     return page.queue(default_concurrency_limit=1, max_size=32)
 
 
 def set_buttons(is_running: bool) -> tuple:
     return gr.Button(interactive=not is_running), gr.Button(interactive=is_running)
-
-
-def measure_upload(path: str | None) -> tuple:
-    """Report, figure and numbers of a file."""
-    with sentences():
-        if path is None:
-            raise ValueError("No video is there yet: drop one first.")
-        text, figure, numbers = measure(Path(path))
-    return text, figure, gr.DownloadButton(value=numbers, visible=True)
 
 
 def load_app() -> App:

@@ -1,7 +1,6 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """The drift report of one video, for the page; `tokentrim drift` measures."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ ROWS = (  # name of the measure, what it is, digits, what it is without drift
 )
 
 
-def measure(path: Path) -> tuple[str, Any, str]:
+def measure(path: Path, numbers: Path) -> tuple[str, Any]:
     """
-    Report in Markdown, figure, and the file of all numbers.
+    Report in Markdown, and figure; all numbers are written to a file of JSON.
 
     Raises:
         `ValueError`: it is no video, or has fewer than 21 frames; in a sentence.
@@ -39,6 +38,5 @@ def measure(path: Path) -> tuple[str, Any, str]:
         value = "-" if measures[name] is None else form.format(measures[name])
         lines.append(f"| {title} | {value} | {neutral} |")
     lines += ["", "A sunset that the prompt asks for counts as drift, and a frozen picture does not: docs/drift.md."]
-    numbers = Path(tempfile.mkdtemp(prefix="tokentrim-drift-")) / "drift.json"
     write_json(numbers, [drift])
-    return "\n".join(lines), plot_drift([drift]), str(numbers)
+    return "\n".join(lines), plot_drift([drift])
