@@ -9,7 +9,6 @@ visitor who leaves. Run it after `make app`, whose environment has what it needs
 
 import argparse
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -98,7 +97,7 @@ def main() -> None:
                         flush=True,
                     )
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait(30)
 
 
