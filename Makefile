@@ -43,7 +43,7 @@ test-fast: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -n auto --dist worksteal -m "not slow" $(FAST:%=tests/test_%.py)
 
 fuzz: $(INSTALLED)
-	HF_HUB_OFFLINE=1 EXAMPLES=$(EXAMPLES) $(PYTHON) -m pytest -q tests/test_fuzz.py
+	HF_HUB_OFFLINE=1 EXAMPLES=$(EXAMPLES) $(PYTHON) -m pytest -q --hypothesis-show-statistics tests/test_fuzz.py
 
 # The page in a real browser: `apt-get install chromium`.
 test-app: $(APP_INSTALLED)

@@ -126,7 +126,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         self.register_to_config(**settings)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As usual, but a scheduler is lifted: `pipe.scheduler = X.from_config(pipe.scheduler.config)` is all it takes."""
+        """A scheduler is lifted: `pipe.scheduler = X.from_config(pipe.scheduler.config)` is all that it takes."""
         super().__setattr__(name, lift_scheduler(value) if isinstance(value, SchedulerMixin) else value)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, include_code: bool = False, **kwargs) -> None:
@@ -333,9 +333,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         decisions = [[chunk.decisions[video] for chunk in chunks] for video in range(plan.num_videos)]
         if not return_dict:
             return (frames, decisions)
-        return TokenTrimPipelineOutput(
-            frames, decisions, stream.grid, None if output_type == "latent" else chunk_frames
-        )
+        shown = None if output_type == "latent" else chunk_frames
+        return TokenTrimPipelineOutput(frames, decisions, stream.grid, shown)
 
     def stream(
         self,

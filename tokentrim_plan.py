@@ -45,8 +45,8 @@ ROLLOUTS = ("self_forcing", "rolling_forcing")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 TRIM_SETTINGS = ("prune_fraction", "drift_sensitivity", "warmup_chunks", "max_regenerations", "drift_signal")
 WINDOW_SETTINGS = ("window_size", "num_sink_frames", "relative_positions", "sink_at_commit")
-TENSORS = ("video", "video_latents", "latents", "prompt_embeds", "negative_prompt_embeds")
-LISTS = ("sigmas", "timesteps", "chunk_partition")
+TENSOR_ARGUMENTS = ("video", "video_latents", "latents", "prompt_embeds", "negative_prompt_embeds")
+LIST_ARGUMENTS = ("sigmas", "timesteps", "chunk_partition")
 SINK_COLLAPSE = 120  # latent frames from which a sink at absolute positions is known to fail (LoL, arXiv 2601.16914)
 
 REPEATED_CHUNKS = 64  # of a video without an end: as many as checks look ahead
@@ -202,8 +202,8 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
 
 def read_call(call: dict) -> dict:
     """Arguments as the rest reads them: numbers and lists of numbers as Python's, frames to continue as a tensor."""
-    call = {name: value if name in TENSORS else plain(value) for name, value in call.items()}
-    lists = {name: call[name].tolist() for name in LISTS if isinstance(call[name], torch.Tensor)}
+    call = {name: value if name in TENSOR_ARGUMENTS else plain(value) for name, value in call.items()}
+    lists = {name: call[name].tolist() for name in LIST_ARGUMENTS if isinstance(call[name], torch.Tensor)}
     return {**call, **lists, "video": None if call["video"] is None else read_video(call["video"])}
 
 

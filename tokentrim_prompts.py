@@ -129,9 +129,9 @@ def check_prompts(pipe: Any, call: dict) -> int:
         alike = embeds.shape == call["negative_prompt_embeds"].shape
         valid = f"shaped like `prompt_embeds`, {tuple(embeds.shape)}"
         check(alike, "negative_prompt_embeds", call["negative_prompt_embeds"], valid)
-    if call["guidance_scale"] > 1:
-        _check_lengths(call)
     batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else embeds)
+    if call["guidance_scale"] > 1:
+        _check_beside_text(call, max(batch_size, 1))
     for name in ("prompt", "negative_prompt"):
         if isinstance(texts := call[name], list):
             check(all(isinstance(text, str) for text in texts), name, texts, "a str or a list of str", TypeError)
@@ -139,14 +139,14 @@ def check_prompts(pipe: Any, call: dict) -> int:
     return batch_size
 
 
-def _check_lengths(call: dict) -> None:
-    """With guidance, embeddings are as long as the text beside them will be."""
+def _check_beside_text(call: dict, batch_size: int) -> None:
+    """With guidance, embeddings are as many, and as long, as the texts beside them will be."""
     for name, other in (("prompt_embeds", "negative_prompt"), ("negative_prompt_embeds", "prompt")):
         if call[name] is None or call[f"{other}_embeds"] is not None:
             continue
         length = call["max_sequence_length"]
-        valid = f"(batch, {length}, dim) beside `{other}`, a text of `max_sequence_length`: or pass `{other}_embeds`"
-        check(call[name].shape[1] == length, name, call[name], valid)
+        valid = f"({batch_size}, {length}, dim) beside `{other}`, padded to `max_sequence_length`: or pass `{other}_embeds`"
+        check(call[name].shape[:2] == (batch_size, length), name, call[name], valid)
 
 
 def take_first_prompt(call: dict) -> None:

@@ -137,10 +137,11 @@ def test_dynamic_shifting_is_refused_before_a_run():
         ),
         ({"prompt": None, "prompt_embeds": randn(1, 5, 32)}, "prompt_embeds", "negative_prompt"),
         ({"negative_prompt_embeds": randn(1, 5, 32)}, "negative_prompt_embeds", "prompt"),
+        ({"negative_prompt_embeds": randn(3, 8, 32)}, "negative_prompt_embeds", "prompt"),
     ],
 )
 def test_embeddings_and_a_text_of_another_length_are_refused(given, name, other):
-    with pytest.raises(ValueError, match=rf"`{name}` has to be \(batch, 8, dim\) beside `{other}`.*\(1, 5, 32\)"):
+    with pytest.raises(ValueError, match=rf"`{name}` has to be \(1, 8, dim\) beside `{other}`.*\(\d, \d, 32\)"):
         full_pipeline()(**CALL | given, guidance_scale=2.0)
     full_pipeline().plan(**CALL | given)  # without guidance it does not matter
 

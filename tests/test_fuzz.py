@@ -17,7 +17,7 @@ from diffusers import (
     FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from tokentrim import TokenTrimPipeline
@@ -349,13 +349,18 @@ def test_a_call_works_or_says_which_argument_is_wrong(name, given_arguments, mod
             is_consistent(
                 pipe, plan, output, isinstance(callback, Callback) and callback.does in ("interrupt", "nested")
             )
+        event(f"{mode}: works")
     except (TypeError, ValueError) as error:
         is_refusal(error)
+        event("refused by name")
     except KeyboardInterrupt:
+        event("KeyboardInterrupt in a callback")
         assert callback.does == "stop"
     except torch.OutOfMemoryError as error:
+        event("out of memory in the VAE")
         assert mode == "memory" and (error.latents.shape[2] > 0 if hasattr(error, "latents") else "video" in call)
     except RuntimeError as error:
+        event("not finite" if "not finite" in str(error) else "in a rollout already")
         expected = {"nan": "not finite", "threads": "in a rollout already"}.get(mode, "in a rollout already")
         nested = isinstance(callback, Callback) and callback.does == "nested" and "in a rollout already" in str(error)
         assert nested or (mode in ("nan", "threads") and expected in str(error)), repr(error)
