@@ -106,66 +106,6 @@ def check_change(change: PromptChange, layout: Any, far: bool) -> None:
     check(not far or change.transition == "keep", "prompt_transition", change.transition, valid)
 
 
-def check_prompts(pipe: Any, call: dict) -> int:
-    """How many prompts there are. Texts are texts, embeddings (B, text, text_dim), alike in both guidance branches."""
-    prompt, embeds = call["prompt"], call["prompt_embeds"]
-    pipe.check_inputs(
-        prompt,
-        call["negative_prompt"],
-        call["height"],
-        call["width"],
-        embeds,
-        call["negative_prompt_embeds"],
-        callback_on_step_end_tensor_inputs=call["callback_on_step_end_tensor_inputs"],
-    )
-    text_dim = pipe.transformer.config.text_dim
-    for name in ("prompt_embeds", "negative_prompt_embeds"):
-        if call[name] is not None:
-            check_tensor(name, call[name], 3, "(batch, text, dim)")
-            fits = len(call[name]) > 0 and call[name].shape[-1] == text_dim
-            check(fits, name, call[name], f"(batch, text, {text_dim})")
-    if embeds is not None and call["negative_prompt_embeds"] is not None:
-        alike = embeds.shape == call["negative_prompt_embeds"].shape
-        valid = f"shaped like `prompt_embeds`, {tuple(embeds.shape)}"
-        check(alike, "negative_prompt_embeds", call["negative_prompt_embeds"], valid)
-    batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else embeds)
-    for name in ("prompt", "negative_prompt"):
-        if isinstance(texts := call[name], list):
-            check(all(isinstance(text, str) for text in texts), name, texts, "a str or a list of str", TypeError)
-            check(len(texts) == max(batch_size, 1), name, texts, f"a str or a list of {max(batch_size, 1)}")
-    return batch_size
-
-
-def take_first_prompt(call: dict) -> None:
-    """The prompt of chunk 0, where the schedule says it."""
-    schedule = call["prompt_schedule"]
-    if schedule is None:
-        return
-    first = schedule.get(0) if isinstance(schedule, dict) else None
-    if isinstance(schedule, (list, tuple)) and all(isinstance(each, dict) for each in schedule):
-        first = [each[0] for each in schedule if 0 in each] or None
-    for name in ("prompt", "prompt_embeds"):
-        check(first is None or call[name] is None, name, call[name], "None where `prompt_schedule` has chunk 0")
-    if first is not None:
-        call["prompt_embeds" if isinstance(first, torch.Tensor) else "prompt"] = first
-
-
-def plan_prompts(
-    call: dict, layout: Any, num_videos: int, num_chunks: int | None, far: bool
-) -> dict[int, PromptChange]:
-    """The changes of the prompt schedule, without chunk 0."""
-    if call["prompt_schedule"] is None:
-        return {}
-    num_prompts = num_videos // call["num_videos_per_prompt"]
-    changes = read_schedule(call["prompt_schedule"], call["prompt_transition"], call["blend_chunks"], num_prompts)
-    changes.pop(0, None)
-    for chunk, change in changes.items():
-        check_change(change, layout, far)
-        inside = num_chunks is None or chunk < num_chunks
-        check(inside, "prompt_schedule", chunk, f"a dict of chunks below {num_chunks}, the chunks of the video")
-    return changes
-
-
 def blended(old: torch.Tensor, new: torch.Tensor, blend_chunks: int) -> list[torch.Tensor]:
     """Embeddings of the chunks from a change on: on a straight line from the old ones, the new ones last."""
     return [torch.lerp(old, new, (step + 1) / (blend_chunks + 1)) for step in range(blend_chunks)] + [new]
