@@ -70,7 +70,7 @@ DECISION = {
 }
 
 
-OURS = ("chunk", "trim", "tokens", "quarantined")  # facts that no policy may overwrite
+RESERVED = ("chunk", "trim", "tokens", "quarantined")  # facts that no policy may overwrite
 
 
 def plain_state(policy: Any) -> dict:
@@ -208,7 +208,10 @@ class ContextPolicies:
         name = f"{self._place(policy)}.close"
         check(isinstance(facts, dict), name, facts, "a dict", TypeError)
         check(
-            not set(facts) & set(OURS), name, list(facts), f"a dict without {', '.join(OURS)}, which the rollout says"
+            not set(facts) & set(RESERVED),
+            name,
+            list(facts),
+            f"a dict without {', '.join(OURS)}, which the rollout says",
         )
         facts = plain(facts)
         try:
