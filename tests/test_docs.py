@@ -263,6 +263,17 @@ def test_files_spell_out_named_methods(name):
         assert type(ours) is type(theirs) and vars(ours) == vars(theirs)
 
 
+def test_every_promise_names_a_test_that_exists():
+    page = (ROOT / "docs" / "promises.md").read_text()
+    rows = [
+        line for line in page.splitlines() if line.startswith("|") and "---" not in line and "| test |" not in line
+    ]
+    named = [re.findall(r"`(test_\w+\.py)::(test_\w+)`", row.split("|")[-2]) for row in rows]
+    assert len(rows) > 20 and all(named), rows
+    for file, test in sum(named, []):
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+
+
 def test_all_versions_that_were_tried_install_on_every_python_that_is_promised():
     setup, constraints = ((ROOT / name).read_text() for name in ("setup.cfg", "constraints.txt"))
     (oldest,) = re.findall(r"^python_requires = >=(3\.\d+)$", setup, flags=re.M)

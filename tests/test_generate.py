@@ -1,9 +1,12 @@
 """`tokentrim generate` and `examples/generate.py`, as their users start them."""
 
+import itertools
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +20,9 @@ from diffusers import FlowMatchLCMScheduler
 from fresh import Nursery
 
 from tokentrim.tokentrim_video import LineWriter, VideoWriter
+from tokentrim.tools import generate
 from tokentrim.tools.cli import main
-from tokentrim.tools.generate import verify
+from tokentrim.tools.generate import play, verify
 from tokentrim.tools.jobs import Job, read_jobs, read_schedule, read_settings
 from tokentrim.tools.records import check_records, fingerprint_folder, make_record, write_record
 
@@ -218,6 +222,87 @@ def test_the_long_video_of_the_examples(tmp_path):
     assert len(frames) == 36
     backgrounds = [np.median(frames[at], axis=(0, 1)) for at in (11, 23, 35)]  # blue, yellow, white
     assert np.abs(backgrounds[1] - backgrounds[0]).max() > 60 and np.abs(backgrounds[2] - backgrounds[1]).max() > 60
+
+
+# Killed, and side by side
+
+
+def start_child(jobs, checkpoint, resume=False, die_at=0):
+    """
+    A process, forked because imports take seconds, that generates what is missing; its id.
+
+    Args:
+        die_at (`int`): at which of its steps SIGKILL comes: whenever it opens, renames or removes a file of `jobs`, or
+            runs ffmpeg. 0: never.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    code, steps, folder = 3, itertools.count(1), str(jobs[0].path.parent)
+
+    def die(event, arguments):
+        touches = event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and folder in str(arguments[0])
+        if (touches or event == "subprocess.Popen") and next(steps) == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        generate.load_pipeline = lambda *_: full_pipeline(FlowMatchLCMScheduler(shift=5.0))
+        sys.addaudithook(die)
+        code = generate.generate_missing(jobs, str(checkpoint), save_every=1, resume=resume)
+    finally:
+        os._exit(code)
+
+
+def ended(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_killed_at_any_step_what_is_done_is_whole_and_the_rest_is_made_at_the_next_start(resume, here):
+    def jobs(name):
+        settings = {"num_frames": 21, "window_size": 9, "num_videos_per_prompt": 2}
+        return [Job(PROMPTS[0], 3, here / name / "x.mp4", settings, here / name / "run" if resume else None)]
+
+    assert ended(start_child(jobs("whole"), here / "checkpoint")) == 0
+    step, codes = 1, []
+    while 0 not in codes:
+        codes.append(ended(start_child(jobs("cut"), here / "checkpoint", resume, step)))
+        for path in (here / "cut").glob("x-?.mp4"):
+            verify(path, [9, 12])
+            assert json.loads(path.with_suffix(".json").read_text())["seed"] == 3
+        step += 5
+    assert set(codes[:-1]) == {-signal.SIGKILL} and len(codes) > 6
+    assert contents(here / "cut") == contents(here / "whole")
+
+
+def test_two_processes_on_one_folder_make_each_video_once(here):
+    settings = {"num_frames": 21, "window_size": 9}
+    jobs = [Job(prompt, seed, here / "out" / f"{seed}.mp4", settings) for seed, prompt in enumerate(PROMPTS[:1] * 3)]
+    assert [ended(pid) for pid in [start_child(jobs, here / "checkpoint") for _ in range(2)]] == [0, 0]
+    assert sorted(contents(here / "out")) == sorted(
+        f"{n}.{kind}" for n in range(3) for kind in ("json", "jsonl", "mp4")
+    )
+    for job in jobs:
+        verify(job.path, [9, 12])
+
+
+def test_a_video_that_finds_no_room_is_told_and_made_at_the_next_start(here, capfd):
+    def job(name):
+        return Job(PROMPTS[0], 0, here / name / "x.mp4", {"num_frames": 69, "window_size": 9})
+
+    assert ended(start_child([job("whole")], here / "checkpoint")) == 0
+    whole, limits = (here / "whole" / "x.mp4").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert len(whole) > 2**13  # what a start asks for, and more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) - 100, limits[1]))
+    try:
+        assert ended(start_child([job("cut")], here / "checkpoint")) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "x.mp4: OSError" in (said := capfd.readouterr().err) and "File too large" in said
+    assert sorted(contents(here / "cut")) == ["x.growing.jsonl", "x.growing.mp4"]
+    assert play(here / "cut" / "x.growing.mp4") == 57
+    assert ended(start_child([job("cut")], here / "checkpoint")) == 0
+    assert (here / "cut" / "x.mp4").read_bytes() == whole
 
 
 def test_seeds_do_not_depend_on_the_number_of_prompts(tmp_path):

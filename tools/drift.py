@@ -132,7 +132,7 @@ def write_json(path: Path, drifts: Sequence[Drift]) -> None:
         about = {"video": drift.name, "num_frames": drift.num_frames}
         videos.append({**about, "measures": drift.measures(), "segments": segments})
     convergence = {folder: measure_convergence(group) for folder, group in group_by_folder(drifts).items()}
-    path.write_text(json.dumps({"videos": videos, "convergence": convergence}, indent=1) + "\n")
+    path.write_text(json.dumps({"videos": videos, "convergence": convergence}, indent=1, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, drifts: Sequence[Drift]) -> None:

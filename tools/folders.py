@@ -12,6 +12,10 @@ from filelock import FileLock, Timeout
 from ..tokentrim_checks import check
 
 
+def lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
 @contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
     """
@@ -20,7 +24,7 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
     Raises:
         `Timeout`: another one is writing it, and is not waited for.
     """
-    lock = path.with_name(f".{path.name}.lock")
+    lock = lock_of(path)
     with FileLock(lock, timeout=-1 if wait else 0):
         try:
             yield

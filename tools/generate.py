@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from ..tokentrim_checks import check
 from ..tokentrim_saving import INDEX
 from ..tokentrim_state import has_state, remove_states
-from .folders import locked
+from .folders import lock_of, locked
 from .jobs import NUM_FRAMES, Job, check_jobs
 from .records import check_records, fingerprint_folder, make_record, write_record
 
@@ -137,6 +138,15 @@ def load_pipeline(checkpoint: Path, dtype: str, state: PartialState) -> Diffusio
     return pipe
 
 
+def sweep(job: Job, resume: bool) -> None:
+    """Remove what a process left that was killed after its video was complete."""
+    if lock_of(job.path).exists():
+        with suppress(Timeout), locked(job.path, wait=False):
+            pass
+    if resume and job.state_dir is not None:
+        remove_states(job.state_dir)
+
+
 def check_call(pipe: DiffusionPipeline, job: Job) -> None:
     """Raise `ValueError` for arguments that the pipeline refuses; no model runs."""
     arguments = job.arguments()
@@ -188,8 +198,7 @@ def generate_missing(
     told = f" ({note})" if note else ""
     state.print(f"{len(todo)} to generate, {len(done)} there already{told}", file=sys.stderr)
     for job in done:
-        if resume and job.state_dir is not None:  # it was killed before it had removed them
-            remove_states(job.state_dir)
+        sweep(job, resume)
     if not todo:
         return 0
     state.wait_for_everyone()  # all have looked before one writes, so that all split the same list

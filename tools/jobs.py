@@ -136,7 +136,7 @@ def check_writable(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(2**16))
+            file.write(bytes(2**12))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
