@@ -1,4 +1,4 @@
-# `make demo` and `make test` need python3 and nothing else: what they use is installed into .venv.
+# Each target needs python3 and nothing else: what it uses is installed into .venv or .venv-app.
 PYTHON = .venv/bin/python
 INSTALLED = .venv/installed
 # A folder of checkpoints/: `make demo WORLD=travelling-world`.
@@ -7,13 +7,31 @@ WORLD = tiny-world
 # Random calls of `make fuzz`; `make test` has 200, always the same.
 EXAMPLES = 20000
 
-.PHONY: demo install test test-fast fuzz lint clean
+# Gradio's pins are not ours, so the app has an environment of its own.
+APP_PYTHON = .venv-app/bin/python
+APP_INSTALLED = .venv-app/installed
+
+.PHONY: demo install app space test test-fast test-app fuzz lint clean
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.demo --world $(WORLD)
 
 # For the commands of the pages: then `source .venv/bin/activate`.
 install: $(INSTALLED)
+
+# http://127.0.0.1:7860, or GRADIO_SERVER_PORT; another model with TOKENTRIM_CHECKPOINT.
+app: $(APP_INSTALLED)
+	$(APP_PYTHON) space/app.py
+
+# A folder that is ready for `hf upload you/name build/space . --repo-type space`.
+space:
+	rm -rf build/space
+	mkdir -p build/space/tokentrim/tools/commands build/space/checkpoints
+	cp space/*.* build/space
+	cp LICENSE *.py build/space/tokentrim
+	cp tools/*.* build/space/tokentrim/tools
+	cp tools/commands/*.py build/space/tokentrim/tools/commands
+	cp -r checkpoints/tiny-world build/space/checkpoints
 
 # Everything, on all cores; each test uses one.
 test: $(INSTALLED)
@@ -23,6 +41,11 @@ test: $(INSTALLED)
 FAST = contract methods policy quarantine reanchor statistics layout field_layouts rollout bundle
 test-fast: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -n auto --dist worksteal -m "not slow" $(FAST:%=tests/test_%.py)
+
+# The page in a real browser: `apt-get install chromium`.
+test-app: $(APP_INSTALLED)
+	$(APP_PYTHON) -m pip install --quiet --disable-pip-version-check pytest playwright
+	HF_HUB_OFFLINE=1 $(APP_PYTHON) -m pytest -q -rs tests/test_app.py
 
 fuzz: $(INSTALLED)
 	HF_HUB_OFFLINE=1 EXAMPLES=$(EXAMPLES) $(PYTHON) -m pytest -q tests/test_fuzz.py
@@ -37,5 +60,11 @@ $(INSTALLED): constraints.txt setup.cfg
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[plots,test]"
 	touch $(INSTALLED)
 
+$(APP_INSTALLED): constraints.txt setup.cfg space/requirements.txt
+	python3 -m venv .venv-app
+	$(APP_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(APP_PYTHON) -m pip install --quiet --disable-pip-version-check --requirement space/requirements.txt --editable .
+	touch $(APP_INSTALLED)
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-app build

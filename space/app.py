@@ -11,24 +11,30 @@ import logging
 import os
 
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing leaves the machine; before Gradio is imported
+# Nothing leaves the machine. Libraries read these when they are imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 try:
     import spaces  # on the Hub's shared GPUs; before PyTorch is imported
 except ImportError:
     spaces = None
 
 import atexit
+import contextvars
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import world
 from measure import measure
 from runs import Change, Settings, Studio, ask_to_change, ask_to_stop, is_over
+
 from tokentrim.tokentrim_layouts import LAYOUTS
 from tokentrim.tokentrim_prompts import TRANSITIONS
 
@@ -41,7 +47,16 @@ METHODS = [
     ("TokenTrim: the paper", "tokentrim"),
     ("tokentrim_plus: ours", "tokentrim_plus"),
 ]
+TINY_WORLD = "checkpoints/tiny-world"
 LAYOUT_CHOICES = [("as the model was trained", ""), *(name for name in LAYOUTS if name != "window")]
+CSS = """
+#words .block { padding: 10px 6px; }
+#words .secondary-wrap, #words input { padding: 0; }
+#words .wrap-inner { padding: 4px 2px 4px 8px; }
+#report table { width: auto; }
+#report th, #report td { padding: 5px 12px; border-color: var(--border-color-primary); }
+#report td:not(:first-child), #report th { white-space: nowrap; }
+"""
 WELCOME = """\
 # TokenTrim, live
 
@@ -71,6 +86,8 @@ class App:
     def __init__(self, studio: Studio | None, complaint: str = ""):
         self.studio, self.complaint = studio, complaint
         self.visits: dict[str, Visit] = {}
+        self.reports: dict[str, Path] = {}  # folders of measured drift
+        self.thread = ThreadPoolExecutor(1)
         self.runs = Path(tempfile.mkdtemp(prefix="tokentrim-runs-")).resolve()
         atexit.register(shutil.rmtree, self.runs, ignore_errors=True)
         self.generate = studio and (spaces.GPU(duration=120)(studio.roll_out) if spaces else studio.roll_out)
@@ -105,14 +122,18 @@ class App:
         states = self.generate(visit.settings, visit.folder)
         try:
             with sentences():
-                for state in states:
+                while (state := self.in_model_thread(next, states, None)) is not None:
                     visit.made = state["made"]
                     yield self.publish(state, visit.folder)
         except gr.Error:
             if visit.folder.exists():  # otherwise the visitor has left, and nobody is there to read it
                 raise
         finally:
-            states.close()
+            self.in_model_thread(states.close)
+
+    def in_model_thread(self, function: Callable, *arguments) -> Any:
+        """The server's threads come and go, and the memory that each of them once had stays: one makes all videos."""
+        return self.thread.submit(contextvars.copy_context().run, function, *arguments).result()
 
     def publish(self, state: dict, folder: Path) -> dict:
         """The state with addresses in the place of files."""
@@ -129,7 +150,7 @@ class App:
             ask_to_stop(visit.folder)
 
     def leave(self, request: gr.Request) -> None:
-        """A visitor is gone, or begins anew: its run ends with its folder."""
+        """A visitor begins anew, or is gone: its run ends with its folder."""
         if visit := self.visits.pop(request.session_hash, None):
             shutil.rmtree(visit.folder, ignore_errors=True)
 
@@ -149,6 +170,24 @@ class App:
             ask_to_change(visit.folder, change)
         at = "the next chunk" if change.chunk is None else f"chunk {change.chunk}"
         return f"From {at} on: *{change.prompt}*"
+
+    # Measure
+
+    def measure(self, path: str | None, request: gr.Request) -> tuple:
+        """Report, figure and numbers of a visitor's file."""
+        with sentences():
+            if path is None:
+                raise ValueError("No video is there yet: drop one first.")
+            folder = self.reports.setdefault(request.session_hash, self.runs / uuid.uuid4().hex)
+            folder.mkdir(exist_ok=True)
+            text, figure = measure(Path(path), folder / "drift.json")
+        return text, figure, gr.DownloadButton(value=folder / "drift.json", visible=True)
+
+    def forget(self, request: gr.Request) -> None:
+        """A visitor is gone: its run ends, and nothing of it stays."""
+        self.leave(request)
+        if folder := self.reports.pop(request.session_hash, None):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def require_studio(self) -> None:
         if self.studio is None:
@@ -209,7 +248,8 @@ def build(app: App) -> gr.Blocks:
                         next_chunk = gr.Number(0, label="From chunk (0: the next)", precision=0, min_width=120)
                     change = gr.Button("Change the prompt", elem_id="change")
                     told = gr.Markdown(
-                        "A chunk that is filled in before the start changes the prompt there by itself.", elem_id="told"
+                        "A chunk that is filled in before the start changes the prompt there by itself.",
+                        elem_id="told",
                     )
                 with gr.Accordion("More settings", open=False):
                     left = gr.Dropdown(METHODS, value="plain", label="Left")
@@ -239,19 +279,20 @@ def build(app: App) -> gr.Blocks:
                     figure = gr.Plot(show_label=False, elem_id="figure")
                     numbers = gr.DownloadButton("drift.json", visible=False)
 
+        # Errors are shown of events in the queue alone; those that do not use the model never wait in it.
         asked = [prompt, seed, left, right, layout, num_chunks, next_prompt, next_chunk, transition]
         buttons = [begin, stop]
-        ready = begin.click(app.prepare, asked, None, queue=False, api_name="prepare")
+        ready = begin.click(app.prepare, asked, None, concurrency_limit=None, api_name="prepare")
         runs = ready.success(lambda: set_buttons(True), None, buttons, queue=False, api_visibility="private").then(
             app.watch, None, stage, concurrency_id="model", show_progress="minimal", api_name="watch"
         )
         runs.then(lambda: set_buttons(False), None, buttons, queue=False, api_visibility="private")
         stop.click(app.stop, None, None, queue=False, api_name="stop")
-        change.click(app.change, [next_prompt, next_chunk, transition], told, queue=False, api_name="change")
-        measured.click(
-            measure_upload, video, [report, figure, numbers], concurrency_id="measure", api_name="measure"
+        change.click(
+            app.change, [next_prompt, next_chunk, transition], told, concurrency_limit=None, api_name="change"
         )
-        page.unload(app.leave)
+        measured.click(app.measure, video, [report, figure, numbers], concurrency_id="measure", api_name="measure")
+        page.unload(app.forget)
     return page.queue(default_concurrency_limit=1, max_size=32)
 
 
@@ -259,25 +300,18 @@ def set_buttons(is_running: bool) -> tuple:
     return gr.Button(interactive=not is_running), gr.Button(interactive=is_running)
 
 
-def measure_upload(path: str | None) -> tuple:
-    """Report, figure and numbers of a file."""
-    with sentences():
-        if path is None:
-            raise ValueError("No video is there yet: drop one first.")
-        text, figure, numbers = measure(Path(path))
-    return text, figure, gr.DownloadButton(value=numbers, visible=True)
-
-
 def load_app() -> App:
     """With the checkpoint that the environment names, or the tiny world that ships with the project."""
-    beside = [folder / "checkpoints" / "tiny-world" for folder in (HERE, HERE.parent)]
-    found = next((str(folder) for folder in beside if folder.exists()), "")
-    checkpoint = os.environ.get("TOKENTRIM_CHECKPOINT") or found
+    beside = [folder / TINY_WORLD for folder in (HERE, HERE.parent)]  # in a Space, and in a clone
+    checkpoint, name = os.environ.get("TOKENTRIM_CHECKPOINT"), None
+    if not checkpoint and (found := [folder for folder in beside if folder.exists()]):
+        checkpoint, name = str(found[0]), TINY_WORLD
     fps = os.environ.get("TOKENTRIM_FPS")
     try:
         if not checkpoint:
             raise ValueError("TOKENTRIM_CHECKPOINT has to name a folder or a Hub id")
-        studio = Studio(checkpoint, int(os.environ.get("TOKENTRIM_MAX_CHUNKS", 200)), float(fps) if fps else None)
+        limit = int(os.environ.get("TOKENTRIM_MAX_CHUNKS", 200))
+        studio = Studio(checkpoint, limit, float(fps) if fps else None, name)
     except Exception as error:  # whatever it is, the page says it, and videos can be measured
         logger.error("the checkpoint could not be loaded", exc_info=error)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -293,7 +327,7 @@ def launch(app: App, **options) -> tuple:
     return build(app).launch(
         share=False,
         theme=theme,
-        css="#words input { padding: 0; } #words .wrap { padding-right: 2px; }",
+        css=CSS,
         footer_links=[],
         allowed_paths=[str(app.runs)],
         max_file_size="200mb",

@@ -1,7 +1,6 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """The drift report of one video, for the page; `tokentrim drift` measures."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ from tokentrim.tools.frames import read_frames
 
 
 ROWS = (  # name of the measure, what it is, digits, what it is without drift
-    ("color_similarity", "Colours in common, end with start", "{:.1f} of 100", "100"),
+    ("color_similarity", "Colours in common, end with start", "{:.1f}%", "100%"),
     ("color_distance", "Distance of the colours, end from start", "{:.1f}%", "0"),
-    ("worst_similarity", "Colours in common, worst twentieth with start", "{:.1f} of 100", "100"),
+    ("worst_similarity", "Colours in common, worst twentieth with start", "{:.1f}%", "100%"),
     ("brightness_slope", "Change of brightness", "{:+.3f}", "0"),
     ("contrast_slope", "Change of contrast", "{:+.3f}", "0"),
     ("saturation_slope", "Change of saturation", "{:+.3f}", "0"),
@@ -22,9 +21,9 @@ ROWS = (  # name of the measure, what it is, digits, what it is without drift
 )
 
 
-def measure(path: Path) -> tuple[str, Any, str]:
+def measure(path: Path, numbers: Path) -> tuple[str, Any]:
     """
-    Report in Markdown, figure, and the file of all numbers.
+    Report in Markdown, and figure; all numbers are written to a file of JSON.
 
     Raises:
         `ValueError`: it is no video, or has fewer than 21 frames; in a sentence.
@@ -34,11 +33,10 @@ def measure(path: Path) -> tuple[str, Any, str]:
     except ValueError as error:
         raise ValueError(str(error).replace(str(path), path.name)) from error
     measures = drift.measures()
-    lines = [f"**{drift.name}**, {drift.num_frames} frames", "", "| measure | value | without drift |", "|---|---|---|"]
+    lines = [f"**{drift.name}**, {drift.num_frames} frames", "", "| measure | value | no drift |", "|---|---|---|"]
     for name, title, form, neutral in ROWS:
         value = "-" if measures[name] is None else form.format(measures[name])
         lines.append(f"| {title} | {value} | {neutral} |")
     lines += ["", "A sunset that the prompt asks for counts as drift, and a frozen picture does not: docs/drift.md."]
-    numbers = Path(tempfile.mkdtemp(prefix="tokentrim-drift-")) / "drift.json"
     write_json(numbers, [drift])
-    return "\n".join(lines), plot_drift([drift]), str(numbers)
+    return "\n".join(lines), plot_drift([drift])

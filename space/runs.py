@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from world import is_tiny_world, unknown_words
+
 from tokentrim import TokenTrimPipeline, __version__
 from tokentrim.tokentrim_output import as_uint8, decision_event
 from tokentrim.tokentrim_video import VideoWriter
-from world import is_tiny_world, unknown_words
 
 
 SIDES = ("left", "right")
@@ -58,19 +59,21 @@ class Studio:
         checkpoint (`str`): folder or Hub id, in Diffusers format.
         max_chunks (`int`): of a run.
         fps (`float`, *optional*): frames per second; by default 8 for the tiny world, and 16, Wan's.
+        name (`str`, *optional*): what the scripts for visitors call the checkpoint.
 
     Raises:
         `OSError`, `ValueError`: the checkpoint is none.
     """
 
-    def __init__(self, checkpoint: str, max_chunks: int, fps: float | None = None):
+    def __init__(self, checkpoint: str, max_chunks: int, fps: float | None = None, name: str | None = None):
         on_gpu = torch.cuda.is_available()
-        self.checkpoint, self.max_chunks = checkpoint, max_chunks
+        self.name, self.max_chunks = name or checkpoint, max_chunks
         self.options = {"dtype": torch.bfloat16} if on_gpu else {}
         pipe = TokenTrimPipeline.from_pretrained(checkpoint, **self.options).to("cuda" if on_gpu else "cpu")
         self.pipes = {"left": pipe, "right": make_twin(pipe)}
         for each in self.pipes.values():
             each.set_progress_bar_config(disable=True)
+        self.pool = ThreadPoolExecutor(len(SIDES))  # of calls of ffmpeg
         self.is_tiny_world = is_tiny_world(pipe.tokenizer)
         self.fps = fps or (8 if self.is_tiny_world else 16)
         if self.is_tiny_world:
@@ -103,9 +106,7 @@ class Studio:
                 raise ValueError(f"The prompt can change at chunks 1 to {last} of this video, not at {change.chunk}.")
             schedule = {"prompt_schedule": {1: change.prompt}, "prompt_transition": change.transition}
         for side in SIDES:
-            self.pipes[side].plan(
-                settings.prompt, method=getattr(settings, side), layout=settings.layout, **schedule
-            )
+            self.pipes[side].plan(settings.prompt, method=getattr(settings, side), layout=settings.layout, **schedule)
 
     def roll_out(self, settings: Settings, folder: Path) -> Iterator[dict]:
         """
@@ -121,7 +122,6 @@ class Studio:
         folder.mkdir(parents=True, exist_ok=True)
         state, inbox, changes = begin_state(self, settings), Inbox(folder), {}
         with ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(len(SIDES)))  # of calls of ffmpeg
             streams = [stack.enter_context(self.start(side, settings)) for side in SIDES]
             writers = [VideoWriter(folder / f"{side}.mp4", self.fps) for side in SIDES]
             state["grid"], clock = list(streams[0].grid), Clock()
@@ -135,7 +135,7 @@ class Studio:
                 if len(chunks) < len(streams):
                     break
                 frames = [as_uint8(chunk.frames[0]) for chunk in chunks]
-                list(pool.map(VideoWriter.write, writers, frames))
+                list(self.pool.map(VideoWriter.write, writers, frames))
                 state = add_chunks(state, chunks, frames, writers) | clock.tell(len(frames[0]))
                 state["prompts"] = [[0, settings.prompt], *([at, each.prompt] for at, each in changes.items())]
                 yield state
@@ -162,7 +162,7 @@ class Studio:
             "num_frames": state["num_frames"],
             "fps": self.fps,
             "changes": {at: {"prompt": each.prompt, "transition": each.transition} for at, each in changes.items()},
-            "checkpoint": self.checkpoint,
+            "checkpoint": self.name,
             "versions": versions,
         }
         (folder / "decisions.json").write_text(json.dumps(decisions) + "\n")
@@ -174,22 +174,29 @@ class Studio:
         """Ten lines of Python that write the same two files, byte for byte."""
         arguments = [f"num_frames={num_frames}", "method=method", "generator=generator"]
         if settings.layout is not None:
-            arguments.append(f"layout={settings.layout!r}")
+            arguments.append(f"layout={quoted(settings.layout)}")
         if changes:
-            arguments.append(f"prompt_schedule={ {at: each.prompt for at, each in changes.items()} !r}")
-            arguments.append(f"prompt_transition={ {at: each.transition for at, each in changes.items()} !r}")
+            prompts = ", ".join(f"{at}: {quoted(each.prompt)}" for at, each in changes.items())
+            transitions = ", ".join(f"{at}: {quoted(each.transition)}" for at, each in changes.items())
+            arguments += [f"prompt_schedule={{{prompts}}}", f"prompt_transition={{{transitions}}}"]
         options = "".join(f", {name}={value}" for name, value in self.options.items())
         return f"""\
 import torch
 from tokentrim import TokenTrimPipeline
 
 torch.set_num_threads({torch.get_num_threads()})
-pipe = TokenTrimPipeline.from_pretrained({self.checkpoint!r}{options}){'.to("cuda")' if self.options else ""}
-for name, method in {{"left": {settings.left!r}, "right": {settings.right!r}}}.items():
+pipe = TokenTrimPipeline.from_pretrained({quoted(self.name)}{options}){'.to("cuda")' if self.options else ""}
+prompt = {quoted(settings.prompt)}
+for name, method in {{"left": {quoted(settings.left)}, "right": {quoted(settings.right)}}}.items():
     generator = torch.Generator().manual_seed({settings.seed})
-    with pipe.stream({settings.prompt!r}, {", ".join(arguments)}) as stream:
+    with pipe.stream(prompt, {", ".join(arguments)}) as stream:
         stream.save_video(f"{{name}}.mp4", fps={self.fps})
 """
+
+
+def quoted(text: str) -> str:
+    """A Python string in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def make_twin(pipe: Any) -> Any:
@@ -238,7 +245,13 @@ def describe(decision: dict, frames: Any) -> dict:
     numbers = {name: decision[name] for name in ("severity", "threshold", "regenerated_severity")}
     known = {name: None if value is None else round(value, 4) for name, value in numbers.items()}
     color = [round(float(value), 1) for value in frames.mean((0, 1, 2))]
-    return {**known, "event": decision_event(decision), "tokens": decision["tokens"], "color": color, "frames": len(frames)}
+    return {
+        **known,
+        "event": decision_event(decision),
+        "tokens": decision["tokens"],
+        "color": color,
+        "frames": len(frames),
+    }
 
 
 # What passes between the page and a run

@@ -81,7 +81,7 @@ function codec(bytes) { // profile, constraints and level stand in the box "avcC
 const isRunning = () => state.status === "running";
 
 function pace() {
-  if (!state.made) return;
+  if (!state.made) return tell(1);
   const [first, second] = players.map((player) => player.video);
   const ahead = Math.min(...players.map((player) => player.end())) - first.currentTime;
   const chunk = state.num_frames / state.made / state.fps;

@@ -10,7 +10,7 @@ from conftest import ROOT
 from tokentrim.tools import cli
 
 
-COMMANDS = ("generate", "convert", "doctor", "publish", "bundle", "drift")
+COMMANDS = ("generate", "convert", "doctor", "publish", "bundle", "drift", "app")
 
 
 def start(folder, *arguments):
@@ -73,3 +73,9 @@ def test_defects_have_a_traceback(monkeypatch):
     monkeypatch.setattr("tokentrim.tools.bundle.bundle", lambda: {}["no such key"])
     with pytest.raises(KeyError):
         cli.main(["bundle", "one.py"])
+
+
+def test_the_page_without_gradio_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["app"]) == 1
+    assert "`make app`" in capsys.readouterr().err

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from .commands import bundle, convert, doctor, drift, generate, publish
+from .commands import app, bundle, convert, doctor, drift, generate, publish
 
 
-COMMANDS = (generate, convert, doctor, publish, bundle, drift)
+COMMANDS = (generate, convert, doctor, publish, bundle, drift, app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,332 @@
+"""The page in a real browser: headless Chromium, driven by Playwright, on the folder that `make space` writes.
+
+make test-app     # on Debian after `apt-get install chromium`
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from tokentrim.tokentrim_video import VideoWriter
+from tokentrim.tools.frames import read_frames
+
+
+pytest.importorskip("gradio", reason="Gradio is not in this environment: `make test-app`")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="Playwright is not in this environment: `make test-app`"
+)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+if CHROMIUM is None:
+    pytest.skip("no Chromium is installed: `apt-get install chromium`", allow_module_level=True)
+
+BLUE, PURPLE = "a red circle moving right over a blue background", "a white ring moving up over a purple background"
+GREEN = "a red circle moving right over a green background"
+
+
+@contextmanager
+def serve(folder, *command):
+    """A server of its own: yields its address and its log. PORT in the command is a free one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *(str(port) if word == "PORT" else word for word in command)]
+    log, address = folder / "server.log", f"http://127.0.0.1:{port}/"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=folder)
+    try:
+        for _ in range(240):
+            assert process.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(address, timeout=5).read()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield address, log
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    """What `make space` writes, with a tiny world of 2 steps."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("Makefile", "LICENSE", "space", "tools", "checkpoints", *(path.name for path in ROOT.glob("*.py"))):
+        (folder / name).symlink_to(ROOT / name)
+    subprocess.run(["make", "space"], cwd=folder, check=True, capture_output=True)
+    index = folder / "build" / "space" / "checkpoints" / "tiny-world" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "num_inference_steps": 2}))
+    return folder / "build" / "space"
+
+
+@pytest.fixture(scope="module")
+def address(space):
+    with serve(space, "app.py") as (address, log):
+        yield address
+        assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Visitor:
+    """Somebody with a browser of their own, at the page."""
+
+    def __init__(self, browser, address, **options):
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(60_000)
+        self.requests, self.errors = [], []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(address)
+        self.page.wait_for_selector("#begin")
+
+    def begin(self, prompt=BLUE, num_chunks=6, right=None, seed=0):
+        page = self.page
+        page.get_by_label("Prompt", exact=True).fill(prompt)
+        if page.get_by_label("Seed").count() == 0 or not page.get_by_label("Seed").is_visible():
+            page.get_by_text("More settings").click()
+        page.get_by_label("number input for Length in chunks").fill(str(num_chunks))
+        page.keyboard.press("Tab")
+        page.get_by_label("Seed").fill(str(seed))
+        page.keyboard.press("Tab")
+        if right:
+            page.get_by_label("Right", exact=True).click()
+            page.get_by_role("option", name=right).click()
+        page.click("#begin")
+
+    def wait_for(self, condition):
+        self.page.wait_for_function(condition)
+
+    def wait_for_chunk(self, number):
+        self.page.wait_for_function(
+            f"parseInt(document.querySelector('#stage .told').textContent.split(' ')[1]) >= {number}"
+        )
+
+    def wait_for_end(self):
+        self.page.wait_for_selector("#stage .files a")
+
+    def told(self):
+        return self.page.inner_text("#stage .told")
+
+    def sentence(self):
+        return self.page.wait_for_selector("[data-testid=toast-body]").inner_text()
+
+    def videos(self):
+        """Of both videos: time, pictures decoded, how often it waited, and the mean colour on the screen."""
+        return self.page.evaluate(
+            """() => [...document.querySelectorAll('#stage video')].map((video) => {
+                const canvas = Object.assign(document.createElement('canvas'), {width: 16, height: 16});
+                const context = canvas.getContext('2d');
+                context.drawImage(video, 0, 0, 16, 16);
+                return {time: video.currentTime, paused: video.paused, width: video.videoWidth,
+                        pixels: [...context.getImageData(0, 0, 16, 16).data]};
+            })"""
+        )
+
+    def download(self, name):
+        link = self.page.locator("#stage .files a", has_text=name).get_attribute("href")
+        return self.context.request.get(link).body()
+
+    def download_frames(self, name, folder):
+        (folder / name).write_bytes(self.download(name))
+        return np.stack(list(read_frames(folder / name)))
+
+    def leave(self):
+        assert self.errors == []
+        self.context.close()
+
+
+@pytest.fixture
+def arrive(browser, address):
+    visitors = []
+
+    def arrive(**options):
+        visitors.append(Visitor(browser, address, **options))
+        return visitors[-1]
+
+    yield arrive
+    for visitor in visitors:
+        visitor.context.close()
+
+
+def test_videos_play_and_plots_grow_while_they_are_made(arrive, tmp_path):
+    visitor = arrive()
+    begin = time.perf_counter()
+    visitor.begin(num_chunks=30)
+    visitor.wait_for("document.querySelector('#stage video').currentTime > 0")
+    first = time.perf_counter() - begin
+    print(f"first frames {first:.1f} s after the button")
+    assert first < 5
+    samples, lengths = [], []
+    for _ in range(6):
+        samples.append(visitor.videos())
+        lengths.append(len(visitor.page.get_attribute("svg.severity[data-side=left] .severity-line", "d")))
+        visitor.page.wait_for_timeout(500)
+    assert "full speed" in visitor.told() and visitor.page.locator("#stage .files a").count() == 0  # on its way still
+    times = [[sample[side]["time"] for sample in samples] for side in (0, 1)]
+    assert all(sorted(set(side)) == side for side in times)
+    assert max(abs(left - right) for left, right in zip(*times)) < 0.1
+    assert len({tuple(sample[0]["pixels"]) for sample in samples}) > 2
+    assert lengths[-1] > lengths[0]
+    visitor.wait_for_end()
+    assert visitor.page.evaluate(
+        "document.querySelector('#stage .pictures').parentElement.players.map((p) => p.waits)"
+    ) == [0, 0]
+    assert visitor.told().startswith("chunk 30 of 30") and "complete" in visitor.told()
+    local = ("http://127.0.0.1:", "blob:http://127.0.0.1:", "data:")
+    assert [url for url in visitor.requests if not url.startswith(local)] == []
+    frames = visitor.download_frames("left.mp4", tmp_path)
+    assert frames.shape == (90, 64, 64, 3)
+    visitor.leave()
+
+
+def test_the_prompt_changes_while_it_runs(arrive, tmp_path):
+    visitor = arrive()
+    visitor.page.get_by_text("Direct: change").click()
+    visitor.page.get_by_label("New prompt").fill(GREEN)
+    visitor.begin(num_chunks=30)
+    visitor.wait_for_chunk(2)
+    visitor.page.click("#change")
+    visitor.wait_for("document.querySelector('#told').textContent.includes('next chunk')")
+    visitor.wait_for(f"document.querySelector('#stage .prompt').textContent === '{GREEN}'")
+    visitor.wait_for_end()
+    (at,) = json.loads(visitor.download("settings.json"))["changes"]
+    frames = visitor.download_frames("right.mp4", tmp_path)
+    before, after = frames[: 3 * int(at)].mean((0, 1, 2)), frames[3 * int(at) :].mean((0, 1, 2))
+    assert before.argmax() == 2 and after.argmax() != 2  # blue, and no longer blue
+    visitor.leave()
+
+
+def test_stop_stops_within_a_chunk(arrive):
+    visitor = arrive()
+    visitor.begin(num_chunks=100)
+    visitor.wait_for_chunk(3)
+    made = int(visitor.told().split()[1])
+    visitor.page.click("#stop")
+    visitor.wait_for_end()
+    assert (
+        "stopped" in visitor.told() and int(visitor.told().split()[1]) <= made + 2
+    )  # one on its way, one to be shown
+    assert visitor.page.is_enabled("#begin")
+    visitor.leave()
+
+
+@pytest.mark.parametrize(
+    "prompt, sentence", [(" ", "empty"), ("a red fox", "'fox'"), ("red " * 400, "1599 characters")]
+)
+def test_bad_input_gives_a_sentence(arrive, prompt, sentence):
+    visitor = arrive()
+    visitor.begin(prompt, num_chunks=9999)
+    assert visitor.page.get_by_label("number input for Length in chunks").input_value() == "200"  # the limit
+    told = visitor.sentence()
+    assert sentence in told and "Traceback" not in told
+    assert visitor.page.is_enabled("#begin")
+
+
+def test_two_visitors_get_what_each_asked_for(arrive):
+    first, second = arrive(), arrive()
+    first.begin(BLUE, 8)
+    second.begin(PURPLE, 4)
+    for visitor in (first, second):
+        visitor.wait_for_end()
+    settings = [json.loads(visitor.download("settings.json")) for visitor in (first, second)]
+    assert [each["prompt"] for each in settings] == [BLUE, PURPLE]
+    assert [each["num_chunks"] for each in settings] == [8, 4]
+    together = second.download("right.mp4")
+    alone = arrive()
+    alone.begin(PURPLE, 4)
+    alone.wait_for_end()
+    assert alone.download("right.mp4") == together
+
+
+def test_a_closed_tab_frees_the_model(arrive):
+    gone, next_one = arrive(), arrive()
+    gone.begin(num_chunks=200)
+    gone.wait_for_chunk(1)
+    gone.context.close()
+    next_one.begin(num_chunks=2)
+    next_one.wait_for_end()
+
+
+def test_evicted_tokens_are_outlined_on_demand(arrive):
+    visitor = arrive()
+    visitor.begin(num_chunks=8, right="TokenTrim: the paper", seed=1)
+    visitor.wait_for_end()
+    chunks = json.loads(visitor.download("decisions.json"))["right"]
+    trimmed = [index for index, chunk in enumerate(chunks) if chunk["event"] == "trimmed"]
+    assert trimmed
+    visitor.page.click("#stage .play")
+    visitor.page.evaluate(
+        f"document.querySelectorAll('#stage video').forEach((v) => v.currentTime = {(3 * trimmed[0] + 1) / 8})"
+    )
+    visitor.wait_for("document.querySelector('[data-side=right] .frame').classList.contains('trimmed')")
+    assert visitor.page.locator("[data-side=right] .marks rect").count() == 0
+    visitor.page.check("#stage .outline")
+    assert visitor.page.locator("[data-side=right] .marks rect.inner").count() == len(chunks[trimmed[0]]["tokens"])
+
+
+def test_measure_reports_a_video_and_refuses_what_is_none(arrive, tmp_path):
+    grey = np.linspace(0, 200, 30).astype(np.uint8)
+    VideoWriter(tmp_path / "fade.mp4", 8).write(np.tile(grey[:, None, None, None], (1, 64, 64, 3)))
+    (tmp_path / "broken.mp4").write_bytes((tmp_path / "fade.mp4").read_bytes()[:300])
+    visitor = arrive()
+    visitor.page.get_by_role("tab", name="Measure").click()
+    visitor.page.set_input_files("input[type=file]", tmp_path / "broken.mp4")
+    visitor.page.get_by_text("broken").first.wait_for()
+    visitor.page.click("#measure")
+    assert "cannot be decoded" in visitor.sentence()
+    visitor.page.reload()
+    visitor.page.get_by_role("tab", name="Measure").click()
+    visitor.page.set_input_files("input[type=file]", tmp_path / "fade.mp4")
+    visitor.page.get_by_text("fade").first.wait_for()
+    visitor.page.click("#measure")
+    visitor.page.wait_for_selector("#report table")
+    assert "30 frames" in visitor.page.inner_text("#report")
+    visitor.page.wait_for_selector("#figure img")
+
+
+@pytest.mark.parametrize("width, theme", [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_the_page_fits(browser, address, width, theme, tmp_path):
+    """No sideways scrolling; screenshots go to TOKENTRIM_SCREENSHOTS, if it is set."""
+    visitor = Visitor(browser, f"{address}?__theme={theme}", viewport={"width": width, "height": 844})
+    visitor.page.wait_for_timeout(500)
+    folder = os.environ.get("TOKENTRIM_SCREENSHOTS", tmp_path)
+    visitor.page.screenshot(path=f"{folder}/first-{width}-{theme}.png")
+    visitor.begin(num_chunks=12)
+    visitor.wait_for_end()
+    visitor.page.screenshot(path=f"{folder}/watch-{width}-{theme}.png", full_page=True)
+    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= width
+    visitor.context.close()
+
+
+def test_a_checkpoint_that_is_none_is_told_on_the_page(browser, tmp_path):
+    """The page of `tokentrim app`."""
+    command = ("-m", "tokentrim", "app", "--port", "PORT", "--checkpoint", "none")
+    with serve(tmp_path, *command) as (address, log):
+        visitor = Visitor(browser, address)
+        assert "could not be loaded" in visitor.page.inner_text("body")
+        visitor.page.click("#begin")
+        assert "could not be loaded" in visitor.sentence()
+        assert "the checkpoint could not be loaded" in log.read_text()  # with its traceback, for whoever serves
+        visitor.context.close()

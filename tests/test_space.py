@@ -1,0 +1,144 @@
+"""The Space without its page: what a run writes, what ends it, and what is refused. The page is in tests/test_app.py."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from training.world import COLORS, DIRECTIONS, SHAPES, Scene, parse
+
+
+sys.path.insert(0, str(ROOT / "space"))
+
+import runs  # noqa: E402
+import world  # noqa: E402
+
+
+SETTINGS = runs.Settings("a red circle moving right over a blue background", 3, "tokentrim", "tokentrim_plus", None, 4)
+FILES = ["left.mp4", "right.mp4", "decisions.json", "settings.json", "make_videos.py"]
+GREEN = "a red circle moving right over a green background"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a tiny world of 2 steps, as `checkpoints/tiny-world`."""
+    home, source = tmp_path_factory.mktemp("home"), ROOT / "checkpoints" / "tiny-world"
+    checkpoint = home / "checkpoints" / "tiny-world"
+    checkpoint.mkdir(parents=True)
+    for path in source.iterdir():
+        (checkpoint / path.name).symlink_to(path)
+    (checkpoint / "model_index.json").unlink()
+    index = json.loads((source / "model_index.json").read_text())
+    (checkpoint / "model_index.json").write_text(json.dumps({**index, "num_inference_steps": 2}))
+    return home
+
+
+@pytest.fixture(scope="module")
+def studio(home):
+    return runs.Studio(str(home / "checkpoints" / "tiny-world"), max_chunks=20, name="checkpoints/tiny-world")
+
+
+def test_weights_are_shared_and_modules_are_not(studio):
+    left, right = (studio.pipes[side].transformer for side in runs.SIDES)
+    assert left is not right and left.blocks[0].attn1 is not right.blocks[0].attn1
+    pairs = list(zip(left.parameters(), right.parameters(), strict=True))
+    assert pairs and all(first is second for first, second in pairs)
+
+
+def test_the_script_makes_the_same_files(studio, home, tmp_path, monkeypatch):
+    """Also where the prompt was changed while it ran, and where the run was stopped."""
+    settings = dataclasses.replace(SETTINGS, num_chunks=9)
+    for state in studio.roll_out(settings, tmp_path / "run"):
+        if state["made"] == 2 and state["status"] == "running":
+            runs.ask_to_change(tmp_path / "run", runs.Change(GREEN, None, "cut"))
+        if state["made"] == 4:
+            runs.ask_to_stop(tmp_path / "run")
+    assert (state["status"], state["made"]) == ("stopped", 4)
+    assert [at for at, _ in state["prompts"]] == [0, 2]
+    record = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert record["num_frames"] == 12 and record["changes"] == {"2": {"prompt": GREEN, "transition": "cut"}}
+    assert [len(chunks) for chunks in json.loads((tmp_path / "run" / "decisions.json").read_text()).values()] == [4, 4]
+
+    script = (tmp_path / "run" / "make_videos.py").read_text()
+    assert len(script.splitlines()) == 10
+    (tmp_path / "checkpoints").symlink_to(home / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    with contextlib.redirect_stderr(open(os.devnull, "w")):
+        exec(script, {})
+    for name in ("left.mp4", "right.mp4"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    assert (tmp_path / "left.mp4").read_bytes() != (tmp_path / "right.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["stop", "leave", "close"])
+def test_a_run_ends_within_a_chunk_and_leaves_the_model_free(studio, tmp_path, how):
+    folder = tmp_path / "run"
+    states = studio.roll_out(dataclasses.replace(SETTINGS, num_chunks=20), folder)
+    for _ in range(3):
+        state = next(states)
+    if how == "stop":
+        runs.ask_to_stop(folder)
+        assert next(states) == {**state, "status": "stopped", "files": FILES}
+    elif how == "leave":
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+        assert list(states) == []
+    states.close()
+    for pipe in studio.pipes.values():
+        with pipe.stream(SETTINGS.prompt, num_frames=3, generator=torch.manual_seed(0)) as stream:
+            next(stream)
+
+
+def test_changes_are_made_once_and_when_they_are_due(tmp_path):
+    inbox = runs.Inbox(tmp_path)
+    now, later = runs.Change(GREEN, None, "cut"), runs.Change(SETTINGS.prompt, 3, "keep")
+    runs.ask_to_change(tmp_path, later)
+    assert inbox.due(0) == [] and inbox.due(1) == []
+    runs.ask_to_change(tmp_path, now)
+    assert inbox.due(2) == [now]
+    runs.ask_to_change(tmp_path, now)
+    assert inbox.due(3) == [later, now] and inbox.due(4) == []
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ({"prompt": "  "}, "The prompt is empty"),
+        ({"prompt": "a red fox trots over a blue background"}, "does not know 'fox', 'trots'"),
+        ({"prompt": "red " * 500}, "1999 characters"),
+        ({"num_chunks": 21}, "1 to 20 chunks"),
+        ({"seed": -1}, "seed"),
+        ({"left": "magic"}, "`method`"),
+        ({"layout": "magic"}, "`layout`"),
+    ],
+)
+def test_what_makes_no_video_is_told_in_a_sentence(studio, wrong, sentence):
+    studio.check(SETTINGS)
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        studio.check(dataclasses.replace(SETTINGS, **wrong))
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (runs.Change("", None, "cut"), "empty"),
+        (runs.Change(GREEN, 4, "cut"), "chunks 1 to 3"),
+        (runs.Change(GREEN, 1, "melt"), "prompt_transition"),
+    ],
+)
+def test_a_change_that_cannot_be_made_is_told_before(studio, change, sentence):
+    studio.check(SETTINGS, runs.Change(GREEN, 1, "cut"))
+    with pytest.raises(ValueError, match=sentence):
+        studio.check(SETTINGS, change)
+
+
+def test_words_are_those_of_the_world():
+    assert world.COLORS == tuple(COLORS) and world.SHAPES == SHAPES and world.DIRECTIONS == tuple(DIRECTIONS)
+    assert world.make_sentence("orange ring", "up", "white") == Scene("orange", "ring", "up", "white").prompt
+    assert all(parse(example) for example in world.EXAMPLES)
