@@ -42,6 +42,11 @@ FAST = contract methods policy quarantine reanchor statistics layout field_layou
 test-fast: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -n auto --dist worksteal -m "not slow" $(FAST:%=tests/test_%.py)
 
+# The page in a real browser: `apt-get install chromium`.
+test-app: $(APP_INSTALLED)
+	$(APP_PYTHON) -m pip install --quiet --disable-pip-version-check pytest playwright
+	HF_HUB_OFFLINE=1 $(APP_PYTHON) -m pytest -q -rs tests/test_app.py
+
 fuzz: $(INSTALLED)
 	HF_HUB_OFFLINE=1 EXAMPLES=$(EXAMPLES) $(PYTHON) -m pytest -q --hypothesis-show-statistics tests/test_fuzz.py
 

@@ -98,7 +98,7 @@ def main() -> None:
                     )
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(60)
 
 
 if __name__ == "__main__":
