@@ -11,7 +11,7 @@ EXAMPLES = 20000
 APP_PYTHON = .venv-app/bin/python
 APP_INSTALLED = .venv-app/installed
 
-.PHONY: demo install app space test test-fast test-app fuzz lint clean
+.PHONY: demo install app space test test-fast test-app fuzz lint bench clean
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.demo --world $(WORLD)
@@ -54,6 +54,10 @@ fuzz: $(INSTALLED)
 test-app: $(APP_INSTALLED)
 	$(APP_PYTHON) -m pip install --quiet --disable-pip-version-check pytest playwright
 	HF_HUB_OFFLINE=1 $(APP_PYTHON) -m pytest -q -rs tests/test_app.py
+
+# What a rollout costs beside its forwards; for another commit: `make bench BENCH="--before ../other-checkout"`.
+bench: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.overhead $(BENCH)
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .

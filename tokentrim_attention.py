@@ -237,8 +237,8 @@ class WanBackbone:
         self.cache.begin_pass(latents.shape[2], pass_)
         timestep = timesteps.float()
         if len(chunk_sizes) > 1:  # one for each token, frame-major
-            num_tokens = torch.tensor(chunk_sizes, device=timestep.device) * self.cache.tokens_per_frame
-            timestep = timestep.repeat_interleave(num_tokens)[None]
+            num_tokens = [size * self.cache.tokens_per_frame for size in chunk_sizes]
+            timestep = torch.cat([time.expand(num) for time, num in zip(timestep, num_tokens)])[None]
         return self._forward(latents, timestep, text, attention_kwargs)
 
     def _forward(self, latents, timestep, text, attention_kwargs) -> torch.Tensor:

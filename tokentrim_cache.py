@@ -286,7 +286,7 @@ class RollingKVCache:
         if self._has_hooks:
             self._rewrite(layer, query)
         apart = layer.keys is None or key.requires_grad  # not in one piece of memory, which no gradient goes through
-        if self._is_writing and (apart or self._home_angles is not None):
+        if (apart or self._home_angles is not None) and self._is_writing:
             home = self._key_angles if self._home_angles is None else self._home_angles
             layer.new = rotate(key, *home).to(value.dtype), value
         key = rotate(key, *self._key_angles).to(value.dtype)

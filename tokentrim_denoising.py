@@ -173,6 +173,7 @@ class Denoiser:
         self.attention_kwargs = plan.call["attention_kwargs"]
         self.on_step: Callable | None = None  # `on_step(step, timestep, latents)` gives the latents to go on with
         self.progress: Any = None  # a bar of denoising steps, while the rollout runs
+        self._outcomes: list[tuple[str, torch.Tensor]] = []  # where the model was asked, and whether all was finite
 
     # 1. A chunk
 
@@ -181,10 +182,12 @@ class Denoiser:
         self.scheduler.begin_chunk(self.solver_generators)
         if not self.by_first_step:
             after = self._denoise(index, in_flight)
+            self.check_finite()
             return Draft(index, in_flight, after, after[0].latents)
         (chunk,) = self._guided(index, [InFlight(self.noise[index])])
         flow = self._predict_flow(index, [chunk])
         x0 = self.scheduler.predict_original_sample(flow, chunk.latents)
+        self.check_finite()
         return Draft(index, in_flight, (chunk,), x0, flow)
 
     def redraft(self, draft: Draft, videos: list[int]) -> Draft:
@@ -196,10 +199,12 @@ class Denoiser:
                 noise, flow, judged = draft.after[0].latents[videos], draft.first_flow.clone(), draft.judged.clone()
                 flow[videos] = self._predict_flow(draft.index, [InFlight(noise)], videos)
                 judged[videos] = self.scheduler.predict_original_sample(flow[videos], noise)
+                self.check_finite()
                 return Draft(draft.index, draft.before, draft.after, judged, flow)
             if self.progress is not None and self.progress.total is not None:
                 self.progress.total += len(self.scheduler.timesteps) - (draft.before[0].step if draft.before else 0)
             again = self._denoise(draft.index, draft.before, videos)
+        self.check_finite()
         after = tuple(kept.replaced(videos, new) for kept, new in zip(draft.after, again))
         return Draft(draft.index, draft.before, after, after[0].latents)
 
@@ -208,6 +213,7 @@ class Denoiser:
         after = draft.after
         if self.by_first_step:
             after = self._denoise(draft.index, after, first_flow=draft.first_flow)
+            self.check_finite()
         finished, *in_flight = after
         return finished.latents, tuple(in_flight)
 
@@ -215,7 +221,7 @@ class Denoiser:
         """The pass that writes a chunk's latents, (B, C, frames, H, W), into the past; of videos that have not
         `entered`, nothing stays."""
         outcome = self.backbone.commit(*self._branches(context), self.attention_kwargs)
-        self._check_finite(outcome, index, "the context pass")
+        self._note(outcome, index, "the context pass")
         cache, rejected = self.backbone.cache, [video for video, enters in enumerate(entered) if not enters]
         if rejected:
             tokens = dict.fromkeys(rejected, range(cache.tokens_per_frame))
@@ -224,6 +230,14 @@ class Denoiser:
     def recache(self) -> None:
         """Encode the window again under the prompt as it is now."""
         self.backbone.recache(torch.cat(self.prompt.branches()), self.attention_kwargs)
+
+    def check_finite(self) -> None:
+        """Refuse what is not finite, of all that the model said since the last time: one transfer for many steps."""
+        outcomes, self._outcomes = self._outcomes, []
+        finite = torch.stack([each for _, each in outcomes]).tolist() if outcomes else []
+        for (place, _), is_finite in zip(outcomes, finite):
+            if not is_finite:
+                raise RuntimeError(f"The transformer's output is not finite (NaN or Inf) in {place}.")
 
     # 2. Its steps
 
@@ -294,6 +308,7 @@ class Denoiser:
             def predict_x0(latents, offset=offset, step=chunk.step):
                 guided = [*chunks[:offset], InFlight(latents, step), *chunks[offset + 1 :]]
                 flow = self._predict_flow(index, guided, videos).split(sizes, dim=2)[offset]
+                self.check_finite()  # a hook looks at each prediction
                 return self.scheduler.predict_original_sample(flow, latents)
 
             for hook in hooks:
@@ -306,20 +321,19 @@ class Denoiser:
     def _predict_flow(self, index: int, chunks: Sequence[InFlight], videos: list[int] | None = None) -> torch.Tensor:
         """The transformer's flow prediction in fp32, guided where asked, (B or len(videos), C, frames, H, W)."""
         sizes = [chunk.latents.shape[2] for chunk in chunks]
-        steps = torch.tensor([chunk.step for chunk in chunks])
         levels = F.pad(self.scheduler.timesteps, (0, 1))
         guided = self._is_guided()
         latents, text = self._branches(torch.cat([chunk.latents for chunk in chunks], dim=2), videos, guided)
         flow = self.backbone.predict_flow(
             latents,
             sizes,
-            levels[steps],
-            levels[steps + 1],
+            torch.stack([levels[chunk.step] for chunk in chunks]),
+            torch.stack([levels[chunk.step + 1] for chunk in chunks]),
             text,
             self.attention_kwargs,
             Pass("denoise", chunks[0].step),
         ).float()
-        self._check_finite(flow, index, f"step {chunks[0].step}")
+        self._note(flow, index, f"step {chunks[0].step}")
         if not guided:
             return flow
         unconditional, conditional = flow.chunk(2)
@@ -339,7 +353,6 @@ class Denoiser:
         embeds = self.prompt.branches(videos)[0 if guided else -1 :]
         return torch.cat([latents] * len(embeds)), torch.cat(embeds)
 
-    @staticmethod
-    def _check_finite(outcome: torch.Tensor, index: int, place: str) -> None:
-        if not torch.isfinite(outcome).all():
-            raise RuntimeError(f"The transformer's output is not finite (NaN or Inf) in chunk {index}, {place}.")
+    def _note(self, outcome: torch.Tensor, index: int, place: str) -> None:
+        """Whether an outcome is finite, for the next `check_finite`."""
+        self._outcomes.append((f"chunk {index}, {place}", torch.isfinite(outcome).all()))

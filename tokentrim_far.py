@@ -213,9 +213,9 @@ class FARBackbone:
     def _forward(self, latents, chunk_sizes, timesteps, next_timesteps, text, attention_kwargs, is_cache_step):
         """The transformer's own forward over some chunks alone; the others are in our processors."""
         self.cache.prepare(len(latents), latents.device)
-        sizes = torch.tensor(chunk_sizes, device=latents.device)
         timesteps, next_timesteps = (
-            times.repeat_interleave(sizes).expand(len(latents), -1) for times in (timesteps, next_timesteps)
+            torch.cat([time.expand(size) for time, size in zip(times, chunk_sizes)]).expand(len(latents), -1)
+            for times in (timesteps, next_timesteps)
         )
         return self.transformer(
             hidden_states=latents.transpose(1, 2).to(self.transformer.dtype),  # (rows, T, C, H, W)

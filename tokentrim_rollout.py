@@ -152,6 +152,7 @@ class Rollout:
     def state_dict(self) -> dict:
         """The run between two chunks, as plain values and tensors that `load_state_dict` of a run of the same call takes."""
         prompt, renoise = self.denoiser.prompt, self.denoiser.renoise
+        self.denoiser.check_finite()  # of the last context pass
         return {
             "shape": self._shape(),
             "index": self.index,

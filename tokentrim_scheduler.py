@@ -196,11 +196,12 @@ class TokenTrimSchedulerMixin:
 
         _, next_sigma = self._sigmas_of_step()
         x0 = self.predict_original_sample(model_output, sample)
-        if self.renoises and (noise is not None or next_sigma == 0):
+        is_last = self._known_sigmas[self._place() + 1] == 0
+        if self.renoises and (noise is not None or is_last):
             if self.step_index is None:
                 self._init_step_index(timestep)
             self._step_index += 1
-            prev_sample = x0 if next_sigma == 0 else (1 - next_sigma) * x0 + next_sigma * noise
+            prev_sample = x0 if is_last else (1 - next_sigma) * x0 + next_sigma * noise
         else:
             if "generator" in inspect.signature(super().step).parameters:
                 kwargs.setdefault("generator", self._step_generator)
@@ -217,12 +218,16 @@ class TokenTrimSchedulerMixin:
 
     def _start_here(self) -> None:
         """A fresh solver is as this one is."""
+        self._known_sigmas = self.sigmas.tolist()  # so that no step asks the device
         self._fresh_state = {name: copy.copy(value) for name, value in vars(self).items() if name not in OURS}
         self.begin_chunk()
 
     def _sigmas_of_step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        index = self.begin_index if self.step_index is None else self.step_index
+        index = self._place()
         return self.sigmas[index], self.sigmas[index + 1]
+
+    def _place(self) -> int:
+        return self.begin_index if self.step_index is None else self.step_index
 
     def _restore(self) -> None:
         for name, value in self._fresh_state.items():

@@ -4,19 +4,23 @@
 python -m benchmarks.overhead
 
 The floor is the same forwards of the same token counts against a context that is allocated before: projections, norms,
-rotary embedding and attention, nothing else. Contestants take turns chunk by chunk in one process, on the same weights,
-so that what else the machine does hits all of them; a ratio is of the seconds of one repetition, the number printed is the
-median of the repetitions, and it is printed only where it differs from 1 by more than their spread. Seconds are of the
-CPU where nothing runs on a GPU: those of the clock, printed beside them, contain what else the machine does.
+rotary embedding and attention, nothing else. Contestants take turns chunk by chunk in one process, on the same weights.
+A ratio is of one chunk's seconds to the same chunk's of the same repetition; printed is the median of all such pairs with
+its 95% interval (of order statistics), and no ratio whose interval holds 1. On a CPU seconds are this process's own,
+since those of the clock, printed beside them, contain what else the machine does.
 """
 
 import argparse
 import copy
+import importlib.util
+import math
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +28,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 from diffusers.utils import logging
 
-from tokentrim import ContextPolicy, TokenTrimFlowMatchEulerDiscreteScheduler, TokenTrimPipeline
+import tokentrim
+from tokentrim import ContextPolicy
 from tokentrim.tokentrim_attention import replaced_processors
 from tokentrim.tokentrim_memory import grid_places, rotary_angles, rotate
 
@@ -149,14 +154,25 @@ class Forced(ContextPolicy):
         return {}
 
 
-def rollout(transformer, latents: torch.Tensor, text: torch.Tensor, **call) -> Iterator[None]:
-    scheduler = TokenTrimFlowMatchEulerDiscreteScheduler(shift=5.0)
-    pipe = TokenTrimPipeline(None, None, transformer, None, scheduler)
+def rollout(package, transformer, latents: torch.Tensor, text: torch.Tensor, **call) -> Iterator[None]:
+    """A stream of `package`, this project's code at one commit."""
+    scheduler = package.TokenTrimFlowMatchEulerDiscreteScheduler(shift=5.0)
+    pipe = package.TokenTrimPipeline(None, None, transformer, None, scheduler)
     pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": STEPS, "output_type": "latent", "num_frames_per_chunk": CHUNK, **call}
     with pipe.stream(latents=latents, prompt_embeds=text, **call) as stream:
         for _ in stream:
             yield
+
+
+def load_checkout(folder: Path):
+    """This project as it is in another checkout."""
+    spec = importlib.util.spec_from_file_location(
+        "before", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    package = sys.modules["before"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return package
 
 
 def shared(transformer):
@@ -166,11 +182,10 @@ def shared(transformer):
 
 @dataclass
 class Seconds:
-    """Of each repetition: CPU (or device) and clock, summed over the chunks that count."""
+    """Of each chunk that counts, in order: of the CPU, and of the clock."""
 
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
-    cpu_by_chunk: list[list[float]] = field(default_factory=list)
 
 
 def take_turns(contestants: dict[str, Callable], repeats: int, first: int) -> dict[str, Seconds]:
@@ -193,26 +208,21 @@ def take_turns(contestants: dict[str, Callable], repeats: int, first: int) -> di
                     continue
                 spent[name].append((time.process_time() - cpu, time.perf_counter() - wall))
         for name, pairs in spent.items():
-            results[name].cpu.append(sum(cpu for cpu, _ in pairs[first:]))
-            results[name].wall.append(sum(wall for _, wall in pairs[first:]))
-            results[name].cpu_by_chunk.append([cpu for cpu, _ in pairs])
+            results[name].cpu += [cpu for cpu, _ in pairs[first:]]
+            results[name].wall += [wall for _, wall in pairs[first:]]
     return results
 
 
-def ratio(times: list[float], to: list[float]) -> tuple[float, float]:
-    """Median of paired ratios, and half of their interquartile range (of all, where there are few)."""
+def ratio(times: list[float], to: list[float]) -> tuple[float, float, float]:
+    """Median of paired ratios, and its 95% interval."""
     ratios = sorted(ours / theirs for ours, theirs in zip(times, to))
-    if len(ratios) < 4:
-        return statistics.median(ratios), (ratios[-1] - ratios[0]) / 2
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return statistics.median(ratios), (high - low) / 2
+    low = max(int((len(ratios) - 1.96 * math.sqrt(len(ratios))) / 2), 0)
+    return statistics.median(ratios), ratios[low], ratios[-1 - low]
 
 
-def shown(median: float, spread: float) -> str:
-    """A ratio with its spread; none where it tells nothing."""
-    if abs(median - 1) <= spread:
-        return f"within 1 +- {spread:.3f}"
-    return f"{median:.3f} +- {spread:.3f}"
+def shown(median: float, low: float, high: float) -> str:
+    """A ratio with its interval; where it does not differ from 1, the interval alone."""
+    return f"[{low:.3f}, {high:.3f}]" if low <= 1 <= high else f"{median:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def machine(device: str) -> str:
@@ -225,14 +235,14 @@ def machine(device: str) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def table(results: dict[str, Seconds], to: str, on_gpu: bool) -> str:
-    lines = [f"{'':24}{'CPU s':>9}{'clock s':>9}   to {to}"]
-    for name, seconds in results.items():
-        cpu, wall = statistics.median(seconds.cpu), statistics.median(seconds.wall)
-        line = f"{name:24}{cpu:9.2f}{wall:9.2f}"
-        if name != to:
+def table(results: dict[str, Seconds], on_gpu: bool) -> str:
+    """Seconds of a chunk, and the ratios to every contestant before it."""
+    lines, names = [f"{'':24}{'CPU s':>9}{'clock s':>9}"], list(results)
+    for place, (name, seconds) in enumerate(results.items()):
+        line = f"{name:24}{statistics.median(seconds.cpu):9.3f}{statistics.median(seconds.wall):9.3f}"
+        for other in names[:place]:
             kind = "wall" if on_gpu else "cpu"
-            line += "   " + shown(*ratio(getattr(seconds, kind), getattr(results[to], kind)))
+            line += f"   to {other}: " + shown(*ratio(getattr(seconds, kind), getattr(results[other], kind)))
         lines.append(line)
     return "\n".join(lines)
 
@@ -245,8 +255,11 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=1, help="chunks before it do not count")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--before", type=Path, help="another checkout of this project, to compare with")
     args = parser.parse_args()
     logging.set_verbosity_error()
+    torch.set_num_threads(args.threads)
     size = SIZES[args.size]
     transformer = size.build(args.device)
     parameters = sum(each.numel() for each in transformer.parameters())
@@ -260,14 +273,14 @@ def main() -> None:
     for window in args.window:
         call = {"window_size": window, "height": 8 * size.latent[0], "width": 8 * size.latent[1]}
         floor = Floor(shared(transformer), size, window, latents, text)
-        model = shared(transformer)
-        contestants = {
-            "floor": lambda: floor,
-            "plain": lambda: rollout(model, latents, text, method="plain", **call),
-        }
+        contestants = {"floor": lambda floor=floor: floor}
+        packages = {"plain": tokentrim} | ({"plain, before": load_checkout(args.before)} if args.before else {})
+        for name, package in packages.items():
+            model = shared(transformer)
+            contestants[name] = partial(rollout, package, model, latents, text, method="plain", **call)
         results = take_turns(contestants, args.repeats, args.first)
-        print(f"\nwindow {window}, chunks {args.first} to {args.chunks - 1}, median of {args.repeats} repetitions")
-        print(table(results, "floor", args.device != "cpu"), flush=True)
+        print(f"\nwindow {window}, a chunk of chunks {args.first} to {args.chunks - 1}, {args.repeats} repetitions")
+        print(table(results, args.device != "cpu"), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""Nothing stands between a user and the denoiser's arithmetic: waiting, graphs, kernels."""
+
+import pytest
+import torch
+from builders import embeds, latent_pipeline, noise
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Reads(TorchDispatchMode):
+    """Counts what waits for a device: a tensor that becomes a number or a bool."""
+
+    WAITING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero)
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in self.WAITING
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make_scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler])
+@pytest.mark.parametrize("settings", [{}, {"rollout": "rolling_forcing"}], ids=["chunks", "rolling"])
+def test_no_denoising_step_waits_for_the_device(make_scheduler, settings):
+    """What a chunk reads of it does not grow with its steps; with Rolling Forcing, where each pass is a chunk's, neither
+    does what four chunks in flight read grow above that of two."""
+    counts = []
+    for num_steps in (2, 4):
+        pipe = latent_pipeline(scheduler=make_scheduler(shift=5.0))
+        call = {"num_inference_steps": num_steps, "window_size": 15, "prompt_embeds": embeds(), **settings}
+        latents, counted = noise(8), []
+        with pipe.stream(latents=latents, output_type="latent", method="plain", **call) as stream:
+            for _ in range(7):
+                with Reads() as reads:
+                    next(stream)
+                counted.append(reads.count)
+        counts.append(counted[5:])
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("at", [2, 4], ids=["denoising", "context pass"])
+def test_what_is_not_finite_is_named_and_not_saved(at, tmp_path):
+    pipe, calls = latent_pipeline(), []
+
+    def spoil(module, args, output):
+        calls.append(None)
+        return (output[0] * float("nan"),) if len(calls) == at else output
+
+    pipe.transformer.register_forward_hook(spoil)
+    where = {2: "chunk 0, step 1", 4: "chunk 0, the context pass"}[at]
+    stream = pipe.stream(
+        latents=noise(3), prompt_embeds=embeds(), num_inference_steps=3, output_type="latent", method="plain"
+    )
+    with stream, pytest.raises(RuntimeError, match=f"not finite .* in {where}"):
+        next(stream)
+        stream.save_state(tmp_path)
+    assert not list(tmp_path.iterdir())
