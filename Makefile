@@ -50,11 +50,6 @@ test-app: $(APP_INSTALLED)
 fuzz: $(INSTALLED)
 	HF_HUB_OFFLINE=1 EXAMPLES=$(EXAMPLES) $(PYTHON) -m pytest -q --hypothesis-show-statistics tests/test_fuzz.py
 
-# The page in a real browser: `apt-get install chromium`.
-test-app: $(APP_INSTALLED)
-	$(APP_PYTHON) -m pip install --quiet --disable-pip-version-check pytest playwright
-	HF_HUB_OFFLINE=1 $(APP_PYTHON) -m pytest -q -rs tests/test_app.py
-
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
 
