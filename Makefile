@@ -50,11 +50,6 @@ test-app: $(APP_INSTALLED)
 fuzz: $(INSTALLED)
 	HF_HUB_OFFLINE=1 EXAMPLES=$(EXAMPLES) $(PYTHON) -m pytest -q --hypothesis-show-statistics tests/test_fuzz.py
 
-# The page in a real browser: `apt-get install chromium`.
-test-app: $(APP_INSTALLED)
-	$(APP_PYTHON) -m pip install --quiet --disable-pip-version-check pytest playwright
-	HF_HUB_OFFLINE=1 $(APP_PYTHON) -m pytest -q -rs tests/test_app.py
-
 # What a rollout costs beside its forwards; for another commit: `make bench BENCH="--before ../other-checkout"`.
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.overhead $(BENCH)

@@ -14,7 +14,10 @@ function Player(video) {
 
   this.video = video;
   this.waits = 0; // how often it came to the end of what is there
-  video.addEventListener("waiting", () => { if (video.currentTime > 0 && !video.seeking && !video.ended) this.waits += 1; });
+  video.addEventListener("waiting", () => {
+    const isShort = this.end() - video.currentTime < 0.1; // otherwise the browser is busy, or has not begun
+    if (isShort && video.currentTime > 0 && !video.seeking && !video.ended) this.waits += 1;
+  });
 
   this.begin = (url) => {
     generation += 1;
@@ -76,7 +79,7 @@ function codec(bytes) { // profile, constraints and level stand in the box "avcC
 }
 
 // Buffer first, then play. While chunks are made, the speed is in proportion to what is buffered: what is ahead shrinks
-// towards two chunks and never to nothing.
+// towards three chunks and never to nothing.
 
 const isRunning = () => state.status === "running";
 
@@ -88,7 +91,7 @@ function pace() {
   let speed = 1;
   if (isRunning()) {
     const made = state.rate / state.fps; // seconds of video in a second
-    speed = Math.min(1, Math.max(0.0625, (made * ahead) / (2 * chunk)));
+    speed = Math.min(1, Math.max(0.0625, (made * ahead) / (3 * chunk)));
   }
   const begins = !isRunning() || ahead >= 2 * chunk || state.made === state.planned;
   players.forEach((player, number) => {

@@ -264,9 +264,12 @@ def test_a_closed_tab_frees_the_model(arrive):
     gone, next_one = arrive(), arrive()
     gone.begin(num_chunks=200)
     gone.wait_for_chunk(1)
+    file = next(url for url in gone.requests if url.endswith("left.mp4"))
+    assert next_one.context.request.get(file).ok
     gone.context.close()
     next_one.begin(num_chunks=2)
     next_one.wait_for_end()
+    assert not next_one.context.request.get(file).ok  # without its folder there is no run
 
 
 def test_evicted_tokens_are_outlined_on_demand(arrive):
