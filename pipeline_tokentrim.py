@@ -217,9 +217,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             prompt (`str` or `list[str]`, *optional*): the prompt or prompts; or pass `prompt_embeds`.
             video (`torch.Tensor`, `np.ndarray` or `list`, *optional*):
                 Frames to continue: a tensor (B, T, 3, H, W), an array (B, T, H, W, 3), both in `[0, 1]` or of bytes, or
-                images of PIL, as a call gives them, of one video or several; T = 4n + 1, of the video's size. Where their latent frames are no whole
-                chunks, the first chunk is what is left of them: one frame is a chunk of its own. AnyFlow-FAR and
-                `chunk_partition` ask for whole chunks.
+                images of PIL, of one video or several; T = 4n + 1, of the video's size. Where their latent frames are no
+                whole chunks, the first chunk is what is left of them; AnyFlow-FAR and `chunk_partition` refuse that.
             video_latents (`torch.Tensor`, *optional*): the same as latents, (B, T, C, H, W).
             image (`PIL.Image`, `np.ndarray`, `torch.Tensor` or a list, *optional*):
                 The first frame: `video` of one frame, in floats in [0, 1], resized as Diffusers' image processors do.

@@ -45,7 +45,7 @@ ROLLOUTS = ("self_forcing", "rolling_forcing")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 TRIM_SETTINGS = ("prune_fraction", "drift_sensitivity", "warmup_chunks", "max_regenerations", "drift_signal")
 WINDOW_SETTINGS = ("window_size", "num_sink_frames", "relative_positions", "sink_at_commit")
-TENSOR_ARGUMENTS = ("video", "video_latents", "latents", "prompt_embeds", "negative_prompt_embeds")
+TENSOR_ARGUMENTS = ("video", "image", "video_latents", "latents", "prompt_embeds", "negative_prompt_embeds")
 LIST_ARGUMENTS = ("sigmas", "timesteps", "chunk_partition")
 SINK_COLLAPSE = 120  # latent frames from which a sink at absolute positions is known to fail (LoL, arXiv 2601.16914)
 

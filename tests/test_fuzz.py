@@ -9,6 +9,7 @@ import threading
 from functools import cache
 
 import numpy as np
+import PIL.Image
 import torch
 from builders import full_pipeline, processors, quiet, randn, tiny_far, tiny_text_encoder, tiny_tokenizer, tiny_vae
 from diffusers import (
@@ -240,6 +241,10 @@ VALUES = {
         [randn(1, 1, 3, 32, 48).sigmoid(), randn(1, 5, 3, 32, 48).sigmoid(), np.zeros((1, 9, 32, 48, 3), np.uint8), list(np.zeros((5, 32, 48, 3)))],
         [randn(1, 5, 3, 32, 48), randn(1, 4, 3, 32, 48).sigmoid(), "a.mp4", [], [1], np.zeros((1, 9, 32, 32, 3))],
     ),
+    "image": mostly(
+        [PIL.Image.new("RGB", (48, 32)), np.zeros((32, 48, 3), np.float32), randn(3, 40, 50).sigmoid(), [PIL.Image.new("RGBA", (9, 9))]],
+        [randn(3, 32, 48), "a.png", [], 3, np.zeros((32, 48, 3), np.uint8), torch.zeros(2)],
+    ),
     "video_latents": mostly([randn(1, 1, 4, 4, 6), randn(1, 3, 4, 4, 6), randn(1, 4, 4, 4, 6)], [randn(1, 3, 4, 4, 4), 3, randn(1, 99, 4, 4, 6)]),
 }  # fmt: skip
 calls = st.lists(st.sampled_from(sorted(VALUES)), max_size=6, unique=True).flatmap(
@@ -358,7 +363,9 @@ def test_a_call_works_or_says_which_argument_is_wrong(name, given_arguments, mod
         assert callback.does == "stop"
     except torch.OutOfMemoryError as error:
         event("out of memory in the VAE")
-        assert mode == "memory" and (error.latents.shape[2] > 0 if hasattr(error, "latents") else "video" in call)
+        assert mode == "memory" and (
+            error.latents.shape[2] > 0 if hasattr(error, "latents") else {"video", "image"} & set(call)
+        )
     except RuntimeError as error:
         event("not finite" if "not finite" in str(error) else "in a rollout already")
         expected = {"nan": "not finite", "threads": "in a rollout already"}.get(mode, "in a rollout already")
