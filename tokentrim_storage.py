@@ -147,7 +147,11 @@ class LayerStore:
         self.past = self.key[rows, start : self.length], self.value[rows, start : self.length]
         if arrangement.room:
             end = self.length + arrangement.room
-            self.keys, self.values = self.key[rows, start:end], self.value[rows, start:end]
+            self.keys, self.values = (table[rows, start:end] for table in (self.key, self.value))
+            if (
+                len(self.keys) == 1
+            ):  # the stride of a single row, which may say how much room there is, asks for a graph
+                self.keys, self.values = self.keys[0][None], self.values[0][None]
 
     def release(self) -> None:
         """No pass reads it: all keys go home."""

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from builders import embeds, latent_pipeline, noise
+from builders import embeds, latent_pipeline, noise, roll, steady_noise, tiny_transformer
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -57,3 +58,25 @@ def test_what_is_not_finite_is_named_and_not_saved(at, tmp_path):
         next(stream)
         stream.save_state(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_with_no_graph_after_the_window_is_full():
+    """Each block in one graph, over 40 chunks with evictions; traced and run as it is, since a compiler takes minutes."""
+    latents, graphs = steady_noise(40, [20]), []
+    call = {"window_size": 9, "method": {"tokentrim": {"drift_sensitivity": 1.0}}, "num_inference_steps": 2}
+    expected = roll(latent_pipeline(), latents, **call)
+    torch._dynamo.reset()
+    counters.clear()
+    transformer = tiny_transformer()
+    transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+
+    def count(index, latents, decisions):
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    output = roll(latent_pipeline(transformer), latents, on_chunk=count, **call)
+    torch._dynamo.reset()
+    triggered = [decision["chunk"] for decision in output.decisions[0] if decision["trim"]]
+    assert any(chunk > 6 for chunk in triggered)
+    assert graphs[-1] == graphs[6] <= 5  # two before there is a past and one that writes it; of one length, and of any
+    torch.testing.assert_close(output.frames, expected.frames, atol=1e-5, rtol=0)
