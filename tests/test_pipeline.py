@@ -196,7 +196,9 @@ def test_method_layout_and_transition_are_settings_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"method": ["tokentrim"]}, {"layout": Layout()}, {"prompt_transition": {20: "cut"}}], ids=str
+    "setting",
+    [{"method": ["tokentrim"]}, {"layout": Layout()}, {"prompt_transition": {20: "cut"}}],
+    ids=["list", "object", "by chunk"],
 )
 def test_what_no_file_can_hold_does_not_travel(setting):
     ((name, _),) = setting.items()
