@@ -74,9 +74,9 @@ def test_the_order_of_frames_is_that_of_training():
         (0.3, 1.6, "trained chunk by chunk", ""),
         (0.2, 0.6, "trained chunk by chunk", ""),
         (0.6, 1.0, "trained chunk by chunk", ""),
-        (0.5, 0.55, "it reads both", "bidirectional"),
-        (0.95, 1.0, "it reads neither", "random weights"),
-        (1.4, 0.4, "it reads neither", "random weights"),
+        (0.5, 0.55, "it reads both", "the future helps as well: bidirectional"),
+        (0.8, 1.28, "not trained chunk by chunk", "the past does not help: bidirectional"),
+        (1.4, 0.4, "not trained chunk by chunk", "the past does not help: bidirectional"),
     ],
 )
 def test_what_the_order_means(past, future, words, odd):
@@ -91,7 +91,7 @@ def test_a_plain_wan_folder(doctor, tmp_path):
     code, lines = doctor(tmp_path / "wan", "--height", "32", "--width", "48")
     assert code == 1 and "shift 3.0" in lines["schedule"] and "not said in a README.md" in lines["licence"]
     assert "model_index.json says nothing of a rollout" in lines["odd"]
-    assert "the past does not help: random weights" in lines["odd"]
+    assert "the past does not help: bidirectional weights, as plain Wan's, or random ones" in lines["odd"]
 
 
 def test_a_shift_that_no_model_of_its_size_has(doctor, folder, monkeypatch):

@@ -24,7 +24,9 @@ from .presets import SCHEDULES, SIZES
 
 REQUIRED, OPTIONAL = ("transformer", "scheduler"), ("tokenizer", "text_encoder", "vae")
 LEVELS = (0.8, 0.65, 0.5)  # of noise at which the order of frames is tested
-HELPS = 0.9  # a share of the error below which a neighbour helps
+# What of the error is left where a model can read its neighbour. In 12 videos of the three shipped worlds and 3 of the
+# doctor's own 0.13 to 0.53 beside the past; in 5 of a world whose attention was trained without order, 0.80 to 1.10.
+HELPS = 0.7
 GIB = 2**30
 
 
@@ -226,7 +228,8 @@ class Neighbour(Layout):
 def measure_order(pipe: TokenTrimPipeline, latents: torch.Tensor, text: torch.Tensor) -> tuple[float, float]:
     """
     What is left of the error of the flow of a chunk, when its clean neighbour is read: of the second chunk beside its
-    past, and of the first beside its future. A model that was trained chunk by chunk has never seen a future.
+    past, and of the first beside its future. A model that was trained chunk by chunk reads a clean past, and has never
+    seen a future; a bidirectional one has never seen a clean neighbour of a noised chunk.
 
     Args:
         pipe: with a Wan transformer.
@@ -268,9 +271,8 @@ def judge_order(past: float, future: float) -> tuple[str, list[str]]:
     """What the test of the order of frames says, and what is odd. A heuristic: see [`measure_order`]."""
     measured = f"of the error of a noised chunk is left {past:.2f} beside its past, {future:.2f} beside its future"
     if past > HELPS:
-        return f"{measured}: it reads neither", ["the past does not help: random weights, or those of another model"]
+        odd = "the past does not help: bidirectional weights, as plain Wan's, or random ones (a heuristic)"
+        return f"{measured}: not trained chunk by chunk", [odd]
     if future < min(HELPS, 2 * past):
-        return f"{measured}: it reads both", [
-            "bidirectional weights, by the order of frames (a heuristic): not causal"
-        ]
+        return f"{measured}: it reads both", ["the future helps as well: bidirectional weights (a heuristic)"]
     return f"{measured}: trained chunk by chunk", []

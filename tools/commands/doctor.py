@@ -12,8 +12,9 @@ def add_parser(commands) -> None:
 Ten lines: what the folder is, its parts, rollout, context, schedule and licence, whether numbers are finite, what the
 order of frames means to the model, memory and speed on this machine, and what is odd. The exit code is 1 if anything is.
 
-The order of frames: how much of the error of a noised chunk is left beside its clean past, and beside its clean future.
-A model that was trained chunk by chunk has never read a future; a bidirectional one uses it as well as the past.
+The order of frames, a heuristic: how much of the error of a noised chunk is left beside its clean past, and beside its
+clean future. A model that was trained chunk by chunk reads the past and has never seen a future; a bidirectional one has
+never seen a clean neighbour of a noised chunk, or uses both.
 
 examples:
   tokentrim doctor self-forcing-diffusers
