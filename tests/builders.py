@@ -189,3 +189,12 @@ def far_pipeline(transformer: AnyFlowFARTransformer3DModel | None = None, **sett
 
 def far_noise(num_frames: int, batch: int = 1, seed: int = 0, height: int = 8, width: int = 12) -> torch.Tensor:
     return randn(batch, CHANNELS, num_frames, height, width, seed=seed)
+
+
+def rope(hidden_states, frames):
+    """Diffusers' own rotary embedding at whole latent frames: (rows, frames * tokens, heads, head_dim)."""
+    cos, sin = tiny_transformer().rope(torch.zeros(1, 4, max(frames) + 1, 2 * GRID[0], 2 * GRID[1]))
+    places = [frame * NUM_TOKENS + token for frame in frames for token in range(NUM_TOKENS)]
+    cos, sin = cos[:, places, :, 0::2], sin[:, places, :, 1::2]
+    even, odd = hidden_states[..., 0::2], hidden_states[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

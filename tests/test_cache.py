@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import CHUNK, NUM_TOKENS, begin_pass, latent_pipeline, randn, roll, tiny_transformer
+from builders import CHUNK, NUM_TOKENS, begin_pass, latent_pipeline, randn, roll, rope, tiny_transformer
 
 from tokentrim import RollingKVCache, WindowLayout
 from tokentrim.tokentrim_attention import rotary_dims
@@ -29,16 +29,6 @@ def write(cache, num_frames=CHUNK, rows=None, seed=0):
 
 def frames_held(cache, video=0):
     return sorted({frame for frame, _ in cache.held_tokens(video)})
-
-
-def rope(hidden_states, frames):
-    """Diffusers' own rotary embedding at whole latent frames: (rows, frames * tokens, heads, head_dim)."""
-    transformer = tiny_transformer()
-    cos, sin = transformer.rope(torch.zeros(1, 4, max(frames) + 1, 2 * GRID[0], 2 * GRID[1]))
-    of_frames = [token for frame in frames for token in range(frame * NUM_TOKENS, (frame + 1) * NUM_TOKENS)]
-    cos, sin = cos[:, of_frames, :, 0::2], sin[:, of_frames, :, 1::2]
-    even, odd = hidden_states[..., 0::2], hidden_states[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
 def test_rotary_dims_are_the_transformers():

@@ -14,6 +14,7 @@ from builders import (
     processors,
     randn,
     roll,
+    rope,
     tiny_transformer,
 )
 
@@ -380,15 +381,6 @@ def write(cache, seed=0):
     with cache.writing():
         cache.update(0, key, value)
     return key, value
-
-
-def rope(hidden_states, frames):
-    """Diffusers' own rotary embedding at latent frames: (rows, frames * tokens, heads, head_dim)."""
-    cos, sin = tiny_transformer().rope(torch.zeros(1, 4, max(frames) + 1, 2 * GRID[0], 2 * GRID[1]))
-    places = [frame * NUM_TOKENS + token for frame in frames for token in range(NUM_TOKENS)]
-    cos, sin = cos[:, places, :, 0::2], sin[:, places, :, 1::2]
-    even, odd = hidden_states[..., 0::2], hidden_states[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
 def attend(cache, query, key, value):

@@ -15,6 +15,7 @@ from builders import (
     latent_pipeline,
     noise,
     quiet,
+    rope,
     tiny_transformer,
 )
 from oracle import MaskedAttnProcessor, placed_flow
@@ -161,7 +162,9 @@ def caches(transition, at=4, num_chunks=6, **others):
 
     def callback(pipe, step, timestep, tensors):
         cache = stream.run.backbone.cache
-        states.setdefault(stream.index, (list(cache.frames), cache.state_dict()["layers"], cache.held_tokens()))
+        states.setdefault(
+            stream.index, (list(cache.frames), cache.state_dict()["layers_at_home"], cache.held_tokens())
+        )
         return {}
 
     arguments = {"prompt_embeds": embeds(seed=7), "num_inference_steps": 2, "callback_on_step_end": callback}
@@ -217,8 +220,9 @@ def test_keys_after_recache_are_those_of_one_masked_forward_over_the_window():
     latents = torch.cat([chunk.latents for chunk in chunks[:3]], dim=2)
     transformer(latents, torch.zeros(1), embeds(seed=8), return_dict=False)
     for index, (key, value, *_) in enumerate(layers):
-        for ours, name in ((key, "norm_k"), (value, "to_v")):
-            torch.testing.assert_close(ours[0].flatten(1), seen[index, name][0, columns], atol=1e-5, rtol=0)
+        keys, values = (seen[index, name].unflatten(-1, (-1, 12)) for name in ("norm_k", "to_v"))
+        for ours, expected in ((key, rope(keys, range(9))), (value, values)):
+            torch.testing.assert_close(ours, expected[:, columns], atol=1e-5, rtol=0)
 
 
 def test_a_sink_that_stands_apart_keeps_its_keys_through_recache():
