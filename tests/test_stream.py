@@ -395,7 +395,7 @@ def test_set_prompt_twice_before_a_chunk_keeps_the_last():
         ({"prompt": torch.zeros(1, TEXT_LENGTH, TEXT_DIM + 1)}, ValueError, "prompt"),
         ({"prompt": torch.zeros(1, TEXT_LENGTH + 1, TEXT_DIM)}, ValueError, "prompt"),
         ({"prompt": "a", "transition": "jump"}, ValueError, "transition"),
-        ({"prompt": "a", "transition": None}, TypeError, "transition"),
+        ({"prompt": "a", "transition": 3}, TypeError, "transition"),
         ({"prompt": "a", "blend_chunks": -1}, ValueError, "blend_chunks"),
         ({"prompt": "a", "blend_chunks": 1.5}, TypeError, "blend_chunks"),
     ],
