@@ -3,6 +3,7 @@ that those imports take are spent once."""
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,7 @@ class Nursery:
 def run_here(folder: str) -> None:
     """In the child: the script, as `python script.py` runs it."""
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
     for cache in (os.environ["HF_HOME"], os.environ["HF_MODULES_CACHE"]):
         shutil.rmtree(cache, ignore_errors=True)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
