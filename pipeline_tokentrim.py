@@ -40,6 +40,7 @@ from .tokentrim_encoding import encode_given, encode_prompts
 from .tokentrim_far import FARBackbone  # noqa: F401
 from .tokentrim_field_layouts import InfinityRope  # noqa: F401
 from .tokentrim_flowmo import FlowMo  # noqa: F401
+from .tokentrim_given import read_video  # noqa: F401
 from .tokentrim_layout import Layout, View
 from .tokentrim_layouts import make_layout  # noqa: F401
 from .tokentrim_memory import Memory  # noqa: F401

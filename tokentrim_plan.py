@@ -27,6 +27,7 @@ from .tokentrim_checks import (
     plain,
 )
 from .tokentrim_far import check_compression, check_far
+from .tokentrim_given import image_as_video, read_video
 from .tokentrim_layout import Layout, WindowLayout
 from .tokentrim_layouts import make_layout
 from .tokentrim_methods import Method, make_method
@@ -34,9 +35,7 @@ from .tokentrim_partition import (
     count_given_chunks,
     count_given_frames,
     count_latent_frames,
-    image_as_video,
     partition_chunks,
-    read_video,
 )
 from .tokentrim_prompts import PromptChange, check_prompts, plan_prompts, take_first_prompt
 

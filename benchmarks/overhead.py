@@ -29,7 +29,6 @@ from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 from diffusers.utils import logging
 
 import tokentrim
-from tokentrim import ContextPolicy
 from tokentrim.tokentrim_attention import replaced_processors
 from tokentrim.tokentrim_memory import grid_places, rotary_angles, rotate
 
@@ -137,21 +136,6 @@ class Floor:
                 for step in range(STEPS + (index + 1 < len(chunks))):
                     self.transformer(chunk, times[step].expand(len(chunk)), self.text, return_dict=False)
                 yield
-
-
-class Forced(ContextPolicy):
-    """Asks for a tenth of the grid at certain chunks, whatever it sees."""
-
-    def __init__(self, drift_signal: str, every: int, num_tokens: int):
-        self.drift_signal, self.every, self.tokens = drift_signal, every, list(range(num_tokens // 10))
-        self.chunk = 0
-
-    def review(self, draft):
-        return self.tokens if self.every and self.chunk % self.every == self.every - 1 else []
-
-    def close(self, entered):
-        self.chunk += 1
-        return {}
 
 
 def rollout(package, transformer, latents: torch.Tensor, text: torch.Tensor, **call) -> Iterator[None]:
