@@ -251,7 +251,7 @@ class RollingKVCache:
             self._query_angles = self._pass_angles([position + moved for position in view.query_positions], device)
         self._home_angles = None if own == self._pass_frames else self._pass_angles(self._pass_frames, device)
         book, index, columns, start = self._reading()
-        self._mask = self._make_mask(book, index, device)
+        self._mask = self._make_mask(book, index, num_rows, device)
         turn = self._turn(torch.tensor([*view.positions, 0])[index] + moved - book.frame, book, device)
         alone = self._videos is None or len(self._videos) == 1  # else the rows that are read are copied at each pass
         room = self._pass_book.held.shape[1] if columns is None and alone else 0
@@ -290,15 +290,14 @@ class RollingKVCache:
             home = self._key_angles if self._home_angles is None else self._home_angles
             layer.new = rotate(key, *home).to(value.dtype), value
         key = rotate(key, *self._key_angles).to(value.dtype)
-        mask = None if self._mask is None else self._mask.repeat(len(key) // len(self._mask), 1)[:, None, None, :]
         if not apart:
             num_past = layer.keys.shape[1] - key.shape[1]
             layer.keys[:, num_past:], layer.values[:, num_past:] = key, value
-            return layer.keys, layer.values, mask
+            return layer.keys, layer.values, self._mask
         if layer.past is None:
-            return key, value, mask
+            return key, value, self._mask
         past = layer.past if layer.keys is not None else [self._rows(each, len(key)) for each in layer.past]
-        return *(torch.cat([old, new], dim=1) for old, new in zip(past, (key, value))), mask
+        return *(torch.cat([old, new], dim=1) for old, new in zip(past, (key, value))), self._mask
 
     def rotate_queries(self, query: torch.Tensor) -> torch.Tensor:
         """Queries of the pass at hand, (rows, seq, heads, head_dim), at their positions, in fp32."""
@@ -400,8 +399,10 @@ class RollingKVCache:
         order[torch.tensor([*places], dtype=torch.long)] = torch.tensor([*places.values()], dtype=torch.long)
         return order[self.book.frame.clamp(max=self.next_frame)].where(self.book.held, unread)
 
-    def _make_mask(self, book: TokenBook, index: torch.Tensor, device: torch.device) -> torch.Tensor | None:
-        """What the pass at hand may attend to, (B, keys), where that is not all alike."""
+    def _make_mask(
+        self, book: TokenBook, index: torch.Tensor, num_rows: int, device: torch.device
+    ) -> torch.Tensor | None:
+        """What the pass at hand may attend to, (rows, 1, 1, keys), where that is not all alike."""
         mask = torch.cat([book.held, self._pass_book.held], dim=1)
         of_frames, both = self._view.log_weights, book.appended(self._pass_book).log_weight
         if of_frames is not None or both is not None:
@@ -412,7 +413,8 @@ class RollingKVCache:
             mask = weights.masked_fill(~mask, -torch.inf)
         elif mask.all():
             return None
-        return (mask if self._videos is None else mask[self._videos]).to(device)
+        mask = (mask if self._videos is None else mask[self._videos]).to(device)
+        return mask.repeat(num_rows // len(mask), 1)[:, None, None, :]
 
     def _turn(self, way: torch.Tensor, book: TokenBook, device: torch.device) -> tuple | None:
         """How keys get from home to where they are read, `way` latent frames on, (B, tokens): up to the last that moves."""

@@ -148,9 +148,8 @@ class LayerStore:
         if arrangement.room:
             end = self.length + arrangement.room
             self.keys, self.values = (table[rows, start:end] for table in (self.key, self.value))
-            if (
-                len(self.keys) == 1
-            ):  # the stride of a single row, which may say how much room there is, asks for a graph
+            # The stride of a single row, which may say how much room there is, would ask for another graph.
+            if len(self.keys) == 1:
                 self.keys, self.values = self.keys[0][None], self.values[0][None]
 
     def release(self) -> None:

@@ -47,17 +47,16 @@ def render_true(experiment: Experiment, hidden_seed: int) -> np.ndarray:
     )
 
 
-def measure(experiment: Experiment, out: Path) -> dict:
+def measure(experiment: Experiment, out: Path, true: np.ndarray, again: np.ndarray) -> dict:
     """For each kind of look and each method, and the floor: infidelity over time, its growth and life with intervals, and
-    the growth as a share of the first method's."""
-    true, again = (render_true(experiment, hidden_seed) for hidden_seed in HIDDEN_SEEDS)
+    the growth as a share of the first method's. `true` and `again` are two sets of true videos."""
     videos = {method: load_videos(experiment, out, method) for method in experiment.methods} | {FLOOR: again[:, :, 0]}
     results = {}
     for kind, look in LOOKS.items():
-        scale = look(true[:, :, 0])
-        reference, results[kind], first = Looks.of(scale, scale), {}, None
+        of_true = look(true[:, :, 0])
+        reference, results[kind], first = Looks.of(of_true, of_true), {}, None
         for method, frames in videos.items():
-            looks = Looks.of(look(frames), scale)
+            looks = Looks.of(look(frames), of_true)
             infidelity = Infidelity(looks, reference)
             first = first or infidelity
             results[kind][method] = {
@@ -124,8 +123,8 @@ def main() -> None:
     args = parser.parse_args()
     experiment = Experiment.load(args.config)
     out = (args.out or ROOT / "evaluation" / "runs" / experiment.name).resolve()
-    results = measure(experiment, out)
-    motion = motions(experiment, out, render_true(experiment, HIDDEN_SEEDS[0]))
+    true, again = (render_true(experiment, hidden_seed) for hidden_seed in HIDDEN_SEEDS)
+    results, motion = measure(experiment, out, true, again), motions(experiment, out, true)
     (out / "two_sided.json").write_text(json.dumps({"motion": motion, **results}, indent=1))
     plot(results).savefig(out / "two_sided.png", dpi=110)
     (out / "two_sided.md").write_text(text := report(experiment, results, motion))

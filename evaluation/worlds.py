@@ -16,15 +16,10 @@ WORLDS = {  # by folder of checkpoints/
 }
 
 
-def draw_hidden(of: ModuleType, prompt: str, seed: int):
-    """What the prompt does not tell, drawn."""
-    hidden = of.Appearance if of is world else of.Landscape
-    return hidden.sample(of.parse(prompt), torch.Generator().manual_seed(seed))
-
-
 def render_chunks(of: ModuleType, prompt: str, seed: int, num_chunks: int, num_frames_per_chunk: int) -> np.ndarray:
     """The middle frame of each chunk of a true video, and the one after it: uint8 (chunks, 2, H, W, 3)."""
-    scene, hidden, middle = of.parse(prompt), draw_hidden(of, prompt, seed), num_frames_per_chunk // 2
+    scene, middle = of.parse(prompt), num_frames_per_chunk // 2
+    hidden = of.HIDDEN.sample(scene, torch.Generator().manual_seed(seed))
     starts = range(middle, middle + num_chunks * num_frames_per_chunk, num_frames_per_chunk)
     frames = torch.stack([of.render(scene, hidden, 2, start) for start in starts])
     return (frames.permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8).numpy()

@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 
 from evaluation.experiment import Experiment, part, sample_prompts
 from evaluation.fidelity import LOOKS, Infidelity, Looks, energy_distance, interval, life, pair_distances
-from evaluation.two_sided import FLOOR, measure, motions, report
+from evaluation.two_sided import FLOOR, HIDDEN_SEEDS, measure, motions, render_true, report
 from evaluation.worlds import WORLDS, render_chunks
 from training import travelling, world
 
@@ -64,9 +64,7 @@ def test_renders_are_of_the_worlds():
     ):
         chunks = render_chunks(of, prompt, 5, 4, 3)
         assert chunks.shape == (4, 2, of.SIZE, of.SIZE, 3) and chunks.dtype == np.uint8
-        hidden = (of.Appearance if of is world else of.Landscape).sample(
-            of.parse(prompt), torch.Generator().manual_seed(5)
-        )
+        hidden = of.HIDDEN.sample(of.parse(prompt), torch.Generator().manual_seed(5))
         whole = of.render(of.parse(prompt), hidden, 12).permute(0, 2, 3, 1).numpy()
         np.testing.assert_array_equal(chunks[:, 0], as_uint8(whole[1::3]))
         np.testing.assert_array_equal(chunks[:, 1], as_uint8(whole[2::3]))
@@ -150,7 +148,8 @@ def test_the_table_of_an_experiment(tmp_path):
         np.savez_compressed(path.with_suffix(".npz"), frames=frames)
         rows = [{"method": method, "seed": seed, "chunk": chunk, "flow": 1.0} for seed in seeds for chunk in range(4)]
         pd.DataFrame(rows).to_csv(path, index=False)
-    results = measure(experiment, tmp_path)
+    true, again = (render_true(experiment, hidden_seed) for hidden_seed in HIDDEN_SEEDS)
+    results = measure(experiment, tmp_path, true, again)
     assert list(results) == list(LOOKS)
     for methods in results.values():
         assert list(methods) == ["plain", "darker", FLOOR]

@@ -251,6 +251,9 @@ def render(scene: Scene, landscape: Landscape, num_frames: int, first_frame: int
     return video.clamp(0, 1)
 
 
+HIDDEN = Landscape  # what a prompt does not tell, by one name in every world
+
+
 def sample_clip(
     generator: torch.Generator, num_frames: int = CLIP_FRAMES, first_frame: int = 0
 ) -> tuple[str, torch.Tensor]:

@@ -242,6 +242,9 @@ def render(scene: Scene, appearance: Appearance, num_frames: int, first_frame: i
     return video
 
 
+HIDDEN = Appearance  # what a prompt does not tell, by one name in every world
+
+
 def sample_clip(
     generator: torch.Generator, num_frames: int | None = None, first_frame: int = 0
 ) -> tuple[str, torch.Tensor]:
