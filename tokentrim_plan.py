@@ -116,13 +116,13 @@ class RolloutPlan:
 
     def frames_beyond(self, index: int) -> int:
         """Frames beyond the video's end that the latents of a chunk, as `cut` leaves them, decode to."""
-        if self.is_endless or index + 1 < len(self.chunk_partition):
+        if self.has_chunk(index + 1):
             return 0
         return -(self.num_frames - 1) % self.temporal_factor
 
     def cut(self, index: int, latents: torch.Tensor) -> torch.Tensor:
         """A chunk's latents, (B, C, frames, H, W), up to the video's end."""
-        if self.is_endless or index + 1 < len(self.chunk_partition):
+        if self.has_chunk(index + 1):
             return latents
         num_before = sum(self.chunk_partition[:-1])
         return latents[:, :, : count_latent_frames(self.num_frames, self.temporal_factor) - num_before]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from builders import embeds, far_noise, far_pipeline, tiny_far, triggers
+from contract import EAGER
 from oracle_far import oracle_far
 
 from tokentrim.tokentrim_far import FARBackbone
@@ -10,7 +11,6 @@ from tokentrim.tokentrim_far import FARBackbone
 
 PARTITION = [1, 2, 2, 2, 2, 2, 2, 1]
 SIZE = {"num_inference_steps": 2, "output_type": "latent"}
-EAGER = {"prune_fraction": 0.3, "drift_sensitivity": 0.0, "warmup_chunks": 1}
 
 
 def shifted(sigmas, shift=5.0):

@@ -16,14 +16,12 @@ from builders import (
     steady_noise,
     triggers,
 )
+from contract import EAGER
 from test_layout import HEAD_DIM, ROPE_DIMS, attend, rope, write, written_out
 
 from tokentrim import ContextPolicy, RollingKVCache, TokenTrim
 from tokentrim.tokentrim_layout import Pass
 from tokentrim.tokentrim_methods import make_method
-
-
-EAGER = {"drift_sensitivity": 0.0, "prune_fraction": 0.3, "warmup_chunks": 1}
 
 
 def soft(weight):
