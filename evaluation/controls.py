@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -66,6 +67,16 @@ def correct_afterwards(latents: torch.Tensor, num_frames_per_chunk: int) -> torc
     return torch.cat([match(chunk) for chunk in chunks], dim=2)
 
 
+def correct_in_pixels(frames: np.ndarray, num_frames_per_chunk: int) -> np.ndarray:
+    """Every frame of videos, (videos, frames, H, W, 3) in [0, 1], with the colours of the first chunk's middle frame, as
+    users correct a finished video: the linear Monge-Kantorovich map, by PyPI's color-matcher."""
+    from color_matcher import ColorMatcher
+
+    transfer, middle = ColorMatcher().transfer, num_frames_per_chunk // 2
+    corrected = [[transfer(src=frame, ref=video[middle], method="mkl") for frame in video] for video in frames]
+    return np.clip(corrected, 0, 1).astype(frames.dtype)
+
+
 def _other_policy(kind: type, *hooks: Callable) -> Callable:
     def change(pipe: TokenTrimPipeline, arguments: dict) -> dict:
         settings = {name: value for name, value in arguments.items() if name in TRIM_SETTINGS}
@@ -82,4 +93,5 @@ CONTROLS: dict[str, Callable] = {
     "fresh_noise": _other_policy(TokenTrim, FreshNoise),
     "fresh_noise_no_pruning": _other_policy(SameContext, FreshNoise),
     "corrected_afterwards": lambda pipe, arguments: arguments,
+    "corrected_in_pixels": lambda pipe, arguments: arguments,
 }

@@ -36,6 +36,8 @@ class Experiment:
             `configs/<config>.json` first, `control` names a control of `evaluation.controls`. The first one is what
             the others are compared with.
         checkpoint (`str`): folder, relative to the repository; see `evaluation.worlds`.
+        prompts_file (`str`, *optional*): a prompt a line, relative to the repository, taken in turn: for a checkpoint of
+            no world, of which only what needs no true video is measured.
         dtype (`str`): of transformer and VAE, a floating point type of torch.
         first_seed, num_seeds (`int`): a seed fixes prompt and noise.
         num_chunks (`int`): length of the videos.
@@ -50,6 +52,7 @@ class Experiment:
     name: str
     methods: dict[str, dict]
     checkpoint: str = str(CHECKPOINT.relative_to(ROOT))
+    prompts_file: str | None = None
     dtype: str = "float32"
     first_seed: int = 1000
     num_seeds: int = 64
@@ -83,6 +86,8 @@ class Experiment:
             raise ValueError(f"{path}: `checkpoint` has to be a pipeline's folder, but is {experiment.checkpoint!r}.")
         if experiment.world is not world and (experiment.defects or experiment.scenes != ["static"]):
             raise ValueError(f"{path}: `scenes` and `defects` are of the tiny world alone.")
+        if experiment.prompts_file is not None and not experiment.lines:
+            raise ValueError(f"{path}: `prompts_file` has to hold prompts, but {experiment.prompts_file!r} has none.")
         for method in experiment.methods:
             experiment.arguments(method)
         return experiment
@@ -106,12 +111,22 @@ class Experiment:
         return (self.methods[method] or {}).get("control")
 
     @property
-    def world(self) -> ModuleType:
-        """What the checkpoint was trained on, by its folder's name; others are taken for tiny worlds."""
-        return WORLDS.get(Path(self.checkpoint).name, world)
+    def world(self) -> ModuleType | None:
+        """What the checkpoint was trained on, by its folder's name; others are taken for tiny worlds, unless they come
+        with prompts of their own."""
+        return None if self.prompts_file else WORLDS.get(Path(self.checkpoint).name, world)
+
+    @property
+    def lines(self) -> list[str]:
+        """The prompts of `prompts_file`, none if it is not there."""
+        path = ROOT / self.prompts_file
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
 
     def prompts(self, seeds: list[int]) -> list[str]:
-        """A prompt for each seed, of this experiment's kinds of scenes."""
+        """A prompt for each seed, of this experiment's kinds of scenes or of its file."""
+        if self.prompts_file:
+            lines = self.lines
+            return [lines[seed % len(lines)] for seed in seeds]
         return sample_prompts(seeds, self.scenes, self.world)
 
     def jobs(self) -> list[tuple[str, list[int]]]:

@@ -194,10 +194,14 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
         measures = ["recovery", "excess_recovery", *measures]
     measures = [measure for measure in measures if measure in videos]
     others = [method for method in methods[1:] if method in RIVALS]
+    source = f"prompts of `{experiment.prompts_file}`"
+    if experiment.prompts_file is None:
+        source = f"scenes {', '.join(experiment.scenes)}"
     sections = [
         f"# {experiment.name}",
         f"`python -m evaluation.run --config evaluation/configs/{experiment.name}.yaml`: {experiment.num_seeds} seeds "
-        f"from {experiment.first_seed}, {experiment.num_chunks} chunks, scenes {', '.join(experiment.scenes)}, "
+        f"from {experiment.first_seed}, {experiment.num_chunks} chunks, "
+        f"{source}, "
         f"checkpoint `{experiment.checkpoint}`.",
         *(comparison(videos, measure, methods, reference) for measure in measures),
         *(comparison(videos, measure, methods, other) for other in others for measure in RIVALRY if has_object),

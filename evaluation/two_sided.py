@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where evaluation.run wrote, evaluation/runs/<name> by default")
     args = parser.parse_args()
     experiment = Experiment.load(args.config)
+    if experiment.world is None:
+        parser.error("there are no true videos of a `prompts_file`: `tokentrim drift` measures without them")
     out = (args.out or ROOT / "evaluation" / "runs" / experiment.name).resolve()
     true, again = (render_true(experiment, hidden_seed) for hidden_seed in HIDDEN_SEEDS)
     results, motion = measure(experiment, out, true, again), motions(experiment, out, true)

@@ -15,7 +15,7 @@ from tokentrim import TokenTrimPipeline
 from tokentrim.tokentrim_policy import SeverityMonitor
 from training import world
 
-from .controls import CONTROLS, correct_afterwards
+from .controls import CONTROLS, correct_afterwards, correct_in_pixels
 from .defects import Painted, paint_chunk
 from .experiment import Experiment, part
 from .measures import frame_look, measure_chunks
@@ -47,6 +47,7 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
         latents = paint_chunk(output.frames, painted, per_chunk) if experiment.defects else output.frames
         shown = correct_afterwards(latents, per_chunk) if control == "corrected_afterwards" else latents
         frames = pipe.decode_latents(shown, "np")
+        frames = correct_in_pixels(frames, per_chunk) if control == "corrected_in_pixels" else frames
     seconds = time.perf_counter() - start
     patch_size = pipe.transformer.config.patch_size
     chunks = latents.split(per_chunk, dim=2)

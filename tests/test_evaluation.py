@@ -11,14 +11,15 @@ import torch
 import yaml
 from conftest import ROOT
 
-from evaluation.controls import CONTROLS, correct_afterwards
+from evaluation.controls import CONTROLS, correct_afterwards, correct_in_pixels
 from evaluation.defects import DEFECTS, Painted, paint_chunk
 from evaluation.experiment import Experiment, sample_prompts
 from evaluation.identity import Appearance
 from evaluation.measures import frame_look, measure_chunks, track_colors
-from evaluation.report import area_under_curve, paired, video_table
+from evaluation.report import area_under_curve, paired, video_table, write_report
 from evaluation.rollouts import load_pipeline
 from evaluation.signals import SIGNALS
+from evaluation.worker import run_job
 from tokentrim.tokentrim_statistics import MatchDistribution
 from training.world import Appearance as Drawn
 from training.world import parse, render
@@ -114,7 +115,7 @@ def latents_of(pipe, seeds=(5, 6), num_chunks=6, **settings):
     return output, collected
 
 
-@pytest.mark.parametrize("name", sorted(set(CONTROLS) - {"corrected_afterwards"}))
+@pytest.mark.parametrize("name", [name for name in CONTROLS if not name.startswith("corrected")])
 def test_controls_share_the_first_trigger_and_differ_after_it(pipe, name):
     ours, _ = latents_of(pipe, **TRIM)
     theirs, _ = latents_of(pipe, **CONTROLS[name](pipe, {"method": "tokentrim", **TRIM}))
@@ -139,6 +140,13 @@ def test_a_correction_after_the_fact_changes_what_is_shown_and_nothing_that_is_r
     held = torch.cat([MatchDistribution(chunks[0][0])(chunk[0])[None] for chunk in chunks], dim=2)
     torch.testing.assert_close(shown, pipe.decode_latents(held, "pt"))
     assert (shown - pipe.decode_latents(plain.frames, "pt")).abs().amax(dim=(0, 2, 3, 4))[-1] > 0.01
+
+
+def test_a_correction_in_pixels_gives_back_the_colors_of_the_first_chunk():
+    frames = np.random.default_rng(0).uniform(0.3, 0.7, size=(2, 1, 8, 8, 3)).astype(np.float32)
+    faded = np.concatenate([frames, 0.8 * frames + 0.05, frames[:, :, ::-1]], axis=1)
+    corrected = correct_in_pixels(faded, 1)
+    np.testing.assert_allclose(corrected, np.concatenate([frames, frames, frames[:, :, ::-1]], axis=1), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", DEFECTS)
@@ -246,6 +254,24 @@ def test_an_experiment_resumes_grows_and_refuses_other_settings(tmp_path):
     assert json.loads((out / "experiment.json").read_text())["num_chunks"] == 4
 
 
+def test_a_file_of_prompts_needs_no_world(tmp_path, pipe):
+    """As for a checkpoint of one's own: measured and reported is what needs no true video."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle moving right over a blue background\n\na green square over a white background\n")
+    experiment = Experiment.load(write(tmp_path, prompts_file=str(prompts), num_seeds=3, first_seed=4))
+    assert experiment.world is None
+    assert [prompt.split()[1] for prompt in experiment.prompts([4, 5, 6])] == ["red", "green", "red"]
+    tables = []
+    for method, seeds in experiment.jobs():
+        rows, frames = run_job(pipe, experiment, method, seeds)
+        assert frames.shape[:2] == (1, experiment.num_chunks)
+        tables.append(rows)
+    table = pd.concat(tables)
+    assert "identity_error" not in table and table["saturation"].between(0, 1).all()
+    report = write_report(table, experiment, tmp_path)
+    assert "prompts of" in report and "flow" in report and (tmp_path / "curves.png").exists()
+
+
 def test_a_crashed_worker_keeps_what_is_finished(tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -267,6 +293,7 @@ def test_a_crashed_worker_keeps_what_is_finished(tmp_path):
         ({"scenes": ["storm"]}, "unknown scenes .*storm.*static, turn"),
         ({"defects": ["scratch"]}, "unknown defects .*scratch.*half_frame"),
         ({"checkpoint": "checkpoints/none"}, "`checkpoint` .*'checkpoints/none'"),
+        ({"prompts_file": "none.txt"}, "`prompts_file` .*'none.txt' has none"),
         ({"num_seeds": 0}, "`num_seeds` .*0"),
         ({"seeds": 4}, "unknown settings .*seeds.*first_seed"),
     ],
