@@ -19,11 +19,10 @@ from .tokentrim_statistics import MATCHINGS, mean_offset
 class Reanchor(ContextPolicy):
     """Holds a video's context to its reference: its first chunk, or the last one that was given.
 
-    Without a tolerance every chunk is held. With one, a change is expected, and the video is watched first: a chunk
-    that leaves the tolerance is the next reference, and a video that stays within it for `patience` chunks is held from
-    then on. A held chunk starts from context at the reference, so its offset measures how strongly the model resists:
-    where the median of `patience` chunks leaves the tolerance, holding stops and the video is watched again. The same
-    happens when the prompt changes.
+    Drift is slow, a change that is meant is fast. A held chunk starts from context at the reference, so its offset
+    measures how strongly the model resists: where the median of `patience` chunks leaves the tolerance, the video is
+    released and watched. A chunk that leaves the tolerance is then the next reference, and a video that stays within it
+    for `patience` chunks is held again. A change of prompt releases a video too.
 
     Decisions gain `reanchored`: `"held"`, `"watched"`, or `None` for a chunk that is the reference itself.
 
@@ -35,7 +34,7 @@ class Reanchor(ContextPolicy):
         tolerance (`float`, *optional*):
             The distance of a chunk's means from the reference's that counts as a change that is meant, in standard
             deviations of the reference's values, root mean square over channels. `None`: no change is meant.
-        patience (`int`, defaults to `6`): chunks that a video is watched before it is held, or holding stops.
+        patience (`int`, defaults to `6`): chunks that it takes to release a video, and to hold it again.
         strength (`float`, defaults to `1.0`): how far a held chunk is moved to the reference's statistics, 0 to 1.
     """
 
@@ -57,12 +56,12 @@ class Reanchor(ContextPolicy):
         self.strength = strength
         self.reference: torch.Tensor | None = None  # (C, T, H, W)
         self.watched = False
-        self.offsets: list[float] = []  # of the last chunks since holding began or stopped
+        self.offsets: list[float] = []  # of the last chunks since the video was held or released
         self.outcome: str | None = None  # of the chunk at hand
         self._matching = None  # learned from the reference
 
     def observe(self, chunk: torch.Tensor) -> None:
-        self._refer_to(chunk, watched=self.tolerance is not None)
+        self._refer_to(chunk, watched=False)
 
     def commit(self, chunk: torch.Tensor) -> torch.Tensor:
         """The chunk with the reference's statistics, or as it is while the video is watched."""
@@ -90,7 +89,7 @@ class Reanchor(ContextPolicy):
         self.reference, self.watched, self.offsets, self._matching = reference, watched, [], None
 
     def _watch(self, chunk: torch.Tensor) -> None:
-        """Move the reference, stop holding, or begin to hold."""
+        """Move the reference, release the video, or hold it again."""
         if not self.watched and self.tolerance is None:
             return
         tolerance = math.inf if self.tolerance is None else self.tolerance

@@ -82,16 +82,49 @@ class MatchMoments:
         return (latents - latents.mean(SPACE, keepdim=True)) * spread + self.mean
 
 
-class MatchHistogram:
-    """Gives latents the reference's values in each channel: the n-th smallest becomes its n-th."""
+def quantile_means(latents: torch.Tensor, count: int) -> torch.Tensor:
+    """The values of each channel in ascending order, averaged in `count` equal shares, (..., C, T, H, W) -> (..., C, count)."""
+    values = quantiles(latents)
+    flat = torch.nn.functional.adaptive_avg_pool1d(values.flatten(0, -2)[None], count)
+    return flat.view(*values.shape[:-1], count)
 
-    def __init__(self, reference: torch.Tensor):
-        self.quantiles = quantiles(reference)
+
+class MatchHistogram:
+    """Gives latents the reference's values in each channel, smoothly: optimal transport of its quantiles, averaged over
+    near values.
+
+    A map by ranks tears apart what is nearly equal, which sows noise into flat areas and makes a rollout depend on
+    rounding. Here each value moves by the mean move of the quantiles near it, so the map has a bounded slope.
+
+    Args:
+        reference (`torch.Tensor`): (..., C, T, H, W).
+        num_quantiles (`int`): shares of the values whose means are moved.
+        width (`float`): standard deviation of the Gaussian that tells what is near, in those of the reference's values.
+    """
+
+    def __init__(self, reference: torch.Tensor, num_quantiles: int = 32, width: float = 0.15):
+        self.mean, self.std = reference.mean(SPACE, keepdim=True), reference.std(SPACE, keepdim=True).clamp_min(1e-6)
+        self.quantiles = quantile_means(self._standardized(reference), num_quantiles)
+        self.grid = torch.arange(-5, 5, width / 1.5).to(reference)  # moves are computed here, and interpolated between
+        self.width = width
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        order = latents.flatten(-3).argsort(dim=-1)
-        values = resampled(self.quantiles, order.shape[-1])
-        return torch.empty_like(values).scatter_(-1, order, values).view_as(latents)
+        values = self._standardized(latents)
+        sources = quantile_means(values, self.quantiles.shape[-1])
+        distances = (self.grid[:, None] - sources[..., None, :]) / self.width
+        weights = torch.softmax(-distances.square() / 2, dim=-1)  # (..., C, grid, quantiles)
+        moves = (weights @ (self.quantiles - sources)[..., None])[..., 0]
+        return latents + self._at(values, moves) * self.std
+
+    def _standardized(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents - self.mean) / self.std
+
+    def _at(self, values: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
+        """The moves, (..., C, grid), of values, (..., C, T, H, W), linear between the points of the grid."""
+        places = (values.flatten(-3) - self.grid[0]) / (self.grid[1] - self.grid[0])
+        places = places.clamp(0, len(self.grid) - 1.001)
+        left = places.long()
+        return torch.lerp(moves.gather(-1, left), moves.gather(-1, left + 1), places - left).view_as(values)
 
 
 def turned(latents: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
