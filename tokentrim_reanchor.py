@@ -19,19 +19,19 @@ from .tokentrim_statistics import MATCHINGS, mean_offset
 class Reanchor(ContextPolicy):
     """Holds a video's context to its reference: its first chunk, or the last one that was given.
 
-    Drift is slow, a change that is meant is fast. A held chunk starts from context at the reference, so its offset
-    measures how strongly the model resists: where the median of `patience` chunks leaves the tolerance, the video is
-    released and watched. A chunk that leaves the tolerance is then the next reference, and a video that stays within it
-    for `patience` chunks is held again. A change of prompt releases a video too.
+    Drift is slow, and a change that a prompt asks for begins with it. A held chunk starts from context at the reference,
+    so its offset measures how strongly the model resists: where the median of the first `patience` held chunks leaves the
+    tolerance, the video is released and watched. A chunk that leaves the tolerance is then the next reference, and a
+    video that stays within it for `patience` chunks is held again, on the same terms. A change of prompt releases too.
 
     Decisions gain `reanchored`: `"held"`, `"watched"`, or `None` for a chunk that is the reference itself.
 
     Args:
         match (`str`, defaults to `"distribution"`):
             Which statistics of each latent channel: `"mean"`, `"moments"` (mean and standard deviation),
-            `"histogram"` (all values, by rank), `"distribution"` (all values, of all channels jointly) or `"covariance"`
+            `"histogram"` (all values), `"distribution"` (all values, of all channels jointly) or `"covariance"`
             (means, and covariance of all channels, in closed form).
-        tolerance (`float`, *optional*):
+        tolerance (`float`, *optional*, defaults to `0.12`):
             The distance of a chunk's means from the reference's that counts as a change that is meant, in standard
             deviations of the reference's values, root mean square over channels. `None`: no change is meant.
         patience (`int`, defaults to `6`): chunks that it takes to release a video, and to hold it again.
@@ -41,7 +41,7 @@ class Reanchor(ContextPolicy):
     def __init__(
         self,
         match: str = "distribution",
-        tolerance: float | None = None,
+        tolerance: float | None = 0.12,
         patience: int = 6,
         strength: float = 1.0,
     ):
@@ -56,7 +56,7 @@ class Reanchor(ContextPolicy):
         self.strength = strength
         self.reference: torch.Tensor | None = None  # (C, T, H, W)
         self.watched = False
-        self.offsets: list[float] = []  # of the last chunks since the video was held or released
+        self.offsets: list[float] = []  # of the first chunks since the video was held or released
         self.outcome: str | None = None  # of the chunk at hand
         self._matching = None  # learned from the reference
 
@@ -90,14 +90,15 @@ class Reanchor(ContextPolicy):
 
     def _watch(self, chunk: torch.Tensor) -> None:
         """Move the reference, release the video, or hold it again."""
-        if not self.watched and self.tolerance is None:
+        is_decided = not self.watched and (self.tolerance is None or len(self.offsets) == self.patience)
+        if is_decided:
             return
+        self.offsets = [*self.offsets, mean_offset(chunk, self.reference)]
         tolerance = math.inf if self.tolerance is None else self.tolerance
-        self.offsets = [*self.offsets, mean_offset(chunk, self.reference)][-self.patience :]
-        long_enough = len(self.offsets) == self.patience
+        is_complete = len(self.offsets) == self.patience
         if self.watched and self.offsets[-1] > tolerance:  # it moves
             self._refer_to(chunk, watched=True)
-        elif self.watched and long_enough:  # it has settled; without a tolerance nobody knows since when
+        elif self.watched and is_complete:  # it has settled; without a tolerance nobody knows since when
             self._refer_to(chunk if self.tolerance is None else self.reference, watched=False)
-        elif long_enough and statistics.median(self.offsets) > tolerance:  # the model resists
+        elif is_complete and statistics.median(self.offsets) > tolerance:  # the model resists
             self._refer_to(chunk, watched=True)

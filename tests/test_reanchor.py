@@ -56,10 +56,18 @@ def test_drift_is_held_and_a_change_is_followed_and_held_where_it_settles():
         is_held(Reanchor("mean", 0.2, 3), drift) == is_held(Reanchor("mean", None, 3), drift) == [False] + [True] * 40
     )
     # Resists with 0.3 and 0.31; moves until 1.2; settled three chunks later.
-    change = steady(0.1, 0.11, 0.12, 0.13, 0.3, 0.31, 0.32, 0.6, 0.9, 1.2, 1.21, 1.22, 1.23, 1.24)
+    change = steady(0.1, 0.3, 0.31, 0.32, 0.6, 0.9, 1.2, 1.21, 1.22, 1.23, 1.24)
     policy = Reanchor("mean", 0.2, 3)
-    assert is_held(policy, change) == [False] + [True] * 5 + [False] * 7 + [True] * 2
-    torch.testing.assert_close(policy.commit(change[-1]), change[10], atol=1e-5, rtol=0)
+    assert is_held(policy, change) == [False] + [True] * 2 + [False] * 7 + [True] * 2
+    torch.testing.assert_close(policy.commit(change[-1]), change[7], atol=1e-5, rtol=0)
+
+
+def test_what_has_not_changed_in_the_first_chunks_is_held_for_good():
+    late = steady(0.1, 0.11, 0.12, *[0.3 * index for index in range(1, 20)])
+    policy = Reanchor("mean", 0.2, 3)
+    assert is_held(policy, late) == [False] + [True] * 22
+    policy.prompt_changed()
+    assert is_held(policy, steady(6.0, 6.01, 6.02, 6.03)[1:]) == [False] * 3 + [True]
 
 
 def test_a_change_from_the_start_is_released_after_the_patience():
@@ -214,7 +222,7 @@ def test_a_prompt_that_a_callback_changes_stops_holding():
         output = roll(
             latent_pipeline(),
             latents,
-            method=[Reanchor("mean", patience=2), Record()],
+            method=[Reanchor("mean", None, 2), Record()],
             callback_on_step_end=callback,
             callback_on_step_end_tensor_inputs=["prompt_embeds"],
         )
@@ -271,10 +279,10 @@ def test_a_batch_equals_single_runs(rollout):
 
 def test_a_tolerance_lets_a_change_through():
     latents = noise(4)
-    latents[:, :, 2 * CHUNK :] += 3
+    latents[:, :, CHUNK:] += 3
     plain, held, tolerant = (
         roll(latent_pipeline(), latents, **settings).frames[:, :, 3 * CHUNK :]
-        for settings in ({}, reanchor("moments"), reanchor("moments", patience=1, tolerance=0.3))
+        for settings in ({}, reanchor("moments", tolerance=None), reanchor("moments", patience=1, tolerance=0.3))
     )
     assert (tolerant - plain).abs().mean() < 0.5 * (held - plain).abs().mean()
 
