@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from scipy.stats import rankdata
+from scipy import stats
 
 from .experiment import Experiment, part
+from .report_pictures import cases, curves, drift_measure, middle_frames, strips
 from .signals import SIGNALS
 
 
@@ -16,15 +16,18 @@ BASE_CHUNKS = slice(1, 4)  # the chunk that the others are compared with comes b
 CONTRASTS = ("L_mean", "a_mean", "b_mean", "L_spread", "saturation", "contrast", "sharpness", "flicker")
 RECOVERY = 8  # chunks after a defect
 RIVALS = ("sink", "corrected afterwards")  # what the others are compared with too, where an experiment has them
-CASES = "The five videos whose excess drift falls most and the five where it falls least, each below its reference:"
+CASES = "The five videos whose {} falls most and the five where it falls least, each below its reference:"
+METHODS = "All methods, seed {}:"
 RIVALRY = ("excess_drift", "shape_right")
 
 
 def bootstrap(values: np.ndarray, num_samples: int = 10_000) -> tuple[float, float]:
-    """95% interval of the mean, by resampling videos."""
+    """95% interval of the mean, by resampling videos; without one where all are the same."""
+    if np.ptp(values) == 0:
+        return values[0], values[0]
     generator = np.random.default_rng(0)
-    means = values[generator.integers(len(values), size=(num_samples, len(values)))].mean(axis=1)
-    return tuple(np.quantile(means, (0.025, 0.975)))
+    result = stats.bootstrap((values,), np.mean, n_resamples=num_samples, method="percentile", rng=generator)
+    return tuple(result.confidence_interval)
 
 
 def video_table(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
@@ -38,6 +41,7 @@ def video_table(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
             "seed": seed,
             "prompt": video["prompt"].iloc[0],
             **(object_row(video) if "identity_error" in video else {}),
+            "color_drift": color_drift(video),
             "flow": video["flow"].mean(),
             "triggers": video["trim"].mean(),
             "quarantined": video["quarantined"].mean(),
@@ -54,6 +58,12 @@ def video_table(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
             row[f"slope_{name}"] = np.polyfit(np.arange(len(values)), values, 1)[0]
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def color_drift(video: pd.DataFrame) -> float:
+    """CIE76 from the first chunk's mean colour to that of the last half's."""
+    colors = video[["L_mean", "a_mean", "b_mean"]].to_numpy()
+    return float(np.linalg.norm(colors[len(colors) // 2 :].mean(axis=0) - colors[0]))
 
 
 def object_row(video: pd.DataFrame) -> dict[str, float]:
@@ -103,7 +113,7 @@ def comparison(videos: pd.DataFrame, measure: str, methods: list[str], reference
 
 def area_under_curve(signal: np.ndarray, bad: np.ndarray) -> float:
     """Probability that a bad chunk has the larger signal than a good one, ties counted half."""
-    ranks = rankdata(signal)
+    ranks = stats.rankdata(signal)
     return (ranks[bad].sum() - bad.sum() * (bad.sum() + 1) / 2) / (bad.sum() * (~bad).sum())
 
 
@@ -132,47 +142,6 @@ def detectors(table: pd.DataFrame, method: str, experiment: Experiment) -> str:
     return "\n".join(lines)
 
 
-def curves(table: pd.DataFrame, measures: dict[str, str]) -> Figure:
-    """Mean over videos of some measures, chunk by chunk, a line for each method."""
-    figure = Figure(figsize=(9, 2.6 * len(measures)), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(len(measures), 1, sharex=True))
-    for axis, (measure, title) in zip(axes, measures.items()):
-        for method, rows in table.groupby("method", sort=False):
-            axis.plot(rows.groupby("chunk")[measure].mean(), label=method)
-        axis.set(ylabel=title)
-        axis.set_ylim(bottom=0)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, ncols=3, fontsize=8)
-    axes[-1].set_xlabel("chunk")
-    return figure
-
-
-def cases(videos: pd.DataFrame, experiment: Experiment, out: Path, method: str, reference: str) -> Figure:
-    """Film strips of the five videos whose excess drift falls most and the five where it falls least."""
-    wide = videos.pivot(index="seed", columns="method", values="excess_drift")
-    effects = (wide[method] - wide[reference]).sort_values()
-    chosen = [*effects.index[:5], *effects.index[max(5, len(effects) - 5) :]]
-    frames = {}
-    for name, seeds in experiment.jobs():
-        if name in (method, reference) and set(seeds) & set(chosen):
-            middles = np.load(part(out, name, seeds).with_suffix(".npz"))["frames"]
-            frames |= {(name, seed): video for seed, video in zip(seeds, middles)}
-    shown = np.unique(np.linspace(0, experiment.num_chunks - 1, 12).round().astype(int))
-    figure = Figure(figsize=(0.72 * len(shown) + 3.2, 1.62 * len(chosen)), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.01, w_pad=0.01, hspace=0, wspace=0)
-    axes = figure.subplots(2 * len(chosen), len(shown), squeeze=False)
-    for number, seed in enumerate(chosen):
-        for row, name in zip(axes[2 * number :], (reference, method)):
-            for axis, chunk in zip(row, shown):
-                axis.imshow(frames[name, seed][chunk])
-                axis.set(xticks=[], yticks=[])
-            label = f"{name}\nseed {seed}, {effects[seed]:+.3f}" if name == method else name
-            row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    for axis, chunk in zip(axes[0], shown):
-        axis.set_title(f"chunk {chunk}" if chunk == 0 else f"{chunk}", fontsize=8)
-    return figure
-
-
 def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
     """`report.md`, `videos.csv`, `curves.png` and film strips in `out`; returns the report."""
     methods, reference = list(experiment.methods), next(iter(experiment.methods))
@@ -183,11 +152,26 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
     if has_object:
         shown = {"identity_error": "identity error", "background_error": "background\nCIEDE2000", "motion": "motion"}
     curves(table, shown).savefig(out / "curves.png", dpi=110)
-    strips = []
-    for method in (methods[1:] if experiment.cases is None else experiment.cases) if has_object else ():
-        strips.append(f"cases-{part(out, method, [0]).stem.removesuffix('-0-0')}.jpg")
-        cases(videos, experiment, out, method, reference).savefig(out / strips[-1], dpi=80)
-    measures = ["excess_drift", "identity_error", "background_error", "object_error", "motion", "motion_change"]
+    pictures = []
+    for method in methods[1:] if experiment.cases is None else experiment.cases:
+        pictures.append(f"cases-{part(out, method, [0]).stem.removesuffix('-0-0')}.jpg")
+        cases(videos, experiment, out, method, reference).savefig(out / pictures[-1], dpi=80)
+    first = [experiment.first_seed]
+    rows = [
+        (method, video)
+        for (method, seed), video in middle_frames(experiment, out, methods, first).items()
+        if seed in first
+    ]
+    strips(rows).savefig(out / "methods.jpg", dpi=80)
+    measures = [
+        "excess_drift",
+        "color_drift",
+        "identity_error",
+        "background_error",
+        "object_error",
+        "motion",
+        "motion_change",
+    ]
     measures += ["flow", "present", "shape_right", "scattered", "area_change"]
     measures += [f"contrast_{name}" for name in CONTRASTS]
     if experiment.defects:
@@ -200,17 +184,17 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
     sections = [
         f"# {experiment.name}",
         f"`python -m evaluation.run --config evaluation/configs/{experiment.name}.yaml`: {experiment.num_seeds} seeds "
-        f"from {experiment.first_seed}, {experiment.num_chunks} chunks, "
-        f"{source}, "
-        f"checkpoint `{experiment.checkpoint}`.",
+        f"from {experiment.first_seed}, {experiment.num_chunks} chunks, {source}, checkpoint `{experiment.checkpoint}`.",
         *(comparison(videos, measure, methods, reference) for measure in measures),
         *(comparison(videos, measure, methods, other) for other in others for measure in RIVALRY if has_object),
         *([areas_by_defect(table, experiment), alarms(table, experiment)] if experiment.defects else []),
         cost(table, videos, methods, reference),
         *([detectors(table, reference, experiment)] if has_object else []),
         "![curves](curves.png)",
-        *([CASES] if strips else []),
-        *(f"![{name}]({name})" for name in strips),
+        METHODS.format(experiment.first_seed),
+        "![methods](methods.jpg)",
+        *([CASES.format(drift_measure(videos).replace("_", " "))] if pictures else []),
+        *(f"![{name}]({name})" for name in pictures),
     ]
     report = "\n\n".join(sections) + "\n"
     (out / "report.md").write_text(report)
