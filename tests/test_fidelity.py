@@ -12,6 +12,7 @@ from scipy.ndimage import gaussian_filter
 
 from evaluation.experiment import Experiment, part, sample_prompts
 from evaluation.fidelity import LOOKS, Infidelity, Looks, energy_distance, interval, life, pair_distances
+from evaluation.kinds_of_drift import describe
 from evaluation.two_sided import FLOOR, HIDDEN_SEEDS, measure, motions, render_true, report
 from evaluation.worlds import WORLDS, render_chunks
 from training import travelling, world
@@ -171,3 +172,21 @@ def test_experiments_name_a_world(tmp_path):
         with pytest.raises(ValueError, match=message):
             Experiment.load(config)
     assert (ROOT / "checkpoints" / "travelling-world").is_dir()
+
+
+def test_kinds_of_drift_are_told_apart():
+    """Videos that walk on, each its own way, and videos that run to one colour and stay."""
+    generator = np.random.default_rng(0)
+    start, time = generator.uniform(20, 80, size=(40, 1, 3)), np.linspace(0, 1, 61)[None, :, None]
+    ways = generator.normal(size=(40, 1, 3))
+    walk, run = (
+        describe(start + 30 * time * ways / np.linalg.norm(ways, axis=-1, keepdims=True)),
+        describe(start + (50 - start) * np.minimum(1, 3 * time) + 0.1 * time * ways),
+    )
+    assert walk["after 20"] == pytest.approx(10) and walk["at the end"] == pytest.approx(30)
+    assert walk["second half over first"] == pytest.approx(1) and walk["cosine of the halves"] == pytest.approx(1)
+    assert run["second half over first"] < 0.05
+    assert run["distance between videos, end over start"] < 0.1 < 0.9 < walk["distance between videos, end over start"]
+    assert walk["common share"] < 2 * walk["if at random"]
+    same = describe(start + 30 * time * np.array([1.0, 0, -1]))
+    assert same["common share"] == pytest.approx(1) and same["mean change L*, a*, b*"] == "+30.0 +0.0 -30.0"

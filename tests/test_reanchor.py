@@ -4,6 +4,7 @@ import pytest
 import torch
 from builders import CHANNELS, CHUNK, GRID, HEIGHT, WIDTH, embeds, latent_pipeline, noise, randn, roll
 
+from evaluation.rollouts import draw_noise, load_pipeline
 from tokentrim import ContextPolicy, Reanchor
 from tokentrim.tokentrim_context import ContextPolicies
 from tokentrim.tokentrim_statistics import MATCHINGS, MatchMoments
@@ -264,6 +265,24 @@ def test_a_given_video_is_read_as_it_is_and_its_last_chunk_is_the_reference():
     context = torch.cat([given, MatchMoments(last[0])(third[0])[None]], dim=2)
     continued = roll(latent_pipeline(), latents, video_latents=context.transpose(1, 2)).frames
     torch.testing.assert_close(held[:, :, 3 * CHUNK :], continued[:, :, 3 * CHUNK :], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("match", ["distribution", "covariance"])
+def test_a_held_video_does_not_hang_on_rounding(match):
+    """On the trained world, ten held chunks: noise that differs by a millionth, and a batch in the place of one video."""
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    latents, prompts = draw_noise(pipe, [5, 6], 33), ["a red circle moving right over a blue background"] * 2
+
+    def held(latents):
+        method = {"reanchor": {"match": match, "tolerance": None}}
+        prompt = prompts[: len(latents)]
+        return pipe(prompt, latents=latents, num_frames=33, output_type="latent", method=method).frames
+
+    video = held(latents[:1])
+    assert (held(latents[:1] * (1 + 1e-6)) - video).abs().max() < 1e-3
+    assert (held(latents)[:1] - video).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("rollout", ["self_forcing", "rolling_forcing"])
