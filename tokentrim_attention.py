@@ -26,6 +26,7 @@ from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 
 from .tokentrim_cache import RollingKVCache
 from .tokentrim_layout import Pass
+from .tokentrim_parallel import HeadExchange
 
 
 MASKLESS = ("flash", "_flash", "aiter", "sage", "_sage", "_native_flash", "_native_xla")  # how their names begin
@@ -51,7 +52,6 @@ class CachedAttnProcessor:
         self.cache = cache
         self.layer = cache.layer(layer)
         self._attention_backend = stock._attention_backend
-        self._parallel_config = stock._parallel_config
 
     def attend(self, query, key, value, mask=None) -> torch.Tensor:
         """(rows, queries, heads, head_dim)"""
@@ -81,7 +81,6 @@ class CachedAttnProcessor:
             is_causal=False,
             scale=scale,
             backend=self._attention_backend,
-            parallel_config=self._parallel_config,
         )
 
     def project(self, attn, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -91,21 +90,23 @@ class CachedAttnProcessor:
 class CachedSelfAttnProcessor(CachedAttnProcessor):
     """Self-attention of the current chunk to [held context, current chunk], unmasked but for padding."""
 
+    def __init__(self, cache: RollingKVCache, layer: int, stock):
+        super().__init__(cache, layer, stock)
+        self.exchange = HeadExchange(stock._parallel_config)
+
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         query, key, value = _get_qkv_projections(attn, hidden_states, None)
         query = attn.norm_q(query.float()).unflatten(2, (attn.heads, -1))  # (rows, seq, heads, head_dim)
         key = attn.norm_k(key.float()).unflatten(2, (attn.heads, -1))
         value = value.unflatten(2, (attn.heads, -1))
+        query, key, value = map(self.exchange.split_heads, (query, key, value))
         keys, values, mask = self.cache.update(self.layer, key, value, query)
-        return self.project(attn, self.attend(self.cache.rotate_queries(query), keys, values, mask))
+        attended = self.attend(self.cache.rotate_queries(query), keys, values, mask)
+        return self.project(attn, self.exchange.split_tokens(attended))
 
 
 class CachedCrossAttnProcessor(CachedAttnProcessor):
     """Cross-attention to a prompt whose keys and values are projected once."""
-
-    def __init__(self, cache: RollingKVCache, layer: int, stock):
-        super().__init__(cache, layer, stock)
-        self._parallel_config = None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         def project():

@@ -13,6 +13,7 @@ from .tokentrim_context import ContextPolicies
 from .tokentrim_denoising import Denoiser, InFlight, Noise, Prompt, Renoise
 from .tokentrim_encoding import encode_change
 from .tokentrim_far import FARBackbone
+from .tokentrim_hooks import check_hooks
 from .tokentrim_prompts import PromptChange, blended, check_change, make_change
 from .tokentrim_stability import token_grid
 
@@ -67,6 +68,7 @@ class Rollout:
     def remaining(self) -> Iterator[int]:
         """The chunks from `index` on."""
         while self.plan.has_chunk(self.index):
+            check_hooks(self.pipe.transformer)  # what was switched on since
             yield self.index
 
     def goes_on(self, index: int) -> bool:
