@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Hooks of Diffusers that a transformer may carry, and those that no rollout can bear."""
+"""What users switch on at a transformer: hooks of Diffusers, and those that no rollout can bear; adapters."""
 
 from diffusers import ModelMixin
 
@@ -32,3 +32,9 @@ def check_hooks(transformer: ModelMixin) -> None:
         "`pipe.transformer.disable_cache()`, or take the hook off"
     )
     check(name is None, "transformer", name, valid)
+
+
+def adapters(transformer: ModelMixin) -> list[tuple]:
+    """Which adapters (LoRA) of `peft` a transformer has, and how strong they are: equal where nothing has changed."""
+    layers = [module for module in transformer.modules() if hasattr(module, "lora_A")]
+    return [(id(each), str(each.scaling), str(each.active_adapters), each.disable_adapters) for each in layers]

@@ -35,6 +35,17 @@ class HeadExchange:
         return hidden_states if self.group is None else SeqAllToAllDim.apply(self.group, hidden_states, 1, 2)
 
 
+def context_parallel(transformer: Any) -> Any:
+    """The `ContextParallelConfig` that `enable_parallelism` has set on a transformer, or `None`."""
+    return getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None)
+
+
+def check_saved_whole(transformer: Any, name: str, folder: Any) -> None:
+    """A state is of a run on one process: of several, each holds a share."""
+    valid = "None under context parallelism, where each process holds the context of its own heads alone"
+    check(folder is None or context_parallel(transformer) is None, name, folder, valid)
+
+
 def check_parallel(
     transformer: Any, call: dict, layout: Any, hooks: Sequence, chunk_sizes: Sequence[int], tokens_per_frame: int
 ) -> None:
@@ -51,9 +62,12 @@ def check_parallel(
     Raises:
         `ValueError`: the processes cannot share this call, or would not agree.
     """
-    config = getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None)
+    config = context_parallel(transformer)
     if config is None:
         return
+    is_far = transformer.config.get("full_chunk_limit", 1) > 1
+    valid = "a WanTransformer3DModel under context parallelism"
+    check(not is_far, "transformer", type(transformer).__name__, valid)
     ring, degree, heads = config.ring_degree, config.ulysses_degree, transformer.config.num_attention_heads
     valid = "1, with `ulysses_degree` instead: a ring passes on keys of a pass's own tokens, not those of the past"
     check(ring == 1, "ring_degree", ring, valid)
