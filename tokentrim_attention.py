@@ -35,12 +35,12 @@ NUM_EXTRA = 8  # channels: kernels ask for heads of a multiple of this
 
 
 def takes_mask(backend: AttentionBackendName | str | None, mask: torch.Tensor) -> bool:
-    """Whether an attention backend (`None`: the one that is active) takes a mask; those of variable length take boolean
-    ones alone."""
+    """Whether an attention backend (`None`: the one that is active) takes a mask. Kernels of variable length from the Hub
+    take boolean ones; the installed ones would read as many keys as a row has, but the first."""
     if backend is None:
         backend, _ = _AttentionBackendRegistry.get_active_backend()
     name = AttentionBackendName(backend).value
-    return not name.startswith(MASKLESS) or ("varlen" in name and mask.dtype == torch.bool)
+    return not name.startswith(MASKLESS) or (name.endswith("varlen_hub") and mask.dtype == torch.bool)
 
 
 class CachedAttnProcessor:
@@ -53,17 +53,27 @@ class CachedAttnProcessor:
         self.layer = cache.layer(layer)
         self._attention_backend = stock._attention_backend
 
-    def attend(self, query, key, value, mask=None) -> torch.Tensor:
-        """(rows, queries, heads, head_dim)"""
+    def attend(self, query, key, value, mask=None, groups=()) -> torch.Tensor:
+        """(rows, queries, heads, head_dim); `groups` are what a boolean mask leaves, as [`RollingKVCache`] has them."""
         query = query.to(value.dtype)
         if mask is None:
             return self._dispatch(query, key, value)
-        if not takes_mask(self._attention_backend, mask):
-            return self._attend_weighted(query, key, value, mask)
-        return self._dispatch(query, key, value, mask.to(value.dtype) if mask.is_floating_point() else mask)
+        if takes_mask(self._attention_backend, mask):
+            return self._dispatch(query, key, value, mask.to(value.dtype) if mask.is_floating_point() else mask)
+        if groups:
+            return self._attend_by_length(query, key, value, groups)
+        return self._attend_weighted(query, key, value, mask)
+
+    def _attend_by_length(self, query, key, value, groups) -> torch.Tensor:
+        """The same on a kernel without masks: rows that read equally many keys together, and no others of theirs."""
+        outputs = [
+            self._dispatch(query[rows], *(each[rows[:, None], columns] for each in (key, value)))
+            for rows, columns in groups
+        ]
+        return torch.cat(outputs)[torch.cat([rows for rows, _ in groups]).argsort()]
 
     def _attend_weighted(self, query, key, value, mask) -> torch.Tensor:
-        """The same on a kernel without masks, exactly: sum w e^s v / sum w e^s, with the sum below as one more channel."""
+        """The same with weights, exactly: sum w e^s v / sum w e^s, with the sum below as one more channel."""
         weights = (mask.exp() if mask.is_floating_point() else mask)[:, 0, 0, :, None, None].to(value.dtype)
         head_dim = query.shape[-1]
         query, key = (F.pad(hidden_states, (0, NUM_EXTRA)) for hidden_states in (query, key))
@@ -101,7 +111,7 @@ class CachedSelfAttnProcessor(CachedAttnProcessor):
         value = value.unflatten(2, (attn.heads, -1))
         query, key, value = map(self.exchange.split_heads, (query, key, value))
         keys, values, mask = self.cache.update(self.layer, key, value, query)
-        attended = self.attend(self.cache.rotate_queries(query), keys, values, mask)
+        attended = self.attend(self.cache.rotate_queries(query), keys, values, mask, self.cache.groups)
         return self.project(attn, self.exchange.split_tokens(attended))
 
 
