@@ -331,6 +331,7 @@ class RollingKVCache:
         """The layers that hold something."""
         return [layer for layer in self._layers.values() if layer.key is not None]
 
+    @torch.compiler.disable
     def _rewrite(self, layer: LayerStore, query: torch.Tensor | None) -> None:
         """Let the layout rewrite what a layer holds before the first pass of a chunk, and before its commit, read it."""
         due = ["before_chunk"] * (not layer.is_begun) + ["before_commit"] * self._is_writing
