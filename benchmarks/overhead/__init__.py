@@ -1,0 +1,1 @@
+"""Rollouts against the same forwards alone: `python -m benchmarks.overhead`."""
