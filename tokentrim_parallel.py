@@ -75,11 +75,9 @@ def check_parallel(
     for num_tokens in sorted({size * tokens_per_frame for size in chunk_sizes}):
         valid = f"a divisor of the {num_tokens} tokens of a chunk"
         check(num_tokens % degree == 0, "ulysses_degree", degree, valid)
-    name, valid = (
-        type(layout).__name__,
-        "one that rewrites no keys under `ulysses_degree`, as each process sees its heads",
-    )
-    check(not any(hasattr(layout, hook) for hook in ("before_chunk", "before_commit")), "layout", name, valid)
+    rewrites = any(hasattr(layout, hook) for hook in ("before_chunk", "before_commit"))
+    valid = "one that rewrites no keys under `ulysses_degree`, as each process sees its heads"
+    check(not rewrites, "layout", type(layout).__name__, valid)
     names = [type(hook).__name__ for hook in hooks]
     valid = "one without guidance by gradients under `ulysses_degree`, as they end at a process's own tokens"
     check(not names, "method", names, valid)
