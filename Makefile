@@ -50,7 +50,7 @@ test-app: $(APP_INSTALLED)
 fuzz: $(INSTALLED)
 	HF_HUB_OFFLINE=1 EXAMPLES=$(EXAMPLES) $(PYTHON) -m pytest -q --hypothesis-show-statistics tests/test_fuzz.py
 
-# What a rollout costs beside its forwards; for another commit: `make bench BENCH="--before ../other-checkout"`.
+# What a rollout costs beside its forwards; more with `make bench BENCH="--tables gate layouts --size tiny"`, see --help.
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.overhead $(BENCH)
 

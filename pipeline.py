@@ -13,12 +13,14 @@ from .tokentrim_far import FARBackbone  # noqa: F401
 from .tokentrim_field_layouts import InfinityRope  # noqa: F401
 from .tokentrim_flowmo import FlowMo  # noqa: F401
 from .tokentrim_given import read_video  # noqa: F401
+from .tokentrim_hooks import check_hooks  # noqa: F401
 from .tokentrim_layout import Layout  # noqa: F401
 from .tokentrim_layouts import make_layout  # noqa: F401
 from .tokentrim_memory import Memory  # noqa: F401
 from .tokentrim_memory_layouts import MemRoPE  # noqa: F401
 from .tokentrim_methods import make_method  # noqa: F401
 from .tokentrim_output import TokenTrimPipelineOutput  # noqa: F401
+from .tokentrim_parallel import check_parallel  # noqa: F401
 from .tokentrim_partition import partition_chunks  # noqa: F401
 from .tokentrim_plan import plan_rollout  # noqa: F401
 from .tokentrim_policy import TokenTrim  # noqa: F401

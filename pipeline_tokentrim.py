@@ -41,12 +41,14 @@ from .tokentrim_far import FARBackbone  # noqa: F401
 from .tokentrim_field_layouts import InfinityRope  # noqa: F401
 from .tokentrim_flowmo import FlowMo  # noqa: F401
 from .tokentrim_given import read_video  # noqa: F401
+from .tokentrim_hooks import check_hooks  # noqa: F401
 from .tokentrim_layout import Layout, View
 from .tokentrim_layouts import make_layout  # noqa: F401
 from .tokentrim_memory import Memory  # noqa: F401
 from .tokentrim_memory_layouts import MemRoPE  # noqa: F401
 from .tokentrim_methods import make_method  # noqa: F401
 from .tokentrim_output import TokenTrimPipelineOutput, concatenated
+from .tokentrim_parallel import check_parallel  # noqa: F401
 from .tokentrim_partition import partition_chunks  # noqa: F401
 from .tokentrim_plan import RolloutPlan, plan_rollout, read_call
 from .tokentrim_policy import TokenTrim  # noqa: F401
@@ -378,8 +380,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         """
         state = load_state(state_dir)
         check_same(state["settings"], settings_of(self))
-        models = {"transformer": self.transformer, "vae": self.vae, "preview_vae": preview_vae}
-        check_weights(state["weights"], models)
+        check_weights(state["weights"], {"transformer": self.transformer, "vae": self.vae, "preview_vae": preview_vae})
         run = self.begin(plan_rollout(self, recall(state["call"], objects), may_be_endless=True))
         run.load_state_dict(state["run"])
         decoder = None if state["decoder"] is None else self._make_decoder(preview_vae)

@@ -26,6 +26,7 @@ from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 
 from .tokentrim_cache import RollingKVCache
 from .tokentrim_layout import Pass
+from .tokentrim_parallel import HeadExchange
 
 
 MASKLESS = ("flash", "_flash", "aiter", "sage", "_sage", "_native_flash", "_native_xla")  # how their names begin
@@ -34,12 +35,12 @@ NUM_EXTRA = 8  # channels: kernels ask for heads of a multiple of this
 
 
 def takes_mask(backend: AttentionBackendName | str | None, mask: torch.Tensor) -> bool:
-    """Whether an attention backend (`None`: the one that is active) takes a mask; those of variable length take boolean
-    ones alone."""
+    """Whether an attention backend (`None`: the one that is active) takes a mask. Kernels of variable length from the Hub
+    take boolean ones; the installed ones would read as many keys as a row has, but the first."""
     if backend is None:
         backend, _ = _AttentionBackendRegistry.get_active_backend()
     name = AttentionBackendName(backend).value
-    return not name.startswith(MASKLESS) or ("varlen" in name and mask.dtype == torch.bool)
+    return not name.startswith(MASKLESS) or (name.endswith("varlen_hub") and mask.dtype == torch.bool)
 
 
 class CachedAttnProcessor:
@@ -51,19 +52,28 @@ class CachedAttnProcessor:
         self.cache = cache
         self.layer = cache.layer(layer)
         self._attention_backend = stock._attention_backend
-        self._parallel_config = stock._parallel_config
 
-    def attend(self, query, key, value, mask=None) -> torch.Tensor:
-        """(rows, queries, heads, head_dim)"""
+    def attend(self, query, key, value, mask=None, groups=()) -> torch.Tensor:
+        """(rows, queries, heads, head_dim); `groups` are what a boolean mask leaves, as [`RollingKVCache`] has them."""
         query = query.to(value.dtype)
         if mask is None:
             return self._dispatch(query, key, value)
-        if not takes_mask(self._attention_backend, mask):
-            return self._attend_weighted(query, key, value, mask)
-        return self._dispatch(query, key, value, mask.to(value.dtype) if mask.is_floating_point() else mask)
+        if takes_mask(self._attention_backend, mask):
+            return self._dispatch(query, key, value, mask.to(value.dtype) if mask.is_floating_point() else mask)
+        if groups:
+            return self._attend_by_length(query, key, value, groups)
+        return self._attend_weighted(query, key, value, mask)
+
+    def _attend_by_length(self, query, key, value, groups) -> torch.Tensor:
+        """The same on a kernel without masks: rows that read equally many keys together, and no others of theirs."""
+        outputs = [
+            self._dispatch(query[rows], *(each[rows[:, None], columns] for each in (key, value)))
+            for rows, columns in groups
+        ]
+        return torch.cat(outputs)[torch.cat([rows for rows, _ in groups]).argsort()]
 
     def _attend_weighted(self, query, key, value, mask) -> torch.Tensor:
-        """The same on a kernel without masks, exactly: sum w e^s v / sum w e^s, with the sum below as one more channel."""
+        """The same with weights, exactly: sum w e^s v / sum w e^s, with the sum below as one more channel."""
         weights = (mask.exp() if mask.is_floating_point() else mask)[:, 0, 0, :, None, None].to(value.dtype)
         head_dim = query.shape[-1]
         query, key = (F.pad(hidden_states, (0, NUM_EXTRA)) for hidden_states in (query, key))
@@ -81,7 +91,6 @@ class CachedAttnProcessor:
             is_causal=False,
             scale=scale,
             backend=self._attention_backend,
-            parallel_config=self._parallel_config,
         )
 
     def project(self, attn, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -91,21 +100,23 @@ class CachedAttnProcessor:
 class CachedSelfAttnProcessor(CachedAttnProcessor):
     """Self-attention of the current chunk to [held context, current chunk], unmasked but for padding."""
 
+    def __init__(self, cache: RollingKVCache, layer: int, stock):
+        super().__init__(cache, layer, stock)
+        self.exchange = HeadExchange(stock._parallel_config)
+
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         query, key, value = _get_qkv_projections(attn, hidden_states, None)
         query = attn.norm_q(query.float()).unflatten(2, (attn.heads, -1))  # (rows, seq, heads, head_dim)
         key = attn.norm_k(key.float()).unflatten(2, (attn.heads, -1))
         value = value.unflatten(2, (attn.heads, -1))
+        query, key, value = map(self.exchange.split_heads, (query, key, value))
         keys, values, mask = self.cache.update(self.layer, key, value, query)
-        return self.project(attn, self.attend(self.cache.rotate_queries(query), keys, values, mask))
+        attended = self.attend(self.cache.rotate_queries(query), keys, values, mask, self.cache.groups)
+        return self.project(attn, self.exchange.split_tokens(attended))
 
 
 class CachedCrossAttnProcessor(CachedAttnProcessor):
     """Cross-attention to a prompt whose keys and values are projected once."""
-
-    def __init__(self, cache: RollingKVCache, layer: int, stock):
-        super().__init__(cache, layer, stock)
-        self._parallel_config = None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         def project():

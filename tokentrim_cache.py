@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .tokentrim_layout import Layout, Pass, View, check_frames, check_view
 from .tokentrim_memory import LayerContext, TokenBook, grid_places, rewrite_memory, rotary_angles, rotate
-from .tokentrim_storage import Arrangement, LayerStore
+from .tokentrim_storage import Arrangement, LayerStore, group_by_length
 
 
 class RollingKVCache:
@@ -37,6 +37,8 @@ class RollingKVCache:
         next_frame (`int`): the latent frame after the context.
         version (`int`): changes whenever what attention reads of the past changes.
         is_writing (`bool`): whether the pass at hand is a commit.
+        groups (`list`): where a boolean mask is due, the same for kernels without masks: indices of the rows that read
+            equally many keys, (grouped,), and their keys, (grouped, read).
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class RollingKVCache:
         self._arrangement: Arrangement | None = None
         self._key_angles = self._query_angles = self._home_angles = None
         self._mask: torch.Tensor | None = None
+        self.groups: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
     def tokens_per_frame(self) -> int:
@@ -251,7 +254,9 @@ class RollingKVCache:
             self._query_angles = self._pass_angles([position + moved for position in view.query_positions], device)
         self._home_angles = None if own == self._pass_frames else self._pass_angles(self._pass_frames, device)
         book, index, columns, start = self._reading()
-        self._mask = self._make_mask(book, index, num_rows, device)
+        mask = self._make_mask(book, index, num_rows)
+        self.groups = [] if mask is None or mask.is_floating_point() else group_by_length(mask[:, 0, 0], device)
+        self._mask = None if mask is None else mask.to(device)
         turn = self._turn(torch.tensor([*view.positions, 0])[index] + moved - book.frame, book, device)
         alone = self._videos is None or len(self._videos) == 1  # else the rows that are read are copied at each pass
         room = self._pass_book.held.shape[1] if columns is None and alone else 0
@@ -326,6 +331,7 @@ class RollingKVCache:
         """The layers that hold something."""
         return [layer for layer in self._layers.values() if layer.key is not None]
 
+    @torch.compiler.disable
     def _rewrite(self, layer: LayerStore, query: torch.Tensor | None) -> None:
         """Let the layout rewrite what a layer holds before the first pass of a chunk, and before its commit, read it."""
         due = ["before_chunk"] * (not layer.is_begun) + ["before_commit"] * self._is_writing
@@ -399,9 +405,7 @@ class RollingKVCache:
         order[torch.tensor([*places], dtype=torch.long)] = torch.tensor([*places.values()], dtype=torch.long)
         return order[self.book.frame.clamp(max=self.next_frame)].where(self.book.held, unread)
 
-    def _make_mask(
-        self, book: TokenBook, index: torch.Tensor, num_rows: int, device: torch.device
-    ) -> torch.Tensor | None:
+    def _make_mask(self, book: TokenBook, index: torch.Tensor, num_rows: int) -> torch.Tensor | None:
         """What the pass at hand may attend to, (rows, 1, 1, keys), where that is not all alike."""
         mask = torch.cat([book.held, self._pass_book.held], dim=1)
         of_frames, both = self._view.log_weights, book.appended(self._pass_book).log_weight
@@ -413,7 +417,7 @@ class RollingKVCache:
             mask = weights.masked_fill(~mask, -torch.inf)
         elif mask.all():
             return None
-        mask = (mask if self._videos is None else mask[self._videos]).to(device)
+        mask = mask if self._videos is None else mask[self._videos]
         return mask.repeat(num_rows // len(mask), 1)[:, None, None, :]
 
     def _turn(self, way: torch.Tensor, book: TokenBook, device: torch.device) -> tuple | None:

@@ -39,8 +39,8 @@ class FARSelfAttnProcessor(CachedSelfAttnProcessor):
         self.backbone = backbone
         self._attention_backend = vars(stock).get("_attention_backend")
 
-    def attend(self, query, key, value, mask=None) -> torch.Tensor:
-        """(rows, queries, heads, head_dim)"""
+    def attend(self, query, key, value, mask=None, groups=()) -> torch.Tensor:
+        """(rows, queries, heads, head_dim); `groups` know neither padding keys nor the chunks of a commit."""
         if self.cache.is_writing:
             return self._attend_by_chunk(query, key, value, mask)
         num_padding = -query.shape[1] % KEY_BLOCK if self.backbone.pad_keys else 0  # upstream's zero keys

@@ -28,9 +28,11 @@ from .tokentrim_checks import (
 )
 from .tokentrim_far import check_compression, check_far
 from .tokentrim_given import image_as_video, read_video
+from .tokentrim_hooks import check_hooks
 from .tokentrim_layout import Layout, WindowLayout
 from .tokentrim_layouts import make_layout
 from .tokentrim_methods import Method, make_method
+from .tokentrim_parallel import check_parallel
 from .tokentrim_partition import (
     count_given_chunks,
     count_given_frames,
@@ -38,6 +40,7 @@ from .tokentrim_partition import (
     partition_chunks,
 )
 from .tokentrim_prompts import PromptChange, check_prompts, plan_prompts, take_first_prompt
+from .tokentrim_stability import token_grid
 
 
 ROLLOUTS = ("self_forcing", "rolling_forcing")
@@ -176,6 +179,8 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
     _check_rest(call)
     layout = _plan_layout(pipe, call, sizes, num_in_flight, far)
     _check_rejections(method, layout, sizes, num_in_flight)
+    grid = token_grid(frame_shape[2:], pipe.transformer.config.patch_size)
+    check_parallel(pipe.transformer, call, layout, method.hooks, sizes, math.prod(grid))
     return RolloutPlan(
         rollout=call["rollout"],
         frame_shape=frame_shape,
@@ -228,6 +233,7 @@ def _check_components(pipe: Any, call: dict) -> None:
         check(not needed or getattr(pipe, name, None) is not None, name, None, valid)
     check(isinstance(pipe.scheduler, SchedulerMixin), "scheduler", type(pipe.scheduler).__name__, "a SchedulerMixin")
     transformer = pipe.transformer._orig_mod if is_compiled_module(pipe.transformer) else pipe.transformer
+    check_hooks(transformer)
     if isinstance(transformer, AnyFlowFARTransformer3DModel):
         check_far(transformer.config)
         return

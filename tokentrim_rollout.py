@@ -13,6 +13,7 @@ from .tokentrim_context import ContextPolicies
 from .tokentrim_denoising import Denoiser, InFlight, Noise, Prompt, Renoise
 from .tokentrim_encoding import encode_change
 from .tokentrim_far import FARBackbone
+from .tokentrim_hooks import adapters, check_hooks
 from .tokentrim_prompts import PromptChange, blended, check_change, make_change
 from .tokentrim_stability import token_grid
 
@@ -65,8 +66,12 @@ class Rollout:
         return self.denoiser.backbone
 
     def remaining(self) -> Iterator[int]:
-        """The chunks from `index` on."""
+        """The chunks from `index` on, each with the transformer as the user has it by then."""
+        known = adapters(self.pipe.transformer)
         while self.plan.has_chunk(self.index):
+            check_hooks(self.pipe.transformer)
+            if known != (known := adapters(self.pipe.transformer)):
+                self.backbone.cache.forget_prompt()  # of other adapters, it has other keys and values
             yield self.index
 
     def goes_on(self, index: int) -> bool:

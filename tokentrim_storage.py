@@ -172,3 +172,14 @@ def turn_keys(key: torch.Tensor, num_tokens: int, cos: torch.Tensor, sin: torch.
     before = channels.clone()
     channels.copy_(rotate(before, cos, sin))
     return before
+
+
+def group_by_length(mask: torch.Tensor, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of a boolean mask, (rows, keys), that read equally many keys: their indices, (grouped,), and those of their
+    keys, (grouped, read)."""
+    lengths, groups = mask.sum(dim=1), []
+    for length in lengths.unique().tolist():
+        (rows,) = (lengths == length).nonzero(as_tuple=True)
+        columns = mask[rows].nonzero()[:, 1].view(len(rows), length)
+        groups.append((rows.to(device), columns.to(device)))
+    return groups

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from .tokentrim_checks import check
 from .tokentrim_decoding import latents_kept
 from .tokentrim_output import as_array, as_uint8, decision_event
+from .tokentrim_parallel import check_saved_whole
 from .tokentrim_state import fingerprint, save_state, settings_of
 from .tokentrim_video import LineWriter, VideoWriter, numbered
 
@@ -64,6 +65,7 @@ class Stream:
         files: Sequence = (),
         undecoded: Sequence | None = None,
     ):
+        check_saved_whole(pipe.transformer, "state_dir", state_dir)
         self.run: Any = run  # `None` once it is closed
         self.decoder = decoder
         self.grid = run.backbone.cache.grid
@@ -143,6 +145,7 @@ class Stream:
     def save_state(self, folder: str | os.PathLike | None = None) -> Path:
         """Save the run as it is between two chunks, by default to its `state_dir`."""
         run, folder = self._running(), self._state_dir if folder is None else folder
+        check_saved_whole(self._pipe.transformer, "folder", folder)
         if self._weights is None:
             self._weights = {name: fingerprint(model) for name, model in self._models().items()}
         check(folder is not None, "folder", folder, "given for a stream without `state_dir`")

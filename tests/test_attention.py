@@ -14,7 +14,9 @@ from builders import (
     roll,
     steady_noise,
     tiny_transformer,
+    triggers,
 )
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from oracle import masked_flow
 from torch.overrides import TorchFunctionMode
 
@@ -193,6 +195,65 @@ def test_a_kernel_without_masks_gives_the_same(latents, settings):
     torch.testing.assert_close(flash, expected, atol=1e-4, rtol=0)
 
 
+class Kernel:
+    """In the place of a backend that is not here: torch's own attention, and the masks that it was given."""
+
+    def __init__(self, monkeypatch, backend: str, takes_masks: bool = False):
+        self.masks, self.takes_masks, self.num_calls = [], takes_masks, 0
+        self.backend = AttentionBackendName(backend)
+        monkeypatch.setitem(_AttentionBackendRegistry._backends, self.backend, self)
+        monkeypatch.setitem(
+            _AttentionBackendRegistry._supported_arg_names,
+            self.backend,
+            {"query", "key", "value", "attn_mask", "scale"},
+        )
+
+    def __call__(self, query, key, value, attn_mask=None, scale=None):
+        self.num_calls += 1
+        if attn_mask is not None:
+            assert self.takes_masks, "this kernel refuses any mask"
+            self.masks.append(attn_mask)
+        heads_first = (each.transpose(1, 2) for each in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(
+            *heads_first, attn_mask=attn_mask, scale=scale
+        ).transpose(1, 2)
+
+    def transformer(self):
+        transformer = tiny_transformer()
+        for block in transformer.blocks:
+            block.attn1.processor._attention_backend = block.attn2.processor._attention_backend = self.backend
+        return transformer
+
+
+BATCH = steady_noise(7, [4, 5, 4])
+TRIM = {"method": {"tokentrim": {"drift_sensitivity": 0.5}}, "window_size": 9}
+
+
+GUIDANCE = {"guidance_scale": 2.0, "negative_prompt_embeds": embeds(3, seed=8)}
+
+
+@pytest.mark.parametrize(("backend", "guidance"), [("flash", {}), ("sage_varlen", {}), ("flash_varlen", GUIDANCE)])
+def test_videos_that_lose_different_tokens_need_no_mask(backend, guidance, monkeypatch):
+    """Rows of equal length are attended together: each video is the one that it is alone."""
+    kernel = Kernel(monkeypatch, backend)
+    output = roll(latent_pipeline(kernel.transformer()), BATCH, prompt_embeds=embeds(3), **TRIM, **guidance)
+    assert kernel.num_calls and not kernel.masks
+    assert len({tuple(triggers(decisions)) for decisions in output.decisions}) > 1
+    for video in range(3):
+        own = {name: value[video : video + 1] if name.startswith("neg") else value for name, value in guidance.items()}
+        alone = roll(
+            latent_pipeline(), BATCH[video : video + 1], prompt_embeds=embeds(3)[video : video + 1], **TRIM, **own
+        )
+        torch.testing.assert_close(output.frames[video : video + 1], alone.frames, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["native", "flash_varlen_hub"])
+def test_kernels_that_take_masks_are_given_them(backend, monkeypatch):
+    kernel = Kernel(monkeypatch, backend, takes_masks=True)
+    roll(latent_pipeline(kernel.transformer()), BATCH, prompt_embeds=embeds(3), **TRIM)
+    assert kernel.masks and all(mask.dtype == torch.bool for mask in kernel.masks)
+
+
 @pytest.mark.parametrize(
     ("backend", "of_bool", "of_float"),
     [
@@ -203,7 +264,9 @@ def test_a_kernel_without_masks_gives_the_same(latents, settings):
         ("flash", False, False),
         ("_flash_3_hub", False, False),
         ("flash_4_hub", False, False),
-        ("flash_varlen", True, False),
+        ("flash_varlen_hub", True, False),
+        ("flash_varlen", False, False),
+        ("sage_varlen", False, False),
         ("sage", False, False),
         ("aiter_fa2_hub", False, False),
         ("_native_flash", False, False),

@@ -407,3 +407,17 @@ def test_importing_the_package_loads_nothing():
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokentrim").symlink_to(ROOT)
         subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)
+
+
+def test_diffusers_own_command_runs_a_folder_that_holds_the_code(world, here):
+    arguments = {"prompt": PROMPT, "num_frames": 9, **SIZE}
+    script = f"""
+import json, sys
+from diffusers.commands.diffusers_cli import main
+sys.argv = ["diffusers-cli", "--format", "json", "run", "--model", "with-code", "--trust-remote-code"]
+sys.argv += ["--output", "fox.mp4", "--pipeline-kwargs", json.dumps({arguments})]
+main()
+"""
+    printed, _ = world.offline.run(script, here)
+    assert json.loads(printed)["pipeline_class"] == "TokenTrimPipeline"
+    assert (here / "fox.mp4").stat().st_size > 1000

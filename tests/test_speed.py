@@ -1,5 +1,7 @@
 """Nothing stands between a user and the denoiser's arithmetic: waiting, graphs, kernels."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from builders import embeds, latent_pipeline, noise, roll, steady_noise, tiny_transformer
@@ -60,23 +62,52 @@ def test_what_is_not_finite_is_named_and_not_saved(at, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_compiled_blocks_give_the_same_with_no_graph_after_the_window_is_full():
-    """Each block in one graph, over 40 chunks with evictions; traced and run as it is, since a compiler takes minutes."""
-    latents, graphs = steady_noise(40, [20]), []
-    call = {"window_size": 9, "method": {"tokentrim": {"drift_sensitivity": 1.0}}, "num_inference_steps": 2}
-    expected = roll(latent_pipeline(), latents, **call)
+TRIM = {"window_size": 9, "method": {"tokentrim": {"drift_sensitivity": 1.0}}, "num_inference_steps": 2}
+COMPILED = {  # traced and run as it is, since a compiler takes minutes
+    "blocks": lambda model: model.compile_repeated_blocks(fullgraph=True, backend="eager"),
+    "all of it": lambda model: torch.compile(model, fullgraph=True, backend="eager"),
+}
+
+
+def shallow(num_layers: int = 1):
+    transformer = tiny_transformer()
+    transformer.blocks = transformer.blocks[:num_layers]
+    return transformer
+
+
+def compiled(compile_: Callable, latents: torch.Tensor, num_layers: int = 1, **call):
+    """A rollout on a compiled transformer, and how many graphs there are after each chunk."""
     torch._dynamo.reset()
     counters.clear()
-    transformer = tiny_transformer()
-    transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
-
-    def count(index, latents, decisions):
-        graphs.append(counters["stats"]["unique_graphs"])
-
-    output = roll(latent_pipeline(transformer), latents, on_chunk=count, **call)
+    transformer, graphs = shallow(num_layers), []
+    other = compile_(transformer)
+    pipe = latent_pipeline(transformer if other is None else other)
+    output = roll(pipe, latents, on_chunk=lambda *_: graphs.append(counters["stats"]["unique_graphs"]), **call)
     torch._dynamo.reset()
+    return output, graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_chunks, way, num_layers", [(40, "blocks", 2), (12, "all of it", 1)])
+def test_compiled_it_gives_the_same_with_no_graph_after_the_window_is_full(num_chunks, way, num_layers):
+    """In one graph each, with evictions after the window is full."""
+    latents = steady_noise(num_chunks, [num_chunks // 2 + 2])
+    expected = roll(latent_pipeline(shallow(num_layers)), latents, **TRIM)
+    output, graphs = compiled(COMPILED[way], latents, num_layers, **TRIM)
     triggered = [decision["chunk"] for decision in output.decisions[0] if decision["trim"]]
     assert any(chunk > 6 for chunk in triggered)
     assert graphs[-1] == graphs[6] <= 5  # two before there is a past and one that writes it; of one length, and of any
     torch.testing.assert_close(output.frames, expected.frames, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_break_where_a_layout_rewrites_keys():
+    """The same, without `fullgraph=True`, which PyTorch refuses by the method's name."""
+    call = {"layout": "memrope", "method": "plain", "num_inference_steps": 2}
+    output, graphs = compiled(lambda model: model.compile_repeated_blocks(backend="eager"), noise(9), **call)
+    assert graphs[-1] == graphs[6]
+    torch.testing.assert_close(
+        output.frames, roll(latent_pipeline(shallow()), noise(9), **call).frames, atol=1e-5, rtol=0
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="RollingKVCache._rewrite"):
+        compiled(COMPILED["blocks"], noise(3), **call)
