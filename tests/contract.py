@@ -10,7 +10,7 @@ METHODS = {
     "paper": {"method": "paper", **EAGER},
     "tokentrim_plus": {"method": {"quarantine": {"sensitivity": 0.0}, "reanchor": {}}},
     "reanchor with tolerance": {
-        "method": {"quarantine": {"sensitivity": 1.0}, "reanchor": {"tolerance": 0.2, "patience": 2}}
+        "method": {"quarantine": {"sensitivity": 1.0}, "reanchor": {"tolerance": 1e-4, "patience": 2}}
     },
     "trimmed and reanchored": {"method": {"tokentrim": EAGER, "reanchor": {"match": "moments"}}},
     "covariance": {"method": {"reanchor": {"match": "covariance", "strength": 0.5}}},
