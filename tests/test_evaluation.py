@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from evaluation.controls import CONTROLS, correct_afterwards, correct_in_pixels
 from evaluation.defects import DEFECTS, Painted, paint_chunk
-from evaluation.experiment import Experiment, sample_prompts
+from evaluation.experiment import Experiment, part, sample_prompts
 from evaluation.identity import Appearance
 from evaluation.measures import frame_look, measure_chunks, track_colors
 from evaluation.report import area_under_curve, paired, video_table, write_report
@@ -262,9 +262,11 @@ def test_a_file_of_prompts_needs_no_world(tmp_path, pipe):
     assert experiment.world is None
     assert [prompt.split()[1] for prompt in experiment.prompts([4, 5, 6])] == ["red", "green", "red"]
     tables = []
+    (tmp_path / "parts").mkdir()
     for method, seeds in experiment.jobs():
         rows, frames = run_job(pipe, experiment, method, seeds)
         assert frames.shape[:2] == (1, experiment.num_chunks)
+        np.savez_compressed(part(tmp_path, method, seeds).with_suffix(".npz"), frames=frames)
         tables.append(rows)
     table = pd.concat(tables)
     assert "identity_error" not in table and table["saturation"].between(0, 1).all()
