@@ -105,9 +105,8 @@ class MatchHistogram:
     def __init__(self, reference: torch.Tensor, num_quantiles: int = 32, width: float = 0.15):
         self.mean, self.std = reference.mean(SPACE, keepdim=True), reference.std(SPACE, keepdim=True).clamp_min(1e-6)
         self.quantiles = quantile_means(self._standardized(reference), num_quantiles)
-        self.grid = torch.arange(-5, 5, width / 1.5, dtype=torch.float32).to(
-            reference
-        )  # moves are computed here, and interpolated between
+        # Moves are computed at these values, and interpolated between them.
+        self.grid = torch.arange(-5, 5, width / 1.5, dtype=torch.float32).to(reference)
         self.width = width
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .report import MEAN_COLOR
+
 
 CHUNKS = (5, 20, 50, 100)
 
@@ -21,7 +23,7 @@ def load_colors(out: Path, method: str) -> np.ndarray:
     """Mean colours, (videos, chunks, 3)."""
     table = pd.read_csv(out / "table.csv.gz")
     rows = table[table["method"] == method].sort_values(["seed", "chunk"])
-    return rows[["L_mean", "a_mean", "b_mean"]].to_numpy().reshape(rows["seed"].nunique(), -1, 3)
+    return rows[MEAN_COLOR].to_numpy().reshape(rows["seed"].nunique(), -1, 3)
 
 
 def describe(colors: np.ndarray) -> dict[str, float | str]:
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--method", default="plain")
     args = parser.parse_args()
     rows = {out.name: describe(load_colors(out, args.method)) for out in args.runs}
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    names = max(rows.values(), key=len)
     print(f"| {args.method} | " + " | ".join(rows) + " |\n" + "| --- " * (1 + len(rows)) + "|")
     for name in names:
         cells = [row.get(name, "") for row in rows.values()]

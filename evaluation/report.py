@@ -8,16 +8,17 @@ import pandas as pd
 from scipy import stats
 
 from .experiment import Experiment, part
-from .report_pictures import cases, curves, drift_measure, middle_frames, strips
+from .report_pictures import cases, curves, drift_measure, overview
 from .signals import SIGNALS
 
 
 BASE_CHUNKS = slice(1, 4)  # the chunk that the others are compared with comes before
 CONTRASTS = ("L_mean", "a_mean", "b_mean", "L_spread", "saturation", "contrast", "sharpness", "flicker")
+MEAN_COLOR = ["L_mean", "a_mean", "b_mean"]  # CIELAB
 RECOVERY = 8  # chunks after a defect
 RIVALS = ("sink", "corrected afterwards")  # what the others are compared with too, where an experiment has them
 CASES = "The five videos whose {} falls most and the five where it falls least, each below its reference:"
-METHODS = "All methods, seed {}:"
+OVERVIEW, VIDEOS = "All methods, seed", "Up to ten videos, from seed"
 RIVALRY = ("excess_drift", "shape_right")
 
 
@@ -62,7 +63,7 @@ def video_table(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
 
 def color_drift(video: pd.DataFrame) -> float:
     """CIE76 from the first chunk's mean colour to that of the last half's."""
-    colors = video[["L_mean", "a_mean", "b_mean"]].to_numpy()
+    colors = video[MEAN_COLOR].to_numpy()
     return float(np.linalg.norm(colors[len(colors) // 2 :].mean(axis=0) - colors[0]))
 
 
@@ -156,23 +157,9 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
     for method in methods[1:] if experiment.cases is None else experiment.cases:
         pictures.append(f"cases-{part(out, method, [0]).stem.removesuffix('-0-0')}.jpg")
         cases(videos, experiment, out, method, reference).savefig(out / pictures[-1], dpi=80)
-    first = [experiment.first_seed]
-    rows = [
-        (method, video)
-        for (method, seed), video in middle_frames(experiment, out, methods, first).items()
-        if seed in first
-    ]
-    strips(rows).savefig(out / "methods.jpg", dpi=80)
-    measures = [
-        "excess_drift",
-        "color_drift",
-        "identity_error",
-        "background_error",
-        "object_error",
-        "motion",
-        "motion_change",
-    ]
-    measures += ["flow", "present", "shape_right", "scattered", "area_change"]
+    overview(experiment, out).savefig(out / "overview.jpg", dpi=80)
+    measures = ["excess_drift", "color_drift", "identity_error", "background_error", "object_error"]
+    measures += ["motion", "motion_change", "flow", "present", "shape_right", "scattered", "area_change"]
     measures += [f"contrast_{name}" for name in CONTRASTS]
     if experiment.defects:
         measures = ["recovery", "excess_recovery", *measures]
@@ -191,8 +178,8 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
         cost(table, videos, methods, reference),
         *([detectors(table, reference, experiment)] if has_object else []),
         "![curves](curves.png)",
-        METHODS.format(experiment.first_seed),
-        "![methods](methods.jpg)",
+        f"{OVERVIEW if len(methods) > 1 else VIDEOS} {experiment.first_seed}:",
+        "![overview](overview.jpg)",
         *([CASES.format(drift_measure(videos).replace("_", " "))] if pictures else []),
         *(f"![{name}]({name})" for name in pictures),
     ]

@@ -1,6 +1,7 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Pictures of an experiment's report: curves over time, and film strips of the middle frames of chunks."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,13 @@ def curves(table: pd.DataFrame, measures: dict[str, str]) -> Figure:
     return figure
 
 
-def middle_frames(experiment: Experiment, out: Path, methods: list[str], wanted: list[int]) -> dict:
+def middle_frames(experiment: Experiment, out: Path, methods: list[str], wanted: Collection[int]) -> dict:
     """Frames (chunks, H, W, 3) by method and seed."""
     frames = {}
     for name, seeds in experiment.jobs():
         if name in methods and set(seeds) & set(wanted):
             middles = np.load(part(out, name, seeds).with_suffix(".npz"))["frames"]
-            frames |= {(name, seed): video for seed, video in zip(seeds, middles)}
+            frames |= {(name, seed): video for seed, video in zip(seeds, middles) if seed in wanted}
     return frames
 
 
@@ -49,6 +50,15 @@ def strips(rows: list[tuple[str, np.ndarray]], columns: int = 12) -> Figure:
     for axis, chunk in zip(axes[0], shown):
         axis.set_title(f"chunk {chunk}" if chunk == 0 else f"{chunk}", fontsize=8)
     return figure
+
+
+def overview(experiment: Experiment, out: Path) -> Figure:
+    """The first video of each method; of a single method, its first ten."""
+    methods = list(experiment.methods)
+    several, count = len(methods) > 1, min(10, experiment.num_seeds)
+    seeds = range(experiment.first_seed, experiment.first_seed + (1 if several else count))
+    frames = middle_frames(experiment, out, methods, seeds)
+    return strips([(method if several else f"seed {seed}", video) for (method, seed), video in frames.items()])
 
 
 def cases(videos: pd.DataFrame, experiment: Experiment, out: Path, method: str, reference: str) -> Figure:
