@@ -259,7 +259,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 What is done against drift. `"plain"`: nothing. `"tokentrim"`: algorithm 1 of the paper. `"paper"`: the
                 same after FlowMo's motion-stabilised initialisation (its section 4.1). `"tokentrim_plus"`, ours:
                 quarantine and re-anchoring. Or policies by name with their settings, in chain order:
-                `{"quarantine": {"sensitivity": 6}, "reanchor": {"match": "distribution"}}`. Or an object with the verbs
+                `{"quarantine": {"sensitivity": 6}, "reanchor": {"match": "near"}}`. Or an object with the verbs
                 of `pipe.ContextPolicy`, which is copied for each video. Or a list of these.
             prune_fraction, drift_sensitivity, warmup_chunks, max_regenerations, drift_signal (*optional*):
                 Settings of TokenTrim, see [`TokenTrim`]: by default 0.1, 2.0, 2, 1 and `"final"`.

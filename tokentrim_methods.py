@@ -19,7 +19,7 @@ METHODS = {
     "plain": {},
     "tokentrim": {"tokentrim": {}},
     "paper": {"flowmo": {}, "tokentrim": {}},
-    "tokentrim_plus": {"quarantine": {"sensitivity": 6.0}, "reanchor": {"match": "distribution"}},
+    "tokentrim_plus": {"quarantine": {"sensitivity": 6.0}, "reanchor": {"match": "near"}},
 }
 
 

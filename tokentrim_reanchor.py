@@ -6,32 +6,29 @@ serves as the next one's example. Moving the statistics of what is read back to 
 loop. The chunk that is shown stays as it was generated.
 """
 
-import math
-import statistics
-
 import torch
 
 from .tokentrim_checks import check_choice, check_int, check_number
 from .tokentrim_context import ContextPolicy
-from .tokentrim_statistics import MATCHINGS, mean_offset
+from .tokentrim_statistics import MATCHINGS, magnitude, mean_offsets
 
 
 class Reanchor(ContextPolicy):
     """Holds a video's context to its reference: its first chunk, or the last one that was given.
 
     Drift is slow, and a change that a prompt asks for begins with it. A held chunk starts from context at the reference,
-    so its offset measures how strongly the model resists: where the median of the first `patience` held chunks leaves the
-    tolerance, the video is released and watched. A chunk that leaves the tolerance is then the next reference, and a
+    so what it is off by is how the model resists: where the mean of the first `patience` held chunks leaves the tolerance,
+    the video is released and watched. A chunk that leaves the tolerance is then the next reference, and a
     video that stays within it for `patience` chunks is held again, on the same terms. A change of prompt releases too.
 
     Decisions gain `reanchored`: `"held"`, `"watched"`, or `None` for a chunk that is the reference itself.
 
     Args:
-        match (`str`, defaults to `"distribution"`):
+        match (`str`, defaults to `"near"`):
             Which statistics of each latent channel: `"mean"`, `"moments"` (mean and standard deviation),
             `"histogram"` (all values), `"distribution"` (all values, of all channels jointly) or `"covariance"`
             (means, and covariance of all channels, in closed form).
-        tolerance (`float`, *optional*, defaults to `0.12`):
+        tolerance (`float`, *optional*, defaults to `0.08`):
             The distance of a chunk's means from the reference's that counts as a change that is meant, in standard
             deviations of the reference's values, root mean square over channels. `None`: no change is meant.
         patience (`int`, defaults to `6`): chunks that it takes to release a video, and to hold it again.
@@ -40,8 +37,8 @@ class Reanchor(ContextPolicy):
 
     def __init__(
         self,
-        match: str = "distribution",
-        tolerance: float | None = 0.12,
+        match: str = "near",
+        tolerance: float | None = 0.08,
         patience: int = 6,
         strength: float = 1.0,
     ):
@@ -56,7 +53,7 @@ class Reanchor(ContextPolicy):
         self.strength = strength
         self.reference: torch.Tensor | None = None  # (C, T, H, W)
         self.watched = False
-        self.offsets: list[float] = []  # of the first chunks since the video was held or released
+        self.offsets: list[torch.Tensor] = []  # (C,), of the first chunks since the video was held or released
         self.outcome: str | None = None  # of the chunk at hand
         self._matching = None  # learned from the reference
 
@@ -68,13 +65,14 @@ class Reanchor(ContextPolicy):
         if self.reference is None:
             self.observe(chunk)
             return chunk
-        self._watch(chunk)
+        if self.watched:
+            self._settle(chunk)
+        if not self.watched:
+            matched = self._match(chunk)
+            self._resist(chunk, matched)
         self.outcome = "watched" if self.watched else "held"
         if self.watched:
             return chunk
-        if self._matching is None:
-            self._matching = MATCHINGS[self.match](self.reference[None])
-        matched = self._matching(chunk[None])[0]
         return matched if self.strength == 1 else torch.lerp(chunk, matched, self.strength)
 
     def close(self, entered: bool) -> dict:
@@ -88,17 +86,23 @@ class Reanchor(ContextPolicy):
     def _refer_to(self, reference: torch.Tensor, watched: bool) -> None:
         self.reference, self.watched, self.offsets, self._matching = reference, watched, [], None
 
-    def _watch(self, chunk: torch.Tensor) -> None:
-        """Move the reference, release the video, or hold it again."""
-        is_decided = not self.watched and (self.tolerance is None or len(self.offsets) == self.patience)
-        if is_decided:
+    def _match(self, chunk: torch.Tensor) -> torch.Tensor:
+        if self._matching is None:
+            self._matching = MATCHINGS[self.match](self.reference[None])
+        return self._matching(chunk[None])[0]
+
+    def _resist(self, chunk: torch.Tensor, matched: torch.Tensor) -> None:
+        """Release the video where holding it takes away too much."""
+        if self.tolerance is None or len(self.offsets) == self.patience:
             return
-        self.offsets = [*self.offsets, mean_offset(chunk, self.reference)]
-        tolerance = math.inf if self.tolerance is None else self.tolerance
-        is_complete = len(self.offsets) == self.patience
-        if self.watched and self.offsets[-1] > tolerance:  # it moves
+        self.offsets = [*self.offsets, mean_offsets(chunk, matched)]
+        if len(self.offsets) == self.patience and magnitude(torch.stack(self.offsets).mean(dim=0)) > self.tolerance:
             self._refer_to(chunk, watched=True)
-        elif self.watched and is_complete:  # it has settled; without a tolerance nobody knows since when
+
+    def _settle(self, chunk: torch.Tensor) -> None:
+        """Move the reference of a video that moves; hold it again where it does not."""
+        self.offsets = [*self.offsets, mean_offsets(chunk, self.reference)]
+        if self.tolerance is not None and magnitude(self.offsets[-1]) > self.tolerance:
+            self._refer_to(chunk, watched=True)
+        elif len(self.offsets) == self.patience:  # without a tolerance nobody knows since when
             self._refer_to(chunk if self.tolerance is None else self.reference, watched=False)
-        elif is_complete and statistics.median(self.offsets) > tolerance:  # the model resists
-            self._refer_to(chunk, watched=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from tokentrim.tokentrim_stability import severity, summarize, token_drift, unstable_tokens
-from tokentrim.tokentrim_statistics import jump, mean_offset, quantiles
+from tokentrim.tokentrim_statistics import jump, magnitude, mean_offsets, quantiles
 
 
 def _summaries(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> list[torch.Tensor]:
@@ -67,7 +67,7 @@ def previous_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int])
 
 def reference_offset(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
     """Re-anchoring's signal: distance of the channels' means to the first chunk's, in its standard deviations."""
-    return _over_pairs(mean_offset, latents, [latents[0]] * len(latents))
+    return _over_pairs(lambda *pair: magnitude(mean_offsets(*pair)), latents, [latents[0]] * len(latents))
 
 
 def reference_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:

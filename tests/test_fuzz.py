@@ -146,7 +146,7 @@ tokentrim = st.fixed_dictionaries(
 reanchor = st.fixed_dictionaries(
     {},
     optional={
-        "match": mostly(["mean", "moments", "histogram", "distribution", "covariance"], ["median"]),
+        "match": mostly(["mean", "moments", "histogram", "distribution", "covariance", "near"], ["median"]),
         "tolerance": mostly([None, 0.5, 2.0], [0, "x"]),
         "patience": mostly([1, 2, 6], numbers[:4]),
         "strength": mostly([0.0, 0.5, 1.0], [2.0, "x"]),

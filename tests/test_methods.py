@@ -92,7 +92,7 @@ def test_policies_keep_their_order_and_severity_is_always_measured(method, expec
 def test_named_methods_are_what_the_documentation_says():
     assert list(METHODS) == ["plain", "tokentrim", "paper", "tokentrim_plus"]
     plus = make_method("tokentrim_plus", {}).policies
-    assert (plus[1].sensitivity, plus[2].match, plus[2].tolerance) == (6.0, "distribution", 0.12)
+    assert (plus[1].sensitivity, plus[2].match, plus[2].tolerance) == (6.0, "near", 0.08)
     (flowmo,) = make_method("paper", {}).hooks
     assert (flowmo.iterations, flowmo.learning_rate, flowmo.steps, flowmo.chunks) == (1, 0.005, None, "first")
     assert not make_method("tokentrim", {}).hooks
@@ -104,7 +104,7 @@ def test_named_methods_are_what_the_documentation_says():
         ("plain", {}),
         ("tokentrim", {"tokentrim": {}}),
         ("paper", {"flowmo": {}, "tokentrim": {}}),
-        ("tokentrim_plus", {"quarantine": {"sensitivity": 6.0}, "reanchor": {"match": "distribution"}}),
+        ("tokentrim_plus", {"quarantine": {"sensitivity": 6.0}, "reanchor": {"match": "near"}}),
     ],
 )
 def test_name_dict_and_list_of_objects_are_the_same_method(name, as_dict):

@@ -137,7 +137,7 @@ def test_a_change_that_stays_is_read():
 @pytest.mark.parametrize("rollout", ["self_forcing", "rolling_forcing"])
 def test_a_batch_equals_single_runs(rollout):
     latents, text = steady_noise(NUM_CHUNKS, [BROKEN, BROKEN + 1]), embeds(2)
-    method = {"quarantine": {"sensitivity": 6.0}, "reanchor": {"match": "distribution"}}
+    method = {"quarantine": {"sensitivity": 6.0}, "reanchor": {"match": "near"}}
     settings = {"rollout": rollout, "window_size": 15, "method": method}
     batch = roll(latent_pipeline(), latents, prompt_embeds=text, **settings)
     for index in range(2):

@@ -105,15 +105,23 @@ def gate(bench: Bench) -> None:
     bench.run(f"gate, 1 trigger in {PERIOD} chunks", contestants, num_chunks, first, ["shut"], PERIOD)
 
 
-def layouts(bench: Bench) -> None:
-    """`tokentrim_plus`, and every named layout with its own window."""
+def plus(bench: Bench) -> None:
+    """`tokentrim_plus`."""
     first = bench.windows[-1] // CHUNK + 1
     num_chunks = bench.chunks or first + 6
     contestants = {name: bench.contestant(num_chunks, method=name) for name in ("plain", "tokentrim_plus")}
+    bench.run(f"window {bench.windows[-1]}", contestants, num_chunks, first, ["plain"])
+
+
+def layouts(bench: Bench) -> None:
+    """Every named layout with its own window."""
+    first = bench.windows[-1] // CHUNK + 1
+    num_chunks = bench.chunks or first + 6
+    contestants = {"plain": bench.contestant(num_chunks)}
     for name in LAYOUTS:
         if name != "window":  # which plain is
             contestants[name] = bench.contestant(num_chunks, layout=name)
-    title = f"plain and plus in window {bench.windows[-1]}, layouts in their own"
+    title = f"plain in window {bench.windows[-1]}, layouts in their own"
     bench.run(title, contestants, num_chunks, first, ["plain"])
 
 
@@ -186,4 +194,4 @@ def decoding(bench: Bench) -> None:
     bench.run("decoding by a VAE of base_dim 16", contestants, num_chunks, 2, ["latents"])
 
 
-TABLES = {each.__name__: each for each in (floor, gate, layouts, long, batch, keys, far, decoding)}
+TABLES = {each.__name__: each for each in (floor, gate, plus, layouts, long, batch, keys, far, decoding)}
