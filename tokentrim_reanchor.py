@@ -1,9 +1,9 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Re-anchoring at commit, ours and not the paper's: what becomes context is held to the reference chunk's statistics.
+"""Re-anchoring at commit, ours and not the paper's: what becomes context is held to the reference chunk.
 
 Drift of a long rollout is mostly slow and global: every chunk is a little off the one before it, is read back, and
-serves as the next one's example. Moving the statistics of what is read back to those of the first chunk breaks that
-loop. The chunk that is shown stays as it was generated.
+serves as the next one's example. Moving what is read back to where it was in the first chunk breaks that loop. The chunk
+that is shown stays as it was generated.
 """
 
 import torch
@@ -17,28 +17,31 @@ class Reanchor(ContextPolicy):
     """Holds a video's context to its reference: its first chunk, or the last one that was given.
 
     Drift is slow, and a change that a prompt asks for begins with it. A held chunk starts from context at the reference,
-    so what it is off by is how the model resists: where the mean of the first `patience` held chunks leaves the tolerance,
-    the video is released and watched. A chunk that leaves the tolerance is then the next reference, and a
-    video that stays within it for `patience` chunks is held again, on the same terms. A change of prompt releases too.
+    so what holding takes away from it is how the model resists: where the mean over the first `patience` held chunks
+    exceeds the tolerance, the video is released and watched. A chunk that leaves the tolerance is then the next
+    reference, and a video that stays within it for `patience` chunks is held again, on the same terms. A change of prompt
+    releases too.
 
     Decisions gain `reanchored`: `"held"`, `"watched"`, or `None` for a chunk that is the reference itself.
 
     Args:
         match (`str`, defaults to `"near"`):
-            Which statistics of each latent channel: `"mean"`, `"moments"` (mean and standard deviation),
-            `"histogram"` (all values), `"distribution"` (all values, of all channels jointly) or `"covariance"`
-            (means, and covariance of all channels, in closed form).
-        tolerance (`float`, *optional*, defaults to `0.08`):
-            The distance of a chunk's means from the reference's that counts as a change that is meant, in standard
-            deviations of the reference's values, root mean square over channels. `None`: no change is meant.
+            What is held. `"near"`: tokens that have something like them in the reference, and nothing that is new
+            ([`MatchNear`]). All that is in a chunk: `"mean"`, `"moments"` (mean and standard deviation) or `"histogram"`
+            (all values) of each latent channel; `"covariance"` (means, and covariance of all channels, in closed form)
+            or `"distribution"` (all values) of all channels jointly.
+        tolerance (`float`, *optional*, defaults to `0.085`):
+            How much holding may take away, or a watched chunk be off its reference, before that counts as a change that
+            is meant: distance of the channels' means in standard deviations of what it is held to, root mean square over
+            channels. `None`: no change is meant.
         patience (`int`, defaults to `6`): chunks that it takes to release a video, and to hold it again.
-        strength (`float`, defaults to `1.0`): how far a held chunk is moved to the reference's statistics, 0 to 1.
+        strength (`float`, defaults to `1.0`): how far a held chunk is moved, 0 to 1.
     """
 
     def __init__(
         self,
         match: str = "near",
-        tolerance: float | None = 0.08,
+        tolerance: float | None = 0.085,
         patience: int = 6,
         strength: float = 1.0,
     ):
@@ -61,7 +64,7 @@ class Reanchor(ContextPolicy):
         self._refer_to(chunk, watched=False)
 
     def commit(self, chunk: torch.Tensor) -> torch.Tensor:
-        """The chunk with the reference's statistics, or as it is while the video is watched."""
+        """The chunk as it is held, or as it is while the video is watched."""
         if self.reference is None:
             self.observe(chunk)
             return chunk

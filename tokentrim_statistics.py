@@ -200,7 +200,7 @@ class MatchNear:
         rare (`float`): a token that has as many neighbours as this share of the reference moves half of the way.
     """
 
-    def __init__(self, reference: torch.Tensor, width: float = 0.1, num_steps: int = 3, rare: float = 0.01):
+    def __init__(self, reference: torch.Tensor, width: float = 0.1, num_steps: int = 3, rare: float = 0.003):
         self.width = width
         self.num_steps = num_steps
         self.rare = rare

@@ -208,12 +208,9 @@ def test_near_is_the_difference_of_two_mean_shifts():
     for _ in range(2):
         before = expected.clone()
         for index, token in enumerate(before):
-            theirs, ours = (
-                (-(token - each).square().mean(dim=1) / (2 * width**2)).exp() for each in (others, before)
-            )
-            held = theirs.mean() / (theirs.mean() + rare)
-            shifts = [(weights[:, None] * each).sum(0) / weights.sum() for weights, each in ((theirs, others), (ours, before))]
-            expected[index] = token + held * (shifts[0] - shifts[1])
+            theirs, ours = ((-(token - each).square().mean(1) / (2 * width**2)).exp() for each in (others, before))
+            moved = (theirs @ others) / theirs.sum() - (ours @ before) / ours.sum()
+            expected[index] = token + theirs.mean() / (theirs.mean() + rare) * moved
     matched = MatchNear(reference, width, num_steps=2, rare=rare)(latents)
     assert (matched - latents).abs().max() > 0.02
     torch.testing.assert_close(matched.flatten(1).T, expected, atol=1e-5, rtol=0)
