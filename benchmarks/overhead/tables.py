@@ -55,11 +55,19 @@ class Bench:
         latents = torch.randn(batch, 16, num_chunks * CHUNK, *self.size.latent, generator=generator)
         return latents.to(self.device), torch.randn(batch, *self.size.text, generator=generator).to(self.device)
 
-    def contestant(self, num_chunks: int, batch: int = 1, package: Any = tokentrim, **call) -> Callable:
-        """What starts a rollout; plain and in the last window, unless told otherwise."""
+    def contestant(
+        self,
+        num_chunks: int,
+        batch: int = 1,
+        package: Any = tokentrim,
+        transformer: WanTransformer3DModel | None = None,
+        **call,
+    ) -> Callable:
+        """What starts a rollout; plain, in the last window and of a model of its own, unless told otherwise."""
         size = {"height": 8 * self.size.latent[0], "width": 8 * self.size.latent[1]}
         window = {} if "layout" in call else {"window_size": self.windows[-1]}
-        model, inputs = shared(self.transformer), self.inputs(num_chunks, batch)
+        model = shared(self.transformer) if transformer is None else transformer
+        inputs = self.inputs(num_chunks, batch)
         return partial(rollout, package, model, *inputs, **{"method": "plain", **window, **size, **call})
 
     def run(
@@ -171,6 +179,16 @@ def keys(bench: Bench) -> None:
     bench.run(f"window {bench.windows[-1]}", contestants, num_chunks, first, [next(iter(contestants))])
 
 
+def compiled(bench: Bench) -> None:
+    """Blocks compiled by Inductor, all graphs made before the chunks that count."""
+    first = bench.windows[-1] // CHUNK + 1
+    num_chunks = bench.chunks or first + 6
+    model = shared(bench.transformer)
+    model.compile_repeated_blocks(fullgraph=True)
+    contestants = {"eager": bench.contestant(num_chunks), "compiled": bench.contestant(num_chunks, transformer=model)}
+    bench.run(f"window {bench.windows[-1]}", contestants, num_chunks, first, ["eager"])
+
+
 def far(bench: Bench) -> None:
     """AnyFlow-FAR against upstream; `benchmarks.far_rollout` has more of it."""
     transformer, num_frames = far_rollout.random_model(4, 4, bench.device), 81
@@ -194,4 +212,4 @@ def decoding(bench: Bench) -> None:
     bench.run("decoding by a VAE of base_dim 16", contestants, num_chunks, 2, ["latents"])
 
 
-TABLES = {each.__name__: each for each in (floor, gate, plus, layouts, long, batch, keys, far, decoding)}
+TABLES = {each.__name__: each for each in (floor, gate, plus, layouts, long, batch, keys, compiled, far, decoding)}
