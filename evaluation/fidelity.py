@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.spatial.distance import cdist
 from scipy.stats import bootstrap
-from skimage.color import rgb2lab
+from skimage.color import deltaE_ciede2000, rgb2lab
 
 
 INPUT_SIZE = 128  # pixels that frames are enlarged to
@@ -51,6 +51,14 @@ def colors(frames: np.ndarray) -> np.ndarray:
 
 
 LOOKS = {"features": features, "colors": colors}
+
+
+def still_error(frames: np.ndarray, rows: slice) -> np.ndarray:
+    """CIEDE2000 from the median colour of some rows in the first chunk to that over the last half, (videos,), of uint8
+    frames (videos, chunks, H, W, 3)."""
+    shown = rgb2lab(frames[:, :, rows])
+    medians = np.median(shown.reshape(*shown.shape[:2], -1, 3), axis=2)
+    return deltaE_ciede2000(medians, medians[:, :1])[:, medians.shape[1] // 2 :].mean(axis=1)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .experiment import Experiment, part
-from .fidelity import LOOKS, Infidelity, Looks, interval, life
+from .fidelity import LOOKS, Infidelity, Looks, interval, life, still_error
 from .measures import flow_amplitude
 from .rollouts import ROOT
-from .worlds import render_chunks
+from .worlds import STILL_ROWS, render_chunks
 
 
 FLOOR = "true videos"
@@ -78,22 +78,38 @@ def motions(experiment: Experiment, out: Path, true: np.ndarray) -> dict[str, fl
     return {method: float(flow[method] / of_true) for method in experiment.methods}
 
 
-def report(experiment: Experiment, results: dict, motion: dict[str, float]) -> str:
+def skies(experiment: Experiment, out: Path, again: np.ndarray) -> dict[str, tuple[float, float, float]]:
+    """How far the sky has moved over the last half (CIEDE2000), with its interval, in a world that has one."""
+    rows = STILL_ROWS.get(experiment.world)
+    if rows is None:
+        return {}
+    videos = {method: load_videos(experiment, out, method) for method in experiment.methods} | {FLOOR: again[:, :, 0]}
+    errors = {method: still_error(frames, rows) for method, frames in videos.items()}
+    return {
+        method: interval(lambda chosen, values=values: values[chosen].mean(), len(values))
+        for method, values in errors.items()
+    }
+
+
+def report(experiment: Experiment, results: dict, motion: dict[str, float], sky: dict[str, tuple]) -> str:
     def cell(values: tuple[float, float, float]) -> str:
         return "{:.3g} [{:.3g}, {:.3g}]".format(*values)
 
     lines = [
         f"# {experiment.name}: fidelity and life",
         f"{experiment.num_seeds} videos of {experiment.num_chunks} chunks, checkpoint `{experiment.checkpoint}`. Growth of "
-        "infidelity: of the last half over the first eighth. Motion: over the last half, 1 is the world's.",
+        "infidelity: of the last half over the first eighth. Motion: over the last half, 1 is the world's."
+        + (" Sky: CIEDE2000 of its colour to the first chunk's, over the last half." if sky else ""),
         "",
         "| method | motion | "
+        + ("sky | " if sky else "")
         + " | ".join(f"{title}, {kind}" for kind in results for title in MEASURES.values())
         + " |",
-        "| --- " * (2 + len(results) * len(MEASURES)) + "|",
+        "| --- " * (2 + bool(sky) + len(results) * len(MEASURES)) + "|",
     ]
     for method in [*experiment.methods, FLOOR]:
-        cells = [cell(results[kind][method][measure]) for kind in results for measure in MEASURES]
+        cells = [cell(sky[method])] if sky else []
+        cells += [cell(results[kind][method][measure]) for kind in results for measure in MEASURES]
         lines.append(f"| {method} | {motion.get(method, 1):.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -126,10 +142,14 @@ def main() -> None:
         parser.error("there are no true videos of a `prompts_file`: `tokentrim drift` measures without them")
     out = (args.out or ROOT / "evaluation" / "runs" / experiment.name).resolve()
     true, again = (render_true(experiment, hidden_seed) for hidden_seed in HIDDEN_SEEDS)
-    results, motion = measure(experiment, out, true, again), motions(experiment, out, true)
-    (out / "two_sided.json").write_text(json.dumps({"motion": motion, **results}, indent=1))
+    results, motion, sky = (
+        measure(experiment, out, true, again),
+        motions(experiment, out, true),
+        skies(experiment, out),
+    )
+    (out / "two_sided.json").write_text(json.dumps({"motion": motion, "sky": sky, **results}, indent=1))
     plot(results).savefig(out / "two_sided.png", dpi=110)
-    (out / "two_sided.md").write_text(text := report(experiment, results, motion))
+    (out / "two_sided.md").write_text(text := report(experiment, results, motion, sky))
     print(text)
 
 

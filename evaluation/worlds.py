@@ -16,6 +16,11 @@ WORLDS = {  # by folder of checkpoints/
 }
 
 
+STILL_ROWS = {
+    travelling: slice(1, 12)
+}  # where a true video never changes, but for a sun or moon in a part of them: the sky
+
+
 def render_chunks(of: ModuleType, prompt: str, seed: int, num_chunks: int, num_frames_per_chunk: int) -> np.ndarray:
     """The middle frame of each chunk of a true video, and the one after it: uint8 (chunks, 2, H, W, 3)."""
     scene, middle = of.parse(prompt), num_frames_per_chunk // 2
