@@ -145,7 +145,7 @@ def main() -> None:
     results, motion, sky = (
         measure(experiment, out, true, again),
         motions(experiment, out, true),
-        skies(experiment, out),
+        skies(experiment, out, again),
     )
     (out / "two_sided.json").write_text(json.dumps({"motion": motion, "sky": sky, **results}, indent=1))
     plot(results).savefig(out / "two_sided.png", dpi=110)
