@@ -55,10 +55,15 @@ def resampled(values: torch.Tensor, count: int) -> torch.Tensor:
     return F.interpolate(flat, count, mode="linear", align_corners=True).view(*values.shape[:-1], -1)
 
 
+def magnitude(offsets: torch.Tensor) -> float:
+    """Root mean square."""
+    return offsets.square().mean().sqrt().item()
+
+
 def jump(quantiles: torch.Tensor, reference: torch.Tensor) -> float:
     """Wasserstein-2 distance of two chunks' values, given as `quantiles`, (C, any), root mean square over channels.
     Independent of where in the chunk a value is."""
-    return (quantiles - resampled(reference, quantiles.shape[-1])).square().mean().sqrt().item()
+    return magnitude(quantiles - resampled(reference, quantiles.shape[-1]))
 
 
 def mean_offsets(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -66,11 +71,6 @@ def mean_offsets(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
     (C, T, H, W) -> (C,)."""
     values, reference_values = latents.flatten(1), reference.flatten(1)
     return (values.mean(1) - reference_values.mean(1)) / reference_values.std(1).clamp_min(1e-6)
-
-
-def magnitude(offsets: torch.Tensor) -> float:
-    """Root mean square."""
-    return offsets.square().mean().sqrt().item()
 
 
 class MatchMean:

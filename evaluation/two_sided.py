@@ -30,10 +30,12 @@ MEASURES = {
 }
 
 
-def load_videos(experiment: Experiment, out: Path, method: str) -> np.ndarray:
-    """Middle frames, uint8 (videos, chunks, H, W, 3), in the order of the seeds."""
-    parts = [part(out, name, seeds).with_suffix(".npz") for name, seeds in experiment.jobs() if name == method]
-    return np.concatenate([np.load(path)["frames"] for path in parts])
+def load_videos(experiment: Experiment, out: Path) -> dict[str, np.ndarray]:
+    """Middle frames of each method, uint8 (videos, chunks, H, W, 3), in the order of the seeds."""
+    videos: dict[str, list] = {method: [] for method in experiment.methods}
+    for method, seeds in experiment.jobs():
+        videos[method].append(np.load(part(out, method, seeds).with_suffix(".npz"))["frames"])
+    return {method: np.concatenate(parts) for method, parts in videos.items()}
 
 
 def render_true(experiment: Experiment, hidden_seed: int) -> np.ndarray:
@@ -47,13 +49,12 @@ def render_true(experiment: Experiment, hidden_seed: int) -> np.ndarray:
     )
 
 
-def measure(experiment: Experiment, out: Path, true: np.ndarray, again: np.ndarray) -> dict:
-    """For each kind of look and each method, and the floor: infidelity over time, its growth and life with intervals, and
-    the growth as a share of the first method's. `true` and `again` are two sets of true videos."""
-    videos = {method: load_videos(experiment, out, method) for method in experiment.methods} | {FLOOR: again[:, :, 0]}
+def measure(videos: dict[str, np.ndarray], true: np.ndarray) -> dict:
+    """For each kind of look and each method: infidelity over time, its growth and life with intervals, and the growth as a
+    share of the first method's. Frames are (videos, chunks, H, W, 3), those of true videos too."""
     results = {}
     for kind, look in LOOKS.items():
-        of_true = look(true[:, :, 0])
+        of_true = look(true)
         reference, results[kind], first = Looks.of(of_true, of_true), {}, None
         for method, frames in videos.items():
             looks = Looks.of(look(frames), of_true)
@@ -78,17 +79,13 @@ def motions(experiment: Experiment, out: Path, true: np.ndarray) -> dict[str, fl
     return {method: float(flow[method] / of_true) for method in experiment.methods}
 
 
-def skies(experiment: Experiment, out: Path, again: np.ndarray) -> dict[str, tuple[float, float, float]]:
+def skies(experiment: Experiment, videos: dict[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
     """How far the sky has moved over the last half (CIEDE2000), with its interval, in a world that has one."""
-    rows = STILL_ROWS.get(experiment.world)
-    if rows is None:
-        return {}
-    videos = {method: load_videos(experiment, out, method) for method in experiment.methods} | {FLOOR: again[:, :, 0]}
-    errors = {method: still_error(frames, rows) for method, frames in videos.items()}
-    return {
-        method: interval(lambda chosen, values=values: values[chosen].mean(), len(values))
-        for method, values in errors.items()
-    }
+    rows, sky = STILL_ROWS.get(experiment.world), {}
+    for method, frames in videos.items() if rows else ():
+        errors = still_error(frames, rows)
+        sky[method] = interval(lambda chosen: errors[chosen].mean(), len(errors))
+    return sky
 
 
 def report(experiment: Experiment, results: dict, motion: dict[str, float], sky: dict[str, tuple]) -> str:
@@ -142,11 +139,9 @@ def main() -> None:
         parser.error("there are no true videos of a `prompts_file`: `tokentrim drift` measures without them")
     out = (args.out or ROOT / "evaluation" / "runs" / experiment.name).resolve()
     true, again = (render_true(experiment, hidden_seed) for hidden_seed in HIDDEN_SEEDS)
-    results, motion, sky = (
-        measure(experiment, out, true, again),
-        motions(experiment, out, true),
-        skies(experiment, out, again),
-    )
+    videos = load_videos(experiment, out) | {FLOOR: again[:, :, 0]}
+    results, sky = measure(videos, true[:, :, 0]), skies(experiment, videos)
+    motion = motions(experiment, out, true)
     (out / "two_sided.json").write_text(json.dumps({"motion": motion, "sky": sky, **results}, indent=1))
     plot(results).savefig(out / "two_sided.png", dpi=110)
     (out / "two_sided.md").write_text(text := report(experiment, results, motion, sky))

@@ -12,8 +12,8 @@ METHODS = {
     "reanchor with tolerance": {
         "method": {"quarantine": {"sensitivity": 1.0}, "reanchor": {"tolerance": 1e-4, "patience": 2}}
     },
-    "trimmed and reanchored": {"method": {"tokentrim": EAGER, "reanchor": {"match": "moments"}}},
-    "covariance": {"method": {"reanchor": {"match": "covariance", "strength": 0.5}}},
+    "trimmed and reanchored": {"method": {"tokentrim": EAGER, "reanchor": {"match": "moments", "patience": 10}}},
+    "covariance": {"method": {"reanchor": {"match": "covariance", "strength": 0.5, "patience": 10}}},
     "soft prune": {"method": {"tokentrim": {**EAGER, "prune_weight": 0.3}}},
     "first_step": {"drift_signal": "first_step", **EAGER},
 }

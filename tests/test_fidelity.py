@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from evaluation.experiment import Experiment, part, sample_prompts
 from evaluation.fidelity import LOOKS, Infidelity, Looks, energy_distance, interval, life, pair_distances
 from evaluation.kinds_of_drift import describe
-from evaluation.two_sided import FLOOR, HIDDEN_SEEDS, measure, motions, render_true, report, skies
+from evaluation.two_sided import FLOOR, HIDDEN_SEEDS, load_videos, measure, motions, render_true, report, skies
 from evaluation.worlds import WORLDS, render_chunks
 from training import travelling, world
 
@@ -150,7 +150,8 @@ def test_the_table_of_an_experiment(tmp_path):
         rows = [{"method": method, "seed": seed, "chunk": chunk, "flow": 1.0} for seed in seeds for chunk in range(4)]
         pd.DataFrame(rows).to_csv(path, index=False)
     true, again = (render_true(experiment, hidden_seed) for hidden_seed in HIDDEN_SEEDS)
-    results = measure(experiment, tmp_path, true, again)
+    videos = load_videos(experiment, tmp_path) | {FLOOR: again[:, :, 0]}
+    results = measure(videos, true[:, :, 0])
     assert list(results) == list(LOOKS)
     for methods in results.values():
         assert list(methods) == ["plain", "darker", FLOOR]
@@ -158,7 +159,7 @@ def test_the_table_of_an_experiment(tmp_path):
         assert methods["darker"]["over_time"][-1] > methods["plain"]["over_time"][-1]
     motion = motions(experiment, tmp_path, np.stack([render_chunks(travelling, experiment.prompts([7])[0], 7, 4, 3)]))
     assert motion["plain"] == motion["darker"] > 0
-    sky = skies(experiment, tmp_path, again)
+    sky = skies(experiment, videos)
     assert max(sky["plain"][0], sky[FLOOR][0]) < 0.5 < 2 < sky["darker"][0]
     text = report(experiment, json.loads(json.dumps(results)), motion, sky)
     assert text.count("\n| ") == 5 and "| darker | " in text

@@ -142,7 +142,8 @@ def test_what_is_nearly_equal_stays_so(kind):
     match = MATCHINGS[kind](reference)
     matched = match(latents)
     assert matched[:, :, : HEIGHT // 2].flatten(1).std(1).max() < 1e-4
-    assert (match(latents * (1 + 1e-6)) - matched).abs().max() < 2e-4
+    bound = 2e-4 if kind == "distribution" else 1e-4  # twelve maps one after the other: 1.4e-4 on some CPUs
+    assert (match(latents * (1 + 1e-6)) - matched).abs().max() < bound
 
 
 def test_distribution_takes_what_the_channels_have_in_common_too():

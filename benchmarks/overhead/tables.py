@@ -55,6 +55,11 @@ class Bench:
         latents = torch.randn(batch, 16, num_chunks * CHUNK, *self.size.latent, generator=generator)
         return latents.to(self.device), torch.randn(batch, *self.size.text, generator=generator).to(self.device)
 
+    def full_window(self) -> tuple[int, int]:
+        """The first chunk that reads the last window in full, and chunks of a run of which six are such."""
+        first = self.windows[-1] // CHUNK + 1
+        return first, self.chunks or first + 6
+
     def contestant(
         self,
         num_chunks: int,
@@ -115,16 +120,14 @@ def gate(bench: Bench) -> None:
 
 def plus(bench: Bench) -> None:
     """`tokentrim_plus`."""
-    first = bench.windows[-1] // CHUNK + 1
-    num_chunks = bench.chunks or first + 6
+    first, num_chunks = bench.full_window()
     contestants = {name: bench.contestant(num_chunks, method=name) for name in ("plain", "tokentrim_plus")}
     bench.run(f"window {bench.windows[-1]}", contestants, num_chunks, first, ["plain"])
 
 
 def layouts(bench: Bench) -> None:
     """Every named layout with its own window."""
-    first = bench.windows[-1] // CHUNK + 1
-    num_chunks = bench.chunks or first + 6
+    first, num_chunks = bench.full_window()
     contestants = {"plain": bench.contestant(num_chunks)}
     for name in LAYOUTS:
         if name != "window":  # which plain is
@@ -165,8 +168,7 @@ def batch(bench: Bench) -> None:
 
 def keys(bench: Bench) -> None:
     """A part of the past evicted, the same grid tokens of all latent frames."""
-    first = bench.windows[-1] // CHUNK + 1
-    num_chunks = bench.chunks or first + 6
+    first, num_chunks = bench.full_window()
     order = torch.randperm(bench.size.grid[0] * bench.size.grid[1], generator=torch.Generator().manual_seed(0))
 
     def evict(stream, fraction):
@@ -181,8 +183,7 @@ def keys(bench: Bench) -> None:
 
 def compiled(bench: Bench) -> None:
     """Blocks compiled by Inductor, all graphs made before the chunks that count."""
-    first = bench.windows[-1] // CHUNK + 1
-    num_chunks = bench.chunks or first + 6
+    first, num_chunks = bench.full_window()
     model = shared(bench.transformer)
     model.compile_repeated_blocks(fullgraph=True)
     contestants = {"eager": bench.contestant(num_chunks), "compiled": bench.contestant(num_chunks, transformer=model)}
