@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from tokentrim import TokenTrim, TokenTrimPipeline
+from tokentrim import TokenTrim
 from tokentrim.tokentrim_plan import TRIM_SETTINGS
 from tokentrim.tokentrim_statistics import MatchDistribution
 
@@ -78,7 +78,7 @@ def correct_in_pixels(frames: np.ndarray, num_frames_per_chunk: int) -> np.ndarr
 
 
 def _other_policy(kind: type, *hooks: Callable) -> Callable:
-    def change(pipe: TokenTrimPipeline, arguments: dict) -> dict:
+    def change(arguments: dict) -> dict:
         settings = {name: value for name, value in arguments.items() if name in TRIM_SETTINGS}
         rest = {name: value for name, value in arguments.items() if name not in settings}
         return {**rest, "method": [*(hook() for hook in hooks), kind(**settings)]}
@@ -86,12 +86,14 @@ def _other_policy(kind: type, *hooks: Callable) -> Callable:
     return change
 
 
-# What each makes of a call's arguments.
-CONTROLS: dict[str, Callable] = {
+# What stands in the place of a remedy: other arguments of a call.
+OTHER_POLICIES: dict[str, Callable] = {
     "random_tokens": _other_policy(RandomTokens),
     "lowest_drift": _other_policy(LowestDrift),
     "fresh_noise": _other_policy(TokenTrim, FreshNoise),
     "fresh_noise_no_pruning": _other_policy(SameContext, FreshNoise),
-    "corrected_afterwards": lambda pipe, arguments: arguments,
-    "corrected_in_pixels": lambda pipe, arguments: arguments,
 }
+# What is done when the rollout is over: to its latents, or to its frames.
+LATENT_CORRECTIONS: dict[str, Callable] = {"corrected_afterwards": correct_afterwards}
+PIXEL_CORRECTIONS: dict[str, Callable] = {"corrected_in_pixels": correct_in_pixels}
+CONTROLS = (*OTHER_POLICIES, *LATENT_CORRECTIONS, *PIXEL_CORRECTIONS)

@@ -65,8 +65,12 @@ class Experiment:
 
     @classmethod
     def load(cls, path: Path) -> "Experiment":
-        """Read and check a YAML file."""
+        """Read and check a YAML file; it has the settings of the file beside it that `base` names, but for its own."""
         settings = yaml.safe_load(path.read_text())
+        if isinstance(settings, dict) and (base := settings.pop("base", None)) is not None:
+            if not (path.parent / base).is_file():
+                raise ValueError(f"{path}: `base` has to be a file beside it, but is {base!r}.")
+            settings = {**yaml.safe_load((path.parent / base).read_text()), **settings}
         known = set(cls.__dataclass_fields__) - {"name"}
         if not isinstance(settings, dict) or not settings.get("methods"):
             raise ValueError(f"{path} has to be a mapping with `methods`, but is {settings!r}.")

@@ -39,7 +39,7 @@ def main() -> None:
         decoded = pipe.decode_latents(latents, "np")[0]
         for name, frames in (("rendered", clip.permute(0, 2, 3, 1).numpy()), ("through the VAE", decoded)):
             for chunk, measures in enumerate(measure_chunks(frames, prompt, per_chunk)):
-                blank = dict.fromkeys(("trim", "quarantined", "calls", "seconds"), 0)
+                blank = dict.fromkeys(("trim", "quarantined", "calls", "keys", "seconds"), 0)
                 rows.append({"method": name, "seed": seed, "prompt": prompt, "chunk": chunk, **measures, **blank})
     videos = video_table(pd.DataFrame(rows), Experiment("floor", {"rendered": {}, "through the VAE": {}}))
     print(f"{args.videos} rendered clips of {args.chunks} chunks, means")

@@ -47,6 +47,7 @@ def video_table(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
             "triggers": video["trim"].mean(),
             "quarantined": video["quarantined"].mean(),
             "calls": video["calls"].sum(),
+            "keys": video["keys"].mean(),
             "seconds": video["seconds"].sum(),
         }
         if experiment.defects:
@@ -215,8 +216,8 @@ def areas_by_defect(table: pd.DataFrame, experiment: Experiment) -> str:
 def cost(table: pd.DataFrame, videos: pd.DataFrame, methods: list[str], reference: str) -> str:
     """Triggers, and what a rollout costs against the reference's."""
     lines = [
-        "| cost | chunks trimmed | videos trimmed | chunks quarantined | transformer calls | seconds |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| cost | chunks trimmed | videos trimmed | chunks quarantined | transformer calls | frames a query | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     base = videos[videos["method"] == reference]
     for method in methods:
@@ -224,6 +225,7 @@ def cost(table: pd.DataFrame, videos: pd.DataFrame, methods: list[str], referenc
         lines.append(
             f"| {method} | {rows['triggers'].mean():.1%} | {(rows['triggers'] > 0).mean():.0%} "
             f"| {rows['quarantined'].mean():.1%} "
-            f"| {rows['calls'].sum() / base['calls'].sum():.3f}x | {rows['seconds'].sum() / base['seconds'].sum():.2f}x |"
+            f"| {rows['calls'].sum() / base['calls'].sum():.3f}x | {rows['keys'].mean():.1f} "
+            f"| {rows['seconds'].sum() / base['seconds'].sum():.2f}x |"
         )
     return "\n".join(lines)

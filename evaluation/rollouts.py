@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 from tokentrim import TokenTrimPipeline
+from tokentrim.tokentrim_cache import RollingKVCache
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +53,20 @@ def counted_calls(pipe: TokenTrimPipeline) -> Iterator[list]:
         yield calls
     finally:
         hook.remove()
+
+
+@contextmanager
+def counted_keys() -> Iterator[list[int]]:
+    """A list that grows by the keys that a query reads, for each pass through each layer inside."""
+    counts, update = [], RollingKVCache.update
+
+    def counted(*args):
+        keys, values, mask = update(*args)
+        counts.append(keys.shape[1])
+        return keys, values, mask
+
+    with mock.patch.object(RollingKVCache, "update", counted):
+        yield counts
 
 
 def draw_noise(pipe: TokenTrimPipeline, seeds: list[int], num_frames: int) -> torch.Tensor:

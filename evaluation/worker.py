@@ -2,6 +2,7 @@
 """One process of an experiment, started by `evaluation.run` through `accelerate launch`."""
 
 import argparse
+import math
 import os
 import time
 from pathlib import Path
@@ -15,11 +16,11 @@ from tokentrim import TokenTrimPipeline
 from tokentrim.tokentrim_policy import SeverityMonitor
 from training import world
 
-from .controls import CONTROLS, correct_afterwards, correct_in_pixels
+from .controls import LATENT_CORRECTIONS, OTHER_POLICIES, PIXEL_CORRECTIONS
 from .defects import Painted, paint_chunk
 from .experiment import Experiment, part
 from .measures import frame_look, measure_chunks
-from .rollouts import ROOT, counted_calls, draw_noise
+from .rollouts import ROOT, counted_calls, counted_keys, draw_noise
 from .signals import SIGNALS
 
 
@@ -30,13 +31,13 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
     kinds = [experiment.defects[seed % len(experiment.defects)] if experiment.defects else None for seed in seeds]
     painted = Painted(kinds, seeds, experiment.defect_chunk)
     arguments = {"method": "tokentrim", **experiment.arguments(method)}
-    if control is not None:
-        arguments = CONTROLS[control](pipe, arguments)
+    if control in OTHER_POLICIES:
+        arguments = OTHER_POLICIES[control](arguments)
     if experiment.defects:
         arguments["method"] = [painted, SeverityMonitor(), arguments["method"]]  # severities are of painted chunks
 
     start = time.perf_counter()
-    with counted_calls(pipe) as calls:
+    with counted_calls(pipe) as calls, counted_keys() as keys:
         output = pipe(
             prompts,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -45,11 +46,12 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
             **arguments,
         )
         latents = paint_chunk(output.frames, painted, per_chunk) if experiment.defects else output.frames
-        shown = correct_afterwards(latents, per_chunk) if control == "corrected_afterwards" else latents
+        shown = LATENT_CORRECTIONS[control](latents, per_chunk) if control in LATENT_CORRECTIONS else latents
         frames = pipe.decode_latents(shown, "np")
-        frames = correct_in_pixels(frames, per_chunk) if control == "corrected_in_pixels" else frames
+        frames = PIXEL_CORRECTIONS[control](frames, per_chunk) if control in PIXEL_CORRECTIONS else frames
     seconds = time.perf_counter() - start
     patch_size = pipe.transformer.config.patch_size
+    tokens = latents[0, 0, 0].numel() / math.prod(patch_size[1:])  # of a latent frame
     chunks = latents.split(per_chunk, dim=2)
     signals = {name: signal(chunks, patch_size) for name, signal in SIGNALS.items()}  # each (B, chunks)
     rows = []
@@ -72,6 +74,7 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
                     "quarantined": decision["quarantined"],
                     **{name: values[video, chunk].item() for name, values in signals.items()},
                     "calls": len(calls) / experiment.num_chunks,  # of the batch
+                    "keys": np.mean(keys) / tokens,
                     "seconds": seconds / experiment.num_chunks / len(seeds),
                 }
             )

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ import torch
 import yaml
 from conftest import ROOT
 
-from evaluation.controls import CONTROLS, correct_afterwards, correct_in_pixels
+from evaluation.controls import OTHER_POLICIES, correct_afterwards, correct_in_pixels
 from evaluation.defects import DEFECTS, Painted, paint_chunk
 from evaluation.experiment import Experiment, part, sample_prompts
 from evaluation.identity import Appearance
@@ -115,10 +116,10 @@ def latents_of(pipe, seeds=(5, 6), num_chunks=6, **settings):
     return output, collected
 
 
-@pytest.mark.parametrize("name", [name for name in CONTROLS if not name.startswith("corrected")])
+@pytest.mark.parametrize("name", OTHER_POLICIES)
 def test_controls_share_the_first_trigger_and_differ_after_it(pipe, name):
     ours, _ = latents_of(pipe, **TRIM)
-    theirs, _ = latents_of(pipe, **CONTROLS[name](pipe, {"method": "tokentrim", **TRIM}))
+    theirs, _ = latents_of(pipe, **OTHER_POLICIES[name]({"method": "tokentrim", **TRIM}))
     pairs = [
         next((video, *pair) for pair in zip(ours.decisions[video], theirs.decisions[video]) if pair[0]["trim"])
         for video in range(2)
@@ -229,6 +230,8 @@ def test_an_experiment_resumes_grows_and_refuses_other_settings(tmp_path):
     first = [rows.loc[rows["chunk"] == 0, "identity_error"].to_numpy() for rows in (plain, trimmed)]
     np.testing.assert_allclose(*first, atol=1e-4)  # the same prompts and noise
     assert trimmed["calls"].sum() > plain["calls"].sum()
+    read = [*8 * (3, 6, 9, 12), 3, 6, 9]  # frames, in 8 steps of each chunk and at three commits
+    np.testing.assert_allclose(plain["keys"], np.mean(read), rtol=1e-4)
 
     parts = {part: part.stat().st_mtime_ns for part in (out / "parts").glob("*.csv")}
     next(iter(parts)).unlink()
@@ -297,12 +300,20 @@ def test_a_crashed_worker_keeps_what_is_finished(tmp_path):
         ({"checkpoint": "checkpoints/none"}, "`checkpoint` .*'checkpoints/none'"),
         ({"prompts_file": "none.txt"}, "`prompts_file` .*'none.txt' has none"),
         ({"num_seeds": 0}, "`num_seeds` .*0"),
+        ({"base": "none.yaml"}, "`base` .*'none.yaml'"),
         ({"seeds": 4}, "unknown settings .*seeds.*first_seed"),
     ],
 )
 def test_bad_experiments(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         Experiment.load(write(tmp_path, **settings))
+
+
+def test_an_experiment_has_the_settings_of_its_base_but_for_its_own(tmp_path):
+    base = Experiment.load(write(tmp_path))
+    (tmp_path / "longer.yaml").write_text("base: small.yaml\nnum_chunks: 8\n")
+    longer = Experiment.load(tmp_path / "longer.yaml")
+    assert longer == replace(base, name="longer", num_chunks=8)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "evaluation" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -317,7 +328,7 @@ def test_committed_experiments_load(path, tmp_path):
 
 def test_summaries_by_video():
     chunks = np.arange(20)
-    still = ("background_error", "object_error", "scattered", "motion", "flow", "calls", "seconds")
+    still = ("background_error", "object_error", "scattered", "motion", "flow", "calls", "keys", "seconds")
     rows = {name: np.zeros(20) for name in still}
     looks = dict.fromkeys(frame_look(np.full((3, 64, 64, 3), 0.5)), chunks / 10)
     table = pd.concat(
