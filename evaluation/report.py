@@ -20,6 +20,14 @@ RIVALS = ("sink", "corrected afterwards")  # what the others are compared with t
 CASES = "The five videos whose {} falls most and the five where it falls least, each below its reference:"
 OVERVIEW, VIDEOS = "All methods, seed", "Up to ten videos, from seed"
 RIVALRY = ("excess_drift", "shape_right")
+SUMMARY = {
+    "background CIEDE2000": ("background_error", "{:.2f}"),
+    "object CIEDE2000": ("object_error", "{:.2f}"),
+    "shape right": ("shape_right", "{:.0%}"),
+    "motion": ("motion", "{:.2f}"),
+    "its change": ("motion_change", "{:+.2f}"),
+    "frames a query": ("keys", "{:.1f}"),
+}
 
 
 def bootstrap(values: np.ndarray, num_samples: int = 10_000) -> tuple[float, float]:
@@ -89,6 +97,22 @@ def paired(videos: pd.DataFrame, measure: str, method: str, reference: str) -> n
     """Differences video by video; those without a value on either side are left out."""
     by_method = {name: videos[videos["method"] == name].set_index("seed")[measure] for name in (method, reference)}
     return (by_method[method] - by_method[reference]).dropna().to_numpy()
+
+
+def summary(videos: pd.DataFrame, methods: list[str], reference: str) -> str:
+    """A Markdown table of what the tiny world's checker saw and what it cost, a row for each method."""
+    names = ["excess drift", f"against {reference} [95%]", *SUMMARY, "calls"]
+    lines = [f"| | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
+    means = videos.groupby("method").mean(numeric_only=True)
+    for method in methods:
+        differences, against = paired(videos, "excess_drift", method, reference), ""
+        if method != reference:
+            against = "{:+.4f} [{:+.4f}, {:+.4f}]".format(differences.mean(), *bootstrap(differences))
+        shown = [form.format(means.loc[method, measure]) for measure, form in SUMMARY.values()]
+        calls = f"{means.loc[method, 'calls'] / means.loc[reference, 'calls']:.3f}x"
+        cells = [method, f"{means.loc[method, 'excess_drift']:.4f}", against, *shown, calls]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def comparison(videos: pd.DataFrame, measure: str, methods: list[str], reference: str) -> str:
@@ -173,6 +197,7 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
         f"# {experiment.name}",
         f"`python -m evaluation.run --config evaluation/configs/{experiment.name}.yaml`: {experiment.num_seeds} seeds "
         f"from {experiment.first_seed}, {experiment.num_chunks} chunks, {source}, checkpoint `{experiment.checkpoint}`.",
+        *([summary(videos, methods, reference)] if has_object else []),
         *(comparison(videos, measure, methods, reference) for measure in measures),
         *(comparison(videos, measure, methods, other) for other in others for measure in RIVALRY if has_object),
         *([areas_by_defect(table, experiment), alarms(table, experiment)] if experiment.defects else []),

@@ -17,7 +17,7 @@ from evaluation.defects import DEFECTS, Painted, paint_chunk
 from evaluation.experiment import Experiment, part, sample_prompts
 from evaluation.identity import Appearance
 from evaluation.measures import frame_look, measure_chunks, track_colors
-from evaluation.report import area_under_curve, paired, video_table, write_report
+from evaluation.report import area_under_curve, paired, summary, video_table, write_report
 from evaluation.rollouts import load_pipeline
 from evaluation.signals import SIGNALS
 from evaluation.worker import run_job
@@ -328,8 +328,8 @@ def test_committed_experiments_load(path, tmp_path):
 
 def test_summaries_by_video():
     chunks = np.arange(20)
-    still = ("background_error", "object_error", "scattered", "motion", "flow", "calls", "keys", "seconds")
-    rows = {name: np.zeros(20) for name in still}
+    still = ("background_error", "object_error", "scattered", "motion", "flow", "keys", "seconds")
+    rows = {name: np.zeros(20) for name in still} | {"calls": 9}
     looks = dict.fromkeys(frame_look(np.full((3, 64, 64, 3), 0.5)), chunks / 10)
     table = pd.concat(
         pd.DataFrame(
@@ -340,7 +340,7 @@ def test_summaries_by_video():
                 "seed": seed,
                 "prompt": "x",
                 "chunk": chunks,
-                "identity_error": 0.1 + slope * chunks,
+                "identity_error": 0.125 + slope * chunks,
                 "area": 0.2,
                 "present": True,
                 "shape_right": True,
@@ -357,3 +357,7 @@ def test_summaries_by_video():
     np.testing.assert_allclose(plain["slope_saturation"], 0.1)
     np.testing.assert_allclose(plain["contrast_saturation"], 0.1 * 17)
     np.testing.assert_allclose(paired(videos, "excess_drift", "held", "plain"), -0.125)
+    *_, last = summary(videos, ["plain", "held"], "plain").splitlines()
+    assert last.startswith(
+        "| held | 0.0000 | -0.1250 [-0.1250, -0.1250] | 0.00 | 0.00 | 100% | 0.00 | +0.00 | 0.0 | 1.000x"
+    )
