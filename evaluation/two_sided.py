@@ -7,6 +7,7 @@ videos get), and writes two_sided.md, two_sided.json and two_sided.png beside it
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,8 +134,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="an experiment, evaluation/configs/*.yaml")
     parser.add_argument("--out", type=Path, help="where evaluation.run wrote, evaluation/runs/<name> by default")
+    parser.add_argument("--methods", nargs="+", help="some of the experiment's; shares are of the first")
     args = parser.parse_args()
     experiment = Experiment.load(args.config)
+    if unknown := set(args.methods or ()) - set(experiment.methods):
+        parser.error(f"unknown --methods {', '.join(sorted(unknown))}; there are {', '.join(experiment.methods)}")
+    chosen = {name: experiment.methods[name] for name in args.methods or experiment.methods}
+    experiment = replace(experiment, methods=chosen)
     if experiment.world is None:
         parser.error("there are no true videos of a `prompts_file`: `tokentrim drift` measures without them")
     out = (args.out or ROOT / "evaluation" / "runs" / experiment.name).resolve()

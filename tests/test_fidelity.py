@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from scipy.ndimage import gaussian_filter
 
+from evaluation import two_sided
 from evaluation.experiment import Experiment, part, sample_prompts
 from evaluation.fidelity import LOOKS, Infidelity, Looks, energy_distance, interval, life, pair_distances
 from evaluation.kinds_of_drift import describe
@@ -163,6 +164,14 @@ def test_the_table_of_an_experiment(tmp_path):
     assert max(sky["plain"][0], sky[FLOOR][0]) < 0.5 < 2 < sky["darker"][0]
     text = report(experiment, json.loads(json.dumps(results)), motion, sky)
     assert text.count("\n| ") == 5 and "| darker | " in text
+
+
+def test_some_methods_of_an_experiment(monkeypatch, capsys):
+    config = str(ROOT / "evaluation" / "configs" / "plus.yaml")
+    monkeypatch.setattr("sys.argv", ["two_sided", "--config", config, "--methods", "plain", "best"])
+    with pytest.raises(SystemExit):
+        two_sided.main()
+    assert "unknown --methods best; there are plain, tokentrim_plus" in capsys.readouterr().err
 
 
 def test_experiments_name_a_world(tmp_path):
