@@ -26,7 +26,6 @@ SUMMARY = {
     "shape right": ("shape_right", "{:.0%}"),
     "motion": ("motion", "{:.2f}"),
     "its change": ("motion_change", "{:+.2f}"),
-    "frames a query": ("keys", "{:.1f}"),
 }
 
 
@@ -99,9 +98,10 @@ def paired(videos: pd.DataFrame, measure: str, method: str, reference: str) -> n
     return (by_method[method] - by_method[reference]).dropna().to_numpy()
 
 
-def summary(videos: pd.DataFrame, methods: list[str], reference: str) -> str:
-    """A Markdown table of what the tiny world's checker saw and what it cost, a row for each method."""
-    names = ["excess drift", f"against {reference} [95%]", *SUMMARY, "calls"]
+def summary(table: pd.DataFrame, videos: pd.DataFrame, methods: list[str], reference: str) -> str:
+    """A Markdown table of what the tiny world's checker saw and what it cost, a row for each method. Peak motion is that of
+    the chunk in which all videos together move most."""
+    names = ["excess drift", f"against {reference} [95%]", *SUMMARY, "peak motion, chunk", "frames a query", "calls"]
     lines = [f"| | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
     means = videos.groupby("method").mean(numeric_only=True)
     for method in methods:
@@ -109,8 +109,13 @@ def summary(videos: pd.DataFrame, methods: list[str], reference: str) -> str:
         if method != reference:
             against = "{:+.4f} [{:+.4f}, {:+.4f}]".format(differences.mean(), *bootstrap(differences))
         shown = [form.format(means.loc[method, measure]) for measure, form in SUMMARY.values()]
-        calls = f"{means.loc[method, 'calls'] / means.loc[reference, 'calls']:.3f}x"
-        cells = [method, f"{means.loc[method, 'excess_drift']:.4f}", against, *shown, calls]
+        motion = table[table["method"] == method].groupby("chunk")["motion"].mean()
+        cost = [
+            f"{means.loc[method, 'keys']:.1f}",
+            f"{means.loc[method, 'calls'] / means.loc[reference, 'calls']:.3f}x",
+        ]
+        peak = f"{motion.max():.2f}, {motion.idxmax()}"
+        cells = [method, f"{means.loc[method, 'excess_drift']:.4f}", against, *shown, peak, *cost]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -197,7 +202,7 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
         f"# {experiment.name}",
         f"`python -m evaluation.run --config evaluation/configs/{experiment.name}.yaml`: {experiment.num_seeds} seeds "
         f"from {experiment.first_seed}, {experiment.num_chunks} chunks, {source}, checkpoint `{experiment.checkpoint}`.",
-        *([summary(videos, methods, reference)] if has_object else []),
+        *([summary(table, videos, methods, reference)] if has_object else []),
         *(comparison(videos, measure, methods, reference) for measure in measures),
         *(comparison(videos, measure, methods, other) for other in others for measure in RIVALRY if has_object),
         *([areas_by_defect(table, experiment), alarms(table, experiment)] if experiment.defects else []),

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from cycler import cycler
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from .experiment import Experiment, part
@@ -13,15 +15,16 @@ from .experiment import Experiment, part
 
 def curves(table: pd.DataFrame, measures: dict[str, str]) -> Figure:
     """Mean over videos of some measures, chunk by chunk, a line for each method."""
-    figure = Figure(figsize=(9, 2.6 * len(measures)), layout="constrained")
+    figure = Figure(figsize=(11, 2.6 * len(measures)), layout="constrained")
     axes = np.atleast_1d(figure.subplots(len(measures), 1, sharex=True))
     for axis, (measure, title) in zip(axes, measures.items()):
+        axis.set_prop_cycle(cycler(linestyle=("-", "--", ":")) * cycler(color=colormaps["tab10"].colors))
         for method, rows in table.groupby("method", sort=False):
             axis.plot(rows.groupby("chunk")[measure].mean(), label=method)
         axis.set(ylabel=title)
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, ncols=3, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
     axes[-1].set_xlabel("chunk")
     return figure
 

@@ -357,7 +357,7 @@ def test_summaries_by_video():
     np.testing.assert_allclose(plain["slope_saturation"], 0.1)
     np.testing.assert_allclose(plain["contrast_saturation"], 0.1 * 17)
     np.testing.assert_allclose(paired(videos, "excess_drift", "held", "plain"), -0.125)
-    *_, last = summary(videos, ["plain", "held"], "plain").splitlines()
+    *_, last = summary(table, videos, ["plain", "held"], "plain").splitlines()
     assert last.startswith(
-        "| held | 0.0000 | -0.1250 [-0.1250, -0.1250] | 0.00 | 0.00 | 100% | 0.00 | +0.00 | 0.0 | 1.000x"
+        "| held | 0.0000 | -0.1250 [-0.1250, -0.1250] | 0.00 | 0.00 | 100% | 0.00 | +0.00 | 0.00, 0 | 0.0 | 1.000x"
     )
