@@ -105,8 +105,9 @@ def summary(table: pd.DataFrame, videos: pd.DataFrame, methods: list[str], refer
     lines = [f"| | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
     means = videos.groupby("method").mean(numeric_only=True)
     for method in methods:
-        differences, against = paired(videos, "excess_drift", method, reference), ""
+        against = ""
         if method != reference:
+            differences = paired(videos, "excess_drift", method, reference)
             against = "{:+.4f} [{:+.4f}, {:+.4f}]".format(differences.mean(), *bootstrap(differences))
         shown = [form.format(means.loc[method, measure]) for measure, form in SUMMARY.values()]
         motion = table[table["method"] == method].groupby("chunk")["motion"].mean()
