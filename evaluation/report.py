@@ -20,6 +20,7 @@ RIVALS = ("sink", "corrected afterwards")  # what the others are compared with t
 CASES = "The five videos whose {} falls most and the five where it falls least, each below its reference:"
 OVERVIEW, VIDEOS = "All methods, seed", "Up to ten videos, from seed"
 RIVALRY = ("excess_drift", "shape_right")
+RELEASING, HELD = "tokentrim_plus", "held for good"  # the same rollout until a video is released
 SUMMARY = {
     "background CIEDE2000": ("background_error", "{:.2f}"),
     "object CIEDE2000": ("object_error", "{:.2f}"),
@@ -143,6 +144,18 @@ def comparison(videos: pd.DataFrame, measure: str, methods: list[str], reference
     return "\n".join(lines)
 
 
+def releases(videos: pd.DataFrame, measure: str, reference: str) -> str:
+    """A Markdown table of one measure, over the videos that `RELEASING` has released and over those that it held: there it
+    is the same video as `HELD`."""
+    by_method = {name: videos[videos["method"] == name].set_index("seed") for name in (reference, RELEASING, HELD)}
+    released = by_method[RELEASING]["color_drift"] != by_method[HELD]["color_drift"]
+    lines = [f"| {measure.replace('_', ' ')} | videos | {' | '.join(by_method)} |", "| --- " * 5 + "|"]
+    for group, chosen in (("released", released), ("held", ~released)):
+        means = [f"{rows.loc[chosen, measure].mean():.4g}" if chosen.any() else "" for rows in by_method.values()]
+        lines.append(f"| {group} by {RELEASING} | {chosen.sum()} | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
 def area_under_curve(signal: np.ndarray, bad: np.ndarray) -> float:
     """Probability that a bad chunk has the larger signal than a good one, ties counted half."""
     ranks = stats.rankdata(signal)
@@ -196,6 +209,7 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
         measures = ["recovery", "excess_recovery", *measures]
     measures = [measure for measure in measures if measure in videos]
     others = [method for method in methods[1:] if method in RIVALS]
+    told = [drift_measure(videos), "background_error"] if {RELEASING, HELD} <= set(methods) else []  # by release
     source = f"prompts of `{experiment.prompts_file}`"
     if experiment.prompts_file is None:
         source = f"scenes {', '.join(experiment.scenes)}"
@@ -206,6 +220,7 @@ def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
         *([summary(table, videos, methods, reference)] if has_object else []),
         *(comparison(videos, measure, methods, reference) for measure in measures),
         *(comparison(videos, measure, methods, other) for other in others for measure in RIVALRY if has_object),
+        *(releases(videos, measure, reference) for measure in told if measure in videos),
         *([areas_by_defect(table, experiment), alarms(table, experiment)] if experiment.defects else []),
         cost(table, videos, methods, reference),
         *([detectors(table, reference, experiment)] if has_object else []),

@@ -17,7 +17,7 @@ from evaluation.defects import DEFECTS, Painted, paint_chunk
 from evaluation.experiment import Experiment, part, sample_prompts
 from evaluation.identity import Appearance
 from evaluation.measures import frame_look, measure_chunks, track_colors
-from evaluation.report import area_under_curve, paired, summary, video_table, write_report
+from evaluation.report import area_under_curve, paired, releases, summary, video_table, write_report
 from evaluation.rollouts import load_pipeline
 from evaluation.signals import SIGNALS
 from evaluation.worker import run_job
@@ -324,6 +324,15 @@ def test_committed_experiments_load(path, tmp_path):
         path = write(tmp_path, **{**settings, "checkpoint": "checkpoints/tiny-world"})
     experiment = Experiment.load(path)
     assert len(experiment.jobs()) == len(experiment.methods) * -(-experiment.num_seeds // experiment.batch_size)
+
+
+def test_videos_that_were_released_are_those_that_are_not_as_held():
+    drift = {"plain": [0.3, 0.2, 0.1], "tokentrim_plus": [0.2, 0.04, 0.02], "held for good": [0.05, 0.04, 0.02]}
+    rows = [(method, seed, each, each) for method, each_seed in drift.items() for seed, each in enumerate(each_seed)]
+    videos = pd.DataFrame(rows, columns=["method", "seed", "excess_drift", "color_drift"])
+    _, _, released, held = releases(videos, "excess_drift", "plain").splitlines()
+    assert released == "| released by tokentrim_plus | 1 | 0.3 | 0.2 | 0.05 |"
+    assert held == "| held by tokentrim_plus | 2 | 0.15 | 0.03 | 0.03 |"
 
 
 def test_summaries_by_video():
