@@ -14,7 +14,7 @@ APP_INSTALLED = .venv-app/installed
 .PHONY: demo install app space test test-fast test-app fuzz lint bench clean
 
 demo: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(PYTHON) -m evaluation.demo --world $(WORLD)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m research.evaluation.demo --world $(WORLD)
 
 # For the commands of the pages: then `source .venv/bin/activate`.
 install: $(INSTALLED)
@@ -28,7 +28,7 @@ space:
 	rm -rf build/space
 	mkdir -p build/space/tokentrim/tools/commands build/space/checkpoints
 	cp space/*.* build/space
-	cp LICENSE *.py build/space/tokentrim
+	cp -r LICENSE *.py tokentrim_*/ build/space/tokentrim
 	cp tools/*.* build/space/tokentrim/tools
 	cp tools/commands/*.py build/space/tokentrim/tools/commands
 	cp -r checkpoints/tiny-world build/space/checkpoints
@@ -52,7 +52,7 @@ fuzz: $(INSTALLED)
 
 # What a rollout costs beside its forwards; more with `make bench BENCH="--tables gate layouts --size tiny"`, see --help.
 bench: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.overhead $(BENCH)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m research.benchmarks.overhead $(BENCH)
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .

@@ -1,38 +1,39 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """What Diffusers reads where `custom_pipeline` is this directory or a Hub repository: all files, named one by one."""
 
-from .pipeline_tokentrim import TokenTrimPipeline  # noqa: F401
-from .tokentrim_attention import check_free  # noqa: F401
-from .tokentrim_cache import RollingKVCache  # noqa: F401
-from .tokentrim_checks import check  # noqa: F401
-from .tokentrim_context import ContextPolicy  # noqa: F401
-from .tokentrim_decoding import make_decoder  # noqa: F401
-from .tokentrim_denoising import Prompt  # noqa: F401
-from .tokentrim_encoding import encode_prompts  # noqa: F401
-from .tokentrim_far import FARBackbone  # noqa: F401
-from .tokentrim_field_layouts import InfinityRope  # noqa: F401
-from .tokentrim_flowmo import FlowMo  # noqa: F401
-from .tokentrim_given import read_video  # noqa: F401
-from .tokentrim_hooks import check_hooks  # noqa: F401
-from .tokentrim_layout import Layout  # noqa: F401
-from .tokentrim_layouts import make_layout  # noqa: F401
-from .tokentrim_memory import Memory  # noqa: F401
-from .tokentrim_memory_layouts import MemRoPE  # noqa: F401
-from .tokentrim_methods import make_method  # noqa: F401
-from .tokentrim_output import TokenTrimPipelineOutput  # noqa: F401
-from .tokentrim_parallel import check_parallel  # noqa: F401
-from .tokentrim_partition import partition_chunks  # noqa: F401
-from .tokentrim_plan import plan_rollout  # noqa: F401
-from .tokentrim_policy import TokenTrim  # noqa: F401
-from .tokentrim_prompts import PromptChange  # noqa: F401
-from .tokentrim_quarantine import Quarantine  # noqa: F401
-from .tokentrim_reanchor import Reanchor  # noqa: F401
-from .tokentrim_rollout import Rollout  # noqa: F401
-from .tokentrim_saving import copy_code  # noqa: F401
-from .tokentrim_scheduler import lift_scheduler  # noqa: F401
-from .tokentrim_stability import token_grid  # noqa: F401
-from .tokentrim_state import load_state  # noqa: F401
-from .tokentrim_statistics import quantiles  # noqa: F401
-from .tokentrim_storage import LayerStore  # noqa: F401
-from .tokentrim_stream import Stream  # noqa: F401
-from .tokentrim_video import VideoWriter  # noqa: F401
+from .pipeline_tokentrim import TokenTrimPipeline
+from .tokentrim_backbones.far import FARBackbone
+from .tokentrim_backbones.hooks import check_hooks
+from .tokentrim_backbones.parallel import check_parallel
+from .tokentrim_backbones.wan import check_free
+from .tokentrim_checks import check
+from .tokentrim_files.bundle import bundle
+from .tokentrim_files.checkpoint import check_portable
+from .tokentrim_files.run_state import load_state
+from .tokentrim_frames.decode import make_decoder
+from .tokentrim_frames.mp4 import VideoWriter
+from .tokentrim_frames.output import TokenTrimPipelineOutput
+from .tokentrim_kv.cache import RollingKVCache
+from .tokentrim_kv.store import LayerStore
+from .tokentrim_policies.flowmo import FlowMo
+from .tokentrim_policies.policy import ContextPolicy
+from .tokentrim_policies.quarantine import Quarantine
+from .tokentrim_policies.reanchor import Reanchor
+from .tokentrim_policies.registry import make_method
+from .tokentrim_policies.stability import token_grid
+from .tokentrim_policies.statistics import quantiles
+from .tokentrim_policies.trim import TokenTrim
+from .tokentrim_scheduler import lift_scheduler
+from .tokentrim_session.denoise import Prompt
+from .tokentrim_session.encode import encode_prompts
+from .tokentrim_session.given import read_video
+from .tokentrim_session.partition import partition_chunks
+from .tokentrim_session.plan import plan_rollout
+from .tokentrim_session.prompts import PromptChange
+from .tokentrim_session.run import Rollout
+from .tokentrim_session.stream import Stream
+from .tokentrim_views.layout import Layout
+from .tokentrim_views.memory import Memory
+from .tokentrim_views.registry import make_layout
+from .tokentrim_views.rewriting import MemRoPE
+from .tokentrim_views.windows import InfinityRope

@@ -30,40 +30,56 @@ except ImportError as error:
         f"TokenTrim needs diffusers 0.39.0 or newer, but {__version__} is here: `pip install -U diffusers`."
     ) from error
 
-from .tokentrim_attention import check_free
-from .tokentrim_cache import RollingKVCache  # noqa: F401
+from .tokentrim_backbones.far import FARBackbone
+from .tokentrim_backbones.hooks import check_hooks
+from .tokentrim_backbones.parallel import check_parallel
+from .tokentrim_backbones.wan import check_free
 from .tokentrim_checks import check, check_int
-from .tokentrim_context import ContextPolicy
-from .tokentrim_decoding import FrameDecoder, decode_all, make_decoder
-from .tokentrim_denoising import Prompt  # noqa: F401
-from .tokentrim_encoding import encode_given, encode_prompts
-from .tokentrim_far import FARBackbone  # noqa: F401
-from .tokentrim_field_layouts import InfinityRope  # noqa: F401
-from .tokentrim_flowmo import FlowMo  # noqa: F401
-from .tokentrim_given import read_video  # noqa: F401
-from .tokentrim_hooks import check_hooks  # noqa: F401
-from .tokentrim_layout import Layout, View
-from .tokentrim_layouts import make_layout  # noqa: F401
-from .tokentrim_memory import Memory  # noqa: F401
-from .tokentrim_memory_layouts import MemRoPE  # noqa: F401
-from .tokentrim_methods import make_method  # noqa: F401
-from .tokentrim_output import TokenTrimPipelineOutput, concatenated
-from .tokentrim_parallel import check_parallel  # noqa: F401
-from .tokentrim_partition import partition_chunks  # noqa: F401
-from .tokentrim_plan import RolloutPlan, plan_rollout, read_call
-from .tokentrim_policy import TokenTrim  # noqa: F401
-from .tokentrim_prompts import PromptChange  # noqa: F401
-from .tokentrim_quarantine import Quarantine  # noqa: F401
-from .tokentrim_reanchor import Reanchor  # noqa: F401
-from .tokentrim_rollout import Rollout
-from .tokentrim_saving import SETTINGS, check_portable, copy_code, name_our_classes, name_stock_classes
+from .tokentrim_files.bundle import bundle
+from .tokentrim_files.checkpoint import (
+    PIPELINE_FILE,
+    SETTINGS,
+    check_portable,
+    name_our_classes,
+    name_stock_classes,
+    write_code,
+)
+from .tokentrim_files.run_state import (
+    check_same,
+    check_weights,
+    has_state,
+    load_state,
+    recall,
+    record_call,
+    settings_of,
+)
+from .tokentrim_frames.decode import FrameDecoder, decode_all, make_decoder
+from .tokentrim_frames.mp4 import VideoWriter
+from .tokentrim_frames.output import TokenTrimPipelineOutput, concatenated
+from .tokentrim_kv.cache import RollingKVCache
+from .tokentrim_kv.store import LayerStore
+from .tokentrim_policies.flowmo import FlowMo
+from .tokentrim_policies.policy import ContextPolicy
+from .tokentrim_policies.quarantine import Quarantine
+from .tokentrim_policies.reanchor import Reanchor
+from .tokentrim_policies.registry import make_method
+from .tokentrim_policies.stability import token_grid
+from .tokentrim_policies.statistics import quantiles
+from .tokentrim_policies.trim import TokenTrim
 from .tokentrim_scheduler import lift_scheduler
-from .tokentrim_stability import token_grid  # noqa: F401
-from .tokentrim_state import check_same, check_weights, has_state, load_state, recall, record_call, settings_of
-from .tokentrim_statistics import quantiles  # noqa: F401
-from .tokentrim_storage import LayerStore  # noqa: F401
-from .tokentrim_stream import Chunk, Stream, gather
-from .tokentrim_video import VideoWriter  # noqa: F401
+from .tokentrim_session.denoise import Prompt
+from .tokentrim_session.encode import encode_given, encode_prompts
+from .tokentrim_session.given import read_video
+from .tokentrim_session.partition import partition_chunks
+from .tokentrim_session.plan import RolloutPlan, plan_rollout, read_call
+from .tokentrim_session.prompts import PromptChange
+from .tokentrim_session.run import Rollout
+from .tokentrim_session.stream import Chunk, Stream, gather
+from .tokentrim_views.layout import Layout, View
+from .tokentrim_views.memory import Memory
+from .tokentrim_views.registry import make_layout
+from .tokentrim_views.rewriting import MemRoPE
+from .tokentrim_views.windows import InfinityRope
 
 
 class TokenTrimPipeline(AnyFlowFARPipeline):
@@ -139,13 +155,13 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         Args:
             save_directory (`str` or `os.PathLike`): the folder.
             include_code (`bool`, defaults to `False`):
-                Whether to save the code of the pipeline as well, so that `trust_remote_code=True` is all that somebody
-                without this project needs to load the folder; without that, it does not load. A folder that holds the
-                code already stays such a folder.
+                Whether to save the code of the pipeline as well, as one file, so that the folder, also once it is pushed
+                to the Hub, loads with `trust_remote_code=True` and without this project; without that argument, it does
+                not load. A folder that holds the code already keeps it.
             args, kwargs (*optional*): as in [`DiffusionPipeline.save_pretrained`].
         """
         if include_code:
-            copy_code(Path(__file__), save_directory)
+            write_code(save_directory, Path(__file__))
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_config(self, save_directory: str | os.PathLike, **kwargs) -> None:
@@ -158,8 +174,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         """
         super().save_config(save_directory, **kwargs)
         name_stock_classes(save_directory, self.scheduler)
-        if (Path(save_directory) / Path(__file__).name).is_file():
-            name_our_classes(save_directory, Path(__file__))
+        if (Path(save_directory) / PIPELINE_FILE).is_file():
+            name_our_classes(save_directory)
 
     @torch.no_grad()
     def __call__(

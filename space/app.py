@@ -35,8 +35,8 @@ import world
 from measure import measure
 from runs import Change, Settings, Studio, ask_to_change, ask_to_stop, is_over
 
-from tokentrim.tokentrim_layouts import LAYOUTS
-from tokentrim.tokentrim_prompts import TRANSITIONS
+from tokentrim.tokentrim_session.prompts import TRANSITIONS
+from tokentrim.tokentrim_views.registry import LAYOUTS
 
 
 logger = logging.getLogger("tokentrim.app")

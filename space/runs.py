@@ -22,8 +22,8 @@ import torch
 from world import is_tiny_world, unknown_words
 
 from tokentrim import TokenTrimPipeline, __version__
-from tokentrim.tokentrim_output import as_uint8, decision_event
-from tokentrim.tokentrim_video import VideoWriter
+from tokentrim.tokentrim_frames.mp4 import VideoWriter
+from tokentrim.tokentrim_frames.output import as_uint8, decision_event
 
 
 SIDES = ("left", "right")

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tokentrim import RollingKVCache, TokenTrimFlowMatchEulerDiscreteScheduler, TokenTrimPipeline
-from tokentrim.tokentrim_layout import Pass
+from tokentrim.tokentrim_views.layout import Pass
 
 
 CHANNELS, HEIGHT, WIDTH = 4, 4, 6  # latents

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from tokentrim.tokentrim_video import VideoWriter
+from tokentrim.tokentrim_frames.mp4 import VideoWriter
 from tokentrim.tools.frames import read_frames
 
 
@@ -65,7 +65,8 @@ def serve(folder, *command):
 def space(tmp_path_factory):
     """What `make space` writes, with a tiny world of 2 steps."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("Makefile", "LICENSE", "space", "tools", "checkpoints", *(path.name for path in ROOT.glob("*.py"))):
+    code = [path.name for pattern in ("*.py", "tokentrim_*/") for path in ROOT.glob(pattern)]
+    for name in ("Makefile", "LICENSE", "space", "tools", "checkpoints", *code):
         (folder / name).symlink_to(ROOT / name)
     subprocess.run(["make", "space"], cwd=folder, check=True, capture_output=True)
     index = folder / "build" / "space" / "checkpoints" / "tiny-world" / "model_index.json"

@@ -21,7 +21,7 @@ from oracle import masked_flow
 from torch.overrides import TorchFunctionMode
 
 from tokentrim import RollingKVCache, WindowLayout
-from tokentrim.tokentrim_attention import cached_attention, rotary_dims, takes_mask
+from tokentrim.tokentrim_backbones.wan import cached_attention, rotary_dims, takes_mask
 
 
 TIMES = (900.0, 300.0)

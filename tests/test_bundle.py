@@ -7,19 +7,28 @@ import sys
 import pytest
 from conftest import ROOT
 
-from tokentrim.tools.bundle import bundle, sort_modules
+from tokentrim.tokentrim_files.bundle import bundle, sort_modules
+from tokentrim.tools.bundle import PIPELINE
 from tokentrim.tools.cli import main
 
 
 def test_every_module_comes_after_those_that_it_imports():
-    modules = sort_modules("pipeline_tokentrim")
-    assert sorted(modules) == sorted(["pipeline_tokentrim", *(path.stem for path in ROOT.glob("tokentrim_*.py"))])
-    assert modules[-1] == "pipeline_tokentrim"
-    assert modules.index("tokentrim_cache") < modules.index("tokentrim_attention")
+    modules = sort_modules(PIPELINE)
+    rooms = [path for path in ROOT.glob("tokentrim_*/*.py") if path.name != "__init__.py"]
+    assert sorted(modules) == sorted([PIPELINE, *ROOT.glob("tokentrim_*.py"), *rooms])
+    names = [str(path.relative_to(ROOT).with_suffix("")) for path in modules]
+    assert names[-1] == "pipeline_tokentrim"
+    assert names.index("tokentrim_kv/cache") < names.index("tokentrim_backbones/wan")
+
+
+def test_a_bundle_of_a_bundle_is_the_same(tmp_path):
+    file = tmp_path / "pipeline_tokentrim.py"
+    file.write_text(bundle(PIPELINE))
+    assert bundle(file) == file.read_text()
 
 
 def test_the_file_needs_nothing_of_this_project_and_is_formatted():
-    source = bundle()
+    source = bundle(PIPELINE)
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     assert not any(node.level or "tokentrim" in node.module for node in imports)
     for command in (["check"], ["format", "--check"]):
@@ -28,20 +37,19 @@ def test_the_file_needs_nothing_of_this_project_and_is_formatted():
         assert process.returncode == 0, process.stdout + process.stderr
 
 
-def test_names_that_two_modules_define_are_an_error(tmp_path, monkeypatch):
-    (tmp_path / "pipeline_tokentrim.py").write_text(
-        '# c\n"""Doc."""\n\nfrom .tokentrim_a import b\n\n\ndef c():\n    pass\n'
-    )
-    (tmp_path / "tokentrim_a.py").write_text('# c\n"""Doc."""\n\nb = 1\n\n\nclass c:\n    pass\n')
-    monkeypatch.setattr("tokentrim.tools.bundle.ROOT", tmp_path)
+def test_names_that_two_modules_define_are_an_error(tmp_path):
+    pipeline = tmp_path / "pipeline_tokentrim.py"
+    pipeline.write_text('# c\n"""Doc."""\n\nfrom .tokentrim_room.a import b\n\n\ndef c():\n    pass\n')
+    (tmp_path / "tokentrim_room").mkdir()
+    (tmp_path / "tokentrim_room" / "a.py").write_text('# c\n"""Doc."""\n\nb = 1\n\n\nclass c:\n    pass\n')
     with pytest.raises(RuntimeError, match=r"defined in two modules: \['c'\]"):
-        bundle()
+        bundle(pipeline)
 
 
 def test_the_command(tmp_path, capsys):
     file = tmp_path / "tokentrim.py"
     assert main(["bundle", str(file)]) == 0
-    assert file.read_text() == bundle() and capsys.readouterr().out == f"{file}\n"
+    assert file.read_text() == bundle(PIPELINE) and capsys.readouterr().out == f"{file}\n"
     assert main(["bundle", str(file)]) == 0  # again
     with pytest.raises(SystemExit) as end:
         main(["bundle", str(tmp_path)])

@@ -5,7 +5,7 @@ import torch
 from builders import CHUNK, NUM_TOKENS, begin_pass, latent_pipeline, randn, roll, rope, tiny_transformer
 
 from tokentrim import RollingKVCache, WindowLayout
-from tokentrim.tokentrim_attention import rotary_dims
+from tokentrim.tokentrim_backbones.wan import rotary_dims
 
 
 GRID = (2, 3)

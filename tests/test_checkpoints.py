@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from evaluation.rollouts import PROMPTS, load_pipeline
-from training.train import generate
+from research.evaluation.rollouts import PROMPTS, load_pipeline
+from research.training.train import generate
 
 
 CHECKPOINTS = sorted(path for path in (ROOT / "checkpoints").iterdir() if path.is_dir())

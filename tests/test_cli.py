@@ -56,7 +56,7 @@ def test_help_has_an_example(command, capsys):
 
 @pytest.mark.parametrize("error", [ValueError("a sentence"), OSError("a sentence"), KeyboardInterrupt()])
 def test_failures_have_no_traceback(error, monkeypatch, capsys):
-    def fail():
+    def fail(pipeline):
         raise error
 
     monkeypatch.setattr("tokentrim.tools.bundle.bundle", fail)
@@ -70,7 +70,7 @@ def test_failures_have_no_traceback(error, monkeypatch, capsys):
 
 
 def test_defects_have_a_traceback(monkeypatch):
-    monkeypatch.setattr("tokentrim.tools.bundle.bundle", lambda: {}["no such key"])
+    monkeypatch.setattr("tokentrim.tools.bundle.bundle", lambda _: {}["no such key"])
     with pytest.raises(KeyError):
         cli.main(["bundle", "one.py"])
 

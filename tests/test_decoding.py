@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from tokentrim.tokentrim_decoding import FrameDecoder, PreviewDecoder, join_patches, make_decoder
+from tokentrim.tokentrim_frames.decode import FrameDecoder, PreviewDecoder, join_patches, make_decoder
 
 
 SPLITS = [[1] * 5, [3, 2], [1, 4]]

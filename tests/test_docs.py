@@ -17,12 +17,17 @@ from conftest import ROOT
 from fresh import Nursery
 from packaging.specifiers import SpecifierSet
 
-from tokentrim.tokentrim_methods import HOOKS, METHODS, POLICIES, make_method
+from tokentrim.tokentrim_policies.registry import HOOKS, METHODS, POLICIES, make_method
 from tokentrim.tools.presets import LARGE, PRESETS, SIZES, count_held_frames
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-LINKED = [*PAGES, *(ROOT / "evaluation" / "results").rglob("*.md"), *ROOT.glob("*/README.md")]
+LINKED = [
+    *PAGES,
+    *(ROOT / "research" / "results").rglob("*.md"),
+    *ROOT.glob("research/**/README.md"),
+    *ROOT.glob("*/README.md"),
+]
 LANGUAGES = {"python", "bash", "text", "bibtex", "json"}
 
 
@@ -146,11 +151,7 @@ def test_commands_parse(fence, command, only_parse, monkeypatch):
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
         assert set(arguments) <= set(targets)
-    elif (
-        program == "tokentrim"
-        or program.startswith("examples/")
-        or program.split(".")[0] in ("evaluation", "benchmarks")
-    ):
+    elif program == "tokentrim" or program.startswith("examples/") or program.startswith("research."):
         module = "tokentrim.tools.cli" if program == "tokentrim" else program.removesuffix(".py").replace("/", ".")
         monkeypatch.setattr(sys, "argv", [program, *arguments])
         module = importlib.import_module(module)
@@ -162,7 +163,7 @@ def test_commands_parse(fence, command, only_parse, monkeypatch):
     else:
         assert fence.needs or command == ["source", ".venv/bin/activate"], f"nothing checks {' '.join(command)!r}"
     for word in arguments:
-        if fence.needs is None and word.startswith(("configs/", "evaluation/", "checkpoints/", "examples/")):
+        if fence.needs is None and word.startswith(("configs/", "research/", "checkpoints/", "examples/")):
             assert (ROOT / word).exists()
 
 
@@ -218,7 +219,7 @@ INTERVAL = r"([+-]0\.\d+)\s+\[([+-]0\.\d+), ([+-]0\.\d+)\]"
 
 
 def test_intervals_are_those_of_the_reports():
-    reports = "".join(path.read_text() for path in (ROOT / "evaluation" / "results").glob("*/report.md"))
+    reports = "".join(path.read_text() for path in (ROOT / "research" / "results").glob("*/report.md"))
     known = {tuple(map(float, found)) for found in re.findall(INTERVAL.replace(r"0\.\d+", r"[\d.e-]+"), reports)}
     for page in PAGES:
         for found in re.findall(INTERVAL, page.read_text()):

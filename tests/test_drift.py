@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from research.training.world import Appearance, Scene, render
 from tokentrim.tools.cli import main
 from tokentrim.tools.drift import Drift, measure_convergence, measure_video, shorten
 from tokentrim.tools.drift_plot import MAX_STRIPS, plot_drift
@@ -28,7 +29,6 @@ from tokentrim.tools.measures import (
     reduce,
     video_drift_error,
 )
-from training.world import Appearance, Scene, render
 
 
 HEIGHT, WIDTH, PERIOD, NUM_FRAMES = 48, 64, 8, 161  # the first frame, and 20 segments of 8 frames

@@ -12,18 +12,18 @@ import torch
 import yaml
 from conftest import ROOT
 
-from evaluation.controls import OTHER_POLICIES, correct_afterwards, correct_in_pixels
-from evaluation.defects import DEFECTS, Painted, paint_chunk
-from evaluation.experiment import Experiment, part, sample_prompts
-from evaluation.identity import Appearance
-from evaluation.measures import frame_look, measure_chunks, track_colors
-from evaluation.report import area_under_curve, paired, releases, summary, video_table, write_report
-from evaluation.rollouts import load_pipeline
-from evaluation.signals import SIGNALS
-from evaluation.worker import run_job
-from tokentrim.tokentrim_statistics import MatchDistribution
-from training.world import Appearance as Drawn
-from training.world import parse, render
+from research.evaluation.controls import OTHER_POLICIES, correct_afterwards, correct_in_pixels
+from research.evaluation.defects import DEFECTS, Painted, paint_chunk
+from research.evaluation.experiment import Experiment, part, sample_prompts
+from research.evaluation.identity import Appearance
+from research.evaluation.measures import frame_look, measure_chunks, track_colors
+from research.evaluation.report import area_under_curve, paired, releases, summary, video_table, write_report
+from research.evaluation.rollouts import load_pipeline
+from research.evaluation.signals import SIGNALS
+from research.evaluation.worker import run_job
+from research.training.world import Appearance as Drawn
+from research.training.world import parse, render
+from tokentrim.tokentrim_policies.statistics import MatchDistribution
 
 
 TRIM = {"drift_sensitivity": 0.0, "warmup_chunks": 1}
@@ -211,7 +211,7 @@ def write(tmp_path, **settings):
 
 
 def run(path, out, processes=2):
-    command = [sys.executable, "-m", "evaluation.run", "--config", str(path), "--out", str(out)]
+    command = [sys.executable, "-m", "research.evaluation.run", "--config", str(path), "--out", str(out)]
     return subprocess.run(
         [*command, "--processes", str(processes)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -316,10 +316,12 @@ def test_an_experiment_has_the_settings_of_its_base_but_for_its_own(tmp_path):
     assert longer == replace(base, name="longer", num_chunks=8)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "evaluation" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "research" / "evaluation" / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_committed_experiments_load(path, tmp_path):
     settings = yaml.safe_load(path.read_text())
-    if settings.get("checkpoint", "").startswith("evaluation/runs"):  # to be fetched by a command that the file names
+    if settings.get("checkpoint", "").startswith("research/runs"):  # to be fetched by a command that the file names
         assert "git archive" in path.read_text()
         path = write(tmp_path, **{**settings, "checkpoint": "checkpoints/tiny-world"})
     experiment = Experiment.load(path)

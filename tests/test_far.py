@@ -18,7 +18,7 @@ from diffusers import AnyFlowFARPipeline
 from diffusers.models.attention_dispatch import attention_backend
 
 from tokentrim import TokenTrimPipeline
-from tokentrim.tokentrim_far import FARBackbone
+from tokentrim.tokentrim_backbones.far import FARBackbone
 
 
 PROMPTS = ["a red circle moving right over a blue background", "a green square", "a blue circle moving left"]

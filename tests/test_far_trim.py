@@ -6,7 +6,7 @@ from builders import embeds, far_noise, far_pipeline, tiny_far, triggers
 from contract import EAGER
 from oracle_far import oracle_far
 
-from tokentrim.tokentrim_far import FARBackbone
+from tokentrim.tokentrim_backbones.far import FARBackbone
 
 
 PARTITION = [1, 2, 2, 2, 2, 2, 2, 1]

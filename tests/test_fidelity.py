@@ -10,13 +10,22 @@ import torch
 from conftest import ROOT
 from scipy.ndimage import gaussian_filter
 
-from evaluation import two_sided
-from evaluation.experiment import Experiment, part, sample_prompts
-from evaluation.fidelity import LOOKS, Infidelity, Looks, energy_distance, interval, life, pair_distances
-from evaluation.kinds_of_drift import describe
-from evaluation.two_sided import FLOOR, HIDDEN_SEEDS, load_videos, measure, motions, render_true, report, skies
-from evaluation.worlds import WORLDS, render_chunks
-from training import travelling, world
+from research.evaluation import two_sided
+from research.evaluation.experiment import Experiment, part, sample_prompts
+from research.evaluation.fidelity import LOOKS, Infidelity, Looks, energy_distance, interval, life, pair_distances
+from research.evaluation.kinds_of_drift import describe
+from research.evaluation.two_sided import (
+    FLOOR,
+    HIDDEN_SEEDS,
+    load_videos,
+    measure,
+    motions,
+    render_true,
+    report,
+    skies,
+)
+from research.evaluation.worlds import WORLDS, render_chunks
+from research.training import travelling, world
 
 
 NUM_VIDEOS, NUM_CHUNKS = 8, 5
@@ -129,7 +138,7 @@ def test_energy_distance_is_unbiased():
 
 
 def test_the_table_of_an_experiment(tmp_path):
-    """From the files that `evaluation.run` leaves, without a model: true videos as plain, darker ones as another method."""
+    """From the files that `research.evaluation.run` leaves, without a model: true videos as plain, darker ones as another method."""
     config = tmp_path / "small.yaml"
     config.write_text(
         "checkpoint: checkpoints/travelling-world\nfirst_seed: 7\nnum_seeds: 6\nnum_chunks: 4\nbatch_size: 3\n"
@@ -167,7 +176,7 @@ def test_the_table_of_an_experiment(tmp_path):
 
 
 def test_some_methods_of_an_experiment(monkeypatch, capsys):
-    config = str(ROOT / "evaluation" / "configs" / "plus.yaml")
+    config = str(ROOT / "research" / "evaluation" / "configs" / "plus.yaml")
     monkeypatch.setattr("sys.argv", ["two_sided", "--config", config, "--methods", "plain", "best"])
     with pytest.raises(SystemExit):
         two_sided.main()

@@ -8,10 +8,10 @@ import torch
 from builders import CHUNK, embeds, far_noise, far_pipeline, latent_pipeline, noise, roll, steady_noise, triggers
 
 from tokentrim import Layout, RollingKVCache
-from tokentrim.tokentrim_cache import TokenBook
-from tokentrim.tokentrim_field_layouts import CommitForcing, RollingSink
-from tokentrim.tokentrim_layout import Pass
-from tokentrim.tokentrim_layouts import LAYOUTS, make_layout
+from tokentrim.tokentrim_kv.cache import TokenBook
+from tokentrim.tokentrim_views.layout import Pass
+from tokentrim.tokentrim_views.registry import LAYOUTS, make_layout
+from tokentrim.tokentrim_views.windows import CommitForcing, RollingSink
 
 
 # Of each name: settings under which frames leave within eight chunks of three

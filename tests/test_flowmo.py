@@ -23,8 +23,8 @@ from builders import (
 )
 
 from tokentrim import RollingKVCache
-from tokentrim.tokentrim_attention import cached_attention, rotary_dims
-from tokentrim.tokentrim_flowmo import checkpointed, guide, motion_variance
+from tokentrim.tokentrim_backbones.wan import cached_attention, rotary_dims
+from tokentrim.tokentrim_policies.flowmo import checkpointed, guide, motion_variance
 
 
 SIGMA = 0.9

@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from tokentrim import TokenTrimPipeline
-from tokentrim.tokentrim_layouts import LAYOUTS
-from tokentrim.tokentrim_methods import HOOKS, POLICIES
-from tokentrim.tokentrim_partition import count_latent_frames
+from tokentrim.tokentrim_policies.registry import HOOKS, POLICIES
+from tokentrim.tokentrim_session.partition import count_latent_frames
+from tokentrim.tokentrim_views.registry import LAYOUTS
 
 
 EXAMPLES = int(os.environ.get("EXAMPLES", 0))

@@ -19,7 +19,7 @@ from conftest import ROOT
 from diffusers import FlowMatchLCMScheduler
 from fresh import Nursery
 
-from tokentrim.tokentrim_video import LineWriter, VideoWriter
+from tokentrim.tokentrim_frames.mp4 import LineWriter, VideoWriter
 from tokentrim.tools import generate
 from tokentrim.tools.cli import main
 from tokentrim.tools.generate import play, verify

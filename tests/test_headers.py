@@ -13,7 +13,7 @@ from conftest import ROOT
 from originals import original_weights
 from safetensors.torch import save_file
 
-from benchmarks.conversion import write_sparse
+from research.benchmarks.conversion import write_sparse
 from tokentrim.tools.cli import main
 from tokentrim.tools.convert import load_original_transformer
 from tokentrim.tools.headers import DTYPES, TensorInfo, read_header

@@ -19,9 +19,9 @@ from builders import (
 )
 
 from tokentrim import Layout, RollingKVCache, TokenTrimPipeline, View, WindowLayout
-from tokentrim.tokentrim_attention import CachedSelfAttnProcessor
-from tokentrim.tokentrim_layout import Pass
-from tokentrim.tokentrim_layouts import make_layout
+from tokentrim.tokentrim_backbones.wan import CachedSelfAttnProcessor
+from tokentrim.tokentrim_views.layout import Pass
+from tokentrim.tokentrim_views.registry import make_layout
 
 
 HEAD_DIM = 12

@@ -37,11 +37,15 @@ from hub import Hub
 
 import tokentrim
 from tokentrim import TokenTrimPipeline
-from tokentrim.tools.bundle import bundle
+from tokentrim.tokentrim_files.bundle import bundle
+from tokentrim.tools.bundle import PIPELINE
 from tokentrim.tools.publish import publish
 
 
-SIBLINGS = sorted(path.stem for path in ROOT.glob("tokentrim_*.py"))
+ROOMS = [path for path in ROOT.glob("tokentrim_*/*.py") if path.name != "__init__.py"]
+SIBLINGS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in [*ROOT.glob("tokentrim_*.py"), *ROOMS]
+)
 PROMPT = "a red circle moving right over a blue background"
 SETTINGS = {"window_size": 9, "num_sink_frames": 3, "relative_positions": True}
 SIZE = {"height": 32, "width": 48, "max_sequence_length": 8, "num_inference_steps": 2}
@@ -54,36 +58,36 @@ WAYS = dict(re.findall(r"^\| (.+?) \| `(.+?)` \|", PAGE, flags=re.M))
 # What the sources have to look like for Diffusers' loader
 
 
+def source_of(module):
+    return (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
+
+
 def relative_imports(name):
-    """Modules that a file imports from its own package, by `ast` and as Diffusers finds them."""
-    source = (ROOT / f"{name}.py").read_text()
+    """Modules that a file imports from this project, by `ast` and as Diffusers finds them."""
+    source = source_of(name)
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.level]
     found = re.findall(r"^\s*from\s+\.(\S+)\s+import", source, flags=re.MULTILINE)
     found += re.findall(r"^\s*import\s+\.(\S+)\s*$", source, flags=re.MULTILINE)
     return [(node.level, node.module) for node in nodes], found
 
 
-@pytest.mark.parametrize("name", ["pipeline_tokentrim", *SIBLINGS])
-def test_relative_imports_are_seen_by_the_loader_and_named_by_the_pipeline(name):
+@pytest.mark.parametrize("name", ["pipeline_tokentrim", "pipeline"])
+def test_the_loader_sees_every_module(name):
+    """Diffusers copies the modules that the main file names, one line each, at most one folder deep."""
     imported, found = relative_imports(name)
     assert sorted(imported) == sorted((1, module) for module in found)
-    of_pipeline = relative_imports("pipeline_tokentrim")[1]
-    assert set(found) <= set(of_pipeline) <= set(SIBLINGS)
+    assert sorted({*found} - {"pipeline_tokentrim"}) == SIBLINGS
+    assert all(module.count(".") <= 1 for module in SIBLINGS)
 
 
 def test_the_scheduler_file_stands_alone():
     assert relative_imports("tokentrim_scheduler") == ([], [])
 
 
-def test_the_directory_entry_names_the_pipeline_and_every_sibling():
-    names = [module for _, module in relative_imports("pipeline")[0]]
-    assert sorted(names) == sorted(["pipeline_tokentrim", *SIBLINGS]) == sorted(relative_imports("pipeline")[1])
-
-
 def test_what_only_looking_at_a_run_needs_is_not_imported_by_the_loader():
     """It imports whatever an import statement names, inside functions too, and warns of what is missing."""
     for name in ("pipeline_tokentrim", *SIBLINGS):
-        assert not re.search(r"^\s*(from|import)\s+(matplotlib|imageio)", (ROOT / f"{name}.py").read_text(), re.M)
+        assert not re.search(r"^\s*(from|import)\s+(matplotlib|imageio)", source_of(name), re.M)
 
 
 def test_every_export_is_there():
@@ -158,12 +162,11 @@ def test_saving_with_and_without_code(tmp_path):
         return index["_class_name"], index["scheduler"]
 
     stock = "AnyFlowFARPipeline", ["diffusers", "FlowMatchLCMScheduler"]
-    ours = ["pipeline_tokentrim", "TokenTrimPipeline"], ["tokentrim_scheduler", "TokenTrimFlowMatchLCMScheduler"]
+    ours = ["pipeline_tokentrim", "TokenTrimPipeline"], stock[1]
     assert save("stock") == stock and not list((tmp_path / "stock").rglob("*.py"))
     assert save("ours", include_code=True) == ours and save("ours") == ours
-    files = {str(path.relative_to(tmp_path / "ours")) for path in (tmp_path / "ours").rglob("*.py")}
-    code = {f"{name}.py" for name in ("pipeline_tokentrim", *SIBLINGS)}
-    assert files == code | {"scheduler/tokentrim_scheduler.py"}
+    (code,) = (tmp_path / "ours").rglob("*.py")
+    assert code == tmp_path / "ours" / "pipeline_tokentrim.py" and code.read_text() == bundle(PIPELINE)
 
     pipe.scheduler = tokentrim.lift_scheduler(FlowMatchHeunDiscreteScheduler(shift=5.0))  # into a class of no file
     assert save("heun", include_code=True) == (ours[0], ["diffusers", "FlowMatchHeunDiscreteScheduler"])
@@ -181,7 +184,7 @@ def world(tmp_path_factory):
     ours.save_pretrained(folder / "with-code", include_code=True)
     wan_pipeline().save_pretrained(folder / "wan")
     (folder / "tokentrim").symlink_to(ROOT)
-    (folder / "tokentrim_bundle.py").write_text(bundle())
+    (folder / "tokentrim_bundle.py").write_text(bundle(PIPELINE))
 
     repositories = folder / "hub"
     publish("you/code", repositories / "code")
@@ -350,6 +353,7 @@ def test_schedulers_as_components(world, here):
     """A scheduler's file in the scheduler's folder: each class loads alone, is kept, and saves its config."""
     code = here / "saved"
     shutil.copytree(world.folder / "with-code", code)
+    shutil.copy(ROOT / "tokentrim_scheduler.py", code / "scheduler")
     index = json.loads((code / "model_index.json").read_text())
     configs = {
         "TokenTrimFlowMatchEulerDiscreteScheduler": {"shift": 5.0},

@@ -17,9 +17,9 @@ from builders import (
 )
 
 from tokentrim import ContextPolicy, FlowMo, Quarantine, Reanchor, TokenTrim, TokenTrimPipeline
-from tokentrim.tokentrim_context import ContextPolicies
-from tokentrim.tokentrim_methods import METHODS, make_method
-from tokentrim.tokentrim_policy import SeverityMonitor
+from tokentrim.tokentrim_policies.policy import ContextPolicies
+from tokentrim.tokentrim_policies.registry import METHODS, make_method
+from tokentrim.tokentrim_policies.trim import SeverityMonitor
 
 
 def kinds(method) -> list[str]:

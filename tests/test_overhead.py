@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks.overhead.contestants import Size
-from benchmarks.overhead.tables import TABLES, Bench
-from benchmarks.overhead.timing import Seconds, ratio, shown, table
+from research.benchmarks.overhead.contestants import Size
+from research.benchmarks.overhead.tables import TABLES, Bench
+from research.benchmarks.overhead.timing import Seconds, ratio, shown, table
 
 
 ONES = [1.0] * 40

@@ -36,8 +36,8 @@ from tokentrim import (
     TokenTrimFlowMatchLCMScheduler,
     TokenTrimPipeline,
 )
-from tokentrim.tokentrim_layout import Layout
-from tokentrim.tokentrim_policy import SeverityMonitor
+from tokentrim.tokentrim_policies.trim import SeverityMonitor
+from tokentrim.tokentrim_views.layout import Layout
 
 
 PROMPT = "a red circle moving right over a blue background"

@@ -21,7 +21,7 @@ from builders import (
 from oracle import MaskedAttnProcessor, placed_flow
 
 from tokentrim import TokenTrimPipeline
-from tokentrim.tokentrim_layout import CUT_JUMP
+from tokentrim.tokentrim_views.layout import CUT_JUMP
 
 
 PROMPT, OTHER, THIRD = "a red circle moving right over a blue background", "a green square", "a blue circle"

@@ -9,7 +9,8 @@ from builders import full_pipeline
 from conftest import ROOT
 from huggingface_hub import ModelCard
 
-from tokentrim.tools.bundle import bundle
+from tokentrim.tokentrim_files.bundle import bundle
+from tokentrim.tools.bundle import PIPELINE
 from tokentrim.tools.cli import main
 from tokentrim.tools.publish import publish
 
@@ -38,7 +39,7 @@ def checkpoint(tmp_path_factory):
 def test_the_code_alone(tmp_path):
     card = publish("you/code", tmp_path)
     assert content(tmp_path) == CODE | {"LICENSE", "README.md"}
-    assert (tmp_path / "pipeline_tokentrim.py").read_text() == bundle()
+    assert (tmp_path / "pipeline_tokentrim.py").read_text() == bundle(PIPELINE)
     assert (tmp_path / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
     written = ModelCard.load(tmp_path / "README.md")
@@ -91,7 +92,7 @@ def test_numbers_of_the_card_are_those_of_the_reports(tmp_path):
         "plus": ["| plain | 0.0467 |", "| tokentrim_plus | 0.0172 | -0.0295 [-0.0352, -0.0241] |"],
         "change": ["| plain | 41.76 |", "| tokentrim_plus | 32.78 |"],  # 79%
     }.items():
-        assert all(n in (ROOT / "evaluation" / "results" / report / "report.md").read_text() for n in numbers)
+        assert all(n in (ROOT / "research" / "results" / report / "report.md").read_text() for n in numbers)
     for number in (
         "+0.0011 [-0.0062, +0.0093]",
         "0.0614",

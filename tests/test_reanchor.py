@@ -4,10 +4,10 @@ import pytest
 import torch
 from builders import CHANNELS, CHUNK, GRID, HEIGHT, WIDTH, embeds, latent_pipeline, noise, randn, roll
 
-from evaluation.rollouts import draw_noise, load_pipeline
+from research.evaluation.rollouts import draw_noise, load_pipeline
 from tokentrim import ContextPolicy, Reanchor
-from tokentrim.tokentrim_context import ContextPolicies
-from tokentrim.tokentrim_statistics import MATCHINGS, MatchMoments
+from tokentrim.tokentrim_policies.policy import ContextPolicies
+from tokentrim.tokentrim_policies.statistics import MATCHINGS, MatchMoments
 
 
 WHOLE = sorted(set(MATCHINGS) - {"near"})  # those that hold all that is in a chunk

@@ -11,7 +11,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 from tokentrim import TokenTrimFlowMatchLCMScheduler
-from tokentrim.tokentrim_layouts import make_layout
+from tokentrim.tokentrim_views.registry import make_layout
 
 
 FOLDER = os.environ.get("TOKENTRIM_REFERENCE_VECTORS")

@@ -33,7 +33,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, Un
 
 import tokentrim
 from tokentrim import TokenTrimPipeline, tokentrim_state
-from tokentrim.tokentrim_state import STATE, TENSORS, load_state, save_state
+from tokentrim.tokentrim_files.run_state import STATE, TENSORS, load_state, save_state
 
 
 PROMPT = "a red circle moving right over a blue background"

@@ -36,9 +36,9 @@ from diffusers import (
 )
 from oracle import oracle_rolling
 
-from evaluation.controls import SameContext
+from research.evaluation.controls import SameContext
 from tokentrim import TokenTrimPipeline
-from tokentrim.tokentrim_layout import Pass
+from tokentrim.tokentrim_views.layout import Pass
 
 
 STEPS = 3

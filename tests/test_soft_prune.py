@@ -20,8 +20,8 @@ from contract import EAGER
 from test_layout import HEAD_DIM, ROPE_DIMS, attend, rope, write, written_out
 
 from tokentrim import ContextPolicy, RollingKVCache, TokenTrim
-from tokentrim.tokentrim_layout import Pass
-from tokentrim.tokentrim_methods import make_method
+from tokentrim.tokentrim_policies.registry import make_method
+from tokentrim.tokentrim_views.layout import Pass
 
 
 def soft(weight):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from training.world import COLORS, DIRECTIONS, SHAPES, Scene, parse
+from research.training.world import COLORS, DIRECTIONS, SHAPES, Scene, parse
 
 
 sys.path.insert(0, str(ROOT / "space"))

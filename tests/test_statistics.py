@@ -7,7 +7,7 @@ import torch
 from builders import CHANNELS, CHUNK, HEIGHT, WIDTH, randn
 from oracle import threshold_of
 
-from tokentrim.tokentrim_statistics import (
+from tokentrim.tokentrim_policies.statistics import (
     MATCHINGS,
     MAX_NEIGHBOURS,
     MatchCovariance,

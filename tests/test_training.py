@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusers import FlowMatchLCMScheduler
 
-from training import self_forcing, travelling, world
-from training.autoencoder import make_autoencoder
-from training.self_forcing import NUM_STEPS, SIGMAS, SelfForcing, StudentAndCritic, roll_out, train_student
-from training.train import generate, make_pipeline
-from training.transformer import NUM_CHUNKS, NUM_FRAMES, SHIFT, WorldModel, make_tokenizer, tokenize
-from training.travelling import Landscape, Scene
+from research.training import self_forcing, travelling, world
+from research.training.autoencoder import make_autoencoder
+from research.training.self_forcing import NUM_STEPS, SIGMAS, SelfForcing, StudentAndCritic, roll_out, train_student
+from research.training.train import generate, make_pipeline
+from research.training.transformer import NUM_CHUNKS, NUM_FRAMES, SHIFT, WorldModel, make_tokenizer, tokenize
+from research.training.travelling import Landscape, Scene
 
 
 @pytest.fixture

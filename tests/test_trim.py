@@ -32,9 +32,9 @@ from diffusers import (
 )
 
 from tokentrim import ContextPolicy, RollingKVCache, lift_scheduler
-from tokentrim.tokentrim_attention import cached_attention, rotary_dims
-from tokentrim.tokentrim_layout import Pass
-from tokentrim.tokentrim_policy import SeverityMonitor
+from tokentrim.tokentrim_backbones.wan import cached_attention, rotary_dims
+from tokentrim.tokentrim_policies.trim import SeverityMonitor
+from tokentrim.tokentrim_views.layout import Pass
 
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}

@@ -14,8 +14,8 @@ from conftest import ROOT
 from diffusers import FlowMatchLCMScheduler
 from fresh import Nursery
 
-from evaluation import vbench
-from evaluation.vbench_scores import DIMENSIONS, QUALITY, table, totals
+from research.evaluation import vbench
+from research.evaluation.vbench_scores import DIMENSIONS, QUALITY, table, totals
 
 
 PROMPTS = [
@@ -116,7 +116,7 @@ def start(nursery, folder, python, *arguments):
         *arguments,
     ]
     script = f"import runpy, sys\nsys.path[:0] = ['{ROOT / 'tests'}']\nimport conftest\nsys.argv = {argv}\n"
-    script += "try:\n    runpy.run_module('evaluation.vbench', run_name='__main__')\n"
+    script += "try:\n    runpy.run_module('research.evaluation.vbench', run_name='__main__')\n"
     printed, said = nursery.run(f"{script}except (SystemExit, ValueError) as end:\n    print('end:', end)", folder)
     return printed + "\n".join(said)
 
@@ -258,7 +258,7 @@ def test_bad_environments_and_methods(tmp_path):
     with pytest.raises(ValueError, match="--methods: .*a.json: the pipeline's call takes no colour"):
         vbench.read_methods([tmp_path / "a.json"])
     with pytest.raises(ValueError, match="controls.yaml has controls, .*'random tokens'"):
-        vbench.read_methods([ROOT / "evaluation" / "configs" / "controls.yaml"])
+        vbench.read_methods([ROOT / "research" / "evaluation" / "configs" / "controls.yaml"])
 
 
 # Tabulating

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tokentrim import tokentrim_video
-from tokentrim.tokentrim_video import VideoWriter, frame_rate, numbered
+from tokentrim.tokentrim_frames.mp4 import VideoWriter, frame_rate, numbered
 
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()

@@ -10,12 +10,12 @@ import torch
 from conftest import ROOT
 from skimage.color import rgb2lab
 
-from evaluation.experiment import sample_prompts
-from evaluation.measures import difference, name_shape, summarize_drift, track_colors
-from evaluation.report import bootstrap
-from evaluation.rollouts import CHECKPOINT, METHODS, load_pipeline, run_method
-from tokentrim.tokentrim_methods import make_method
-from training.world import COLORS, Appearance, Scene, centers, parse, render
+from research.evaluation.experiment import sample_prompts
+from research.evaluation.measures import difference, name_shape, summarize_drift, track_colors
+from research.evaluation.report import bootstrap
+from research.evaluation.rollouts import CHECKPOINT, METHODS, load_pipeline, run_method
+from research.training.world import COLORS, Appearance, Scene, centers, parse, render
+from tokentrim.tokentrim_policies.registry import make_method
 
 
 def color_name(lab: np.ndarray) -> str:
@@ -127,7 +127,7 @@ def test_paired_methods_differ_only_by_what_they_do(pipe):
 
 
 def test_demo_writes_what_it_promises(tmp_path):
-    command = [sys.executable, "-m", "evaluation.demo", "--chunks", "6", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "research.evaluation.demo", "--chunks", "6", "--out", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     promised = "decisions.json drift.png filmstrip.png plain.mp4 side_by_side.mp4 tokentrim.mp4 tokentrim_plus.mp4"
     assert sorted(path.name for path in tmp_path.iterdir()) == promised.split()

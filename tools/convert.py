@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, UMT5Config
 
 from ..pipeline_tokentrim import TokenTrimPipeline
 from ..tokentrim_checks import check_choice
-from ..tokentrim_saving import INDEX
+from ..tokentrim_files.checkpoint import INDEX
 from .folders import check_new_folder, new_folder
 from .headers import read_header
 from .lora import read_lora

@@ -13,10 +13,10 @@ from diffusers import WanTransformer3DModel
 from huggingface_hub import ModelCard
 
 from ..pipeline_tokentrim import TokenTrimPipeline
-from ..tokentrim_attention import WanBackbone
-from ..tokentrim_layout import Layout, Pass, View
-from ..tokentrim_saving import INDEX, SETTINGS
-from ..tokentrim_stability import token_grid
+from ..tokentrim_backbones.wan import WanBackbone
+from ..tokentrim_files.checkpoint import INDEX, SETTINGS
+from ..tokentrim_policies.stability import token_grid
+from ..tokentrim_views.layout import Layout, Pass, View
 from .headers import read_header
 from .original import require
 from .presets import SCHEDULES, SIZES

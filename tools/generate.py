@@ -23,8 +23,8 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from tqdm import tqdm
 
 from ..tokentrim_checks import check
-from ..tokentrim_saving import INDEX
-from ..tokentrim_state import has_state, remove_states
+from ..tokentrim_files.checkpoint import INDEX
+from ..tokentrim_files.run_state import has_state, remove_states
 from .folders import lock_of, locked
 from .jobs import NUM_FRAMES, Job, check_jobs
 from .records import check_records, fingerprint_folder, make_record, write_record

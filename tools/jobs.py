@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..pipeline_tokentrim import TokenTrimPipeline
 from ..tokentrim_checks import check, check_choice, check_int
-from ..tokentrim_video import numbered
+from ..tokentrim_frames.mp4 import numbered
 
 
 NUM_FRAMES = 81  # of a call that says nothing

@@ -1,8 +1,7 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Folders that are ready for the Hub: the code of the pipeline, or the code and a checkpoint, with a model card.
 
-The code is one file, `tokentrim bundle`'s: of many, Diffusers' loader asks the Hub once for each chain of imports that
-leads to one, which is hundreds of requests at every start.
+The code is one file, the bundle: modules in folders do not load from the Hub.
 
 A card is made of `model_card.md` and the `card_*.md` beside it. What was measured on this project's toy model stands on
 the card of the code alone: it says nothing about other weights.
@@ -19,8 +18,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .. import __version__
 from ..tokentrim_checks import check
-from ..tokentrim_saving import INDEX, name_our_classes
-from .bundle import bundle
+from ..tokentrim_files.checkpoint import INDEX, name_our_classes, write_code
+from .bundle import PIPELINE
 from .folders import check_new_folder, new_folder
 
 
@@ -96,12 +95,11 @@ def publish(
     with new_folder(out) as folder:
         if checkpoint is not None:
             shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(".*", "*.py"), dirs_exist_ok=True)
-        pipeline = folder / "pipeline_tokentrim.py"
-        pipeline.write_text(bundle())
+        write_code(folder, PIPELINE)
         (folder / "pipeline.py").write_text(ENTRY)
         shutil.copy(ROOT / "LICENSE", folder)
         if checkpoint is not None:
-            name_our_classes(folder, pipeline)
+            name_our_classes(folder)
         card.save(folder / "README.md")
     return card
 

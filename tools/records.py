@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
-from ..tokentrim_saving import INDEX
+from ..tokentrim_files.checkpoint import INDEX
 from .jobs import Job
 
 

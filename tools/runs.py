@@ -65,7 +65,7 @@ def as_plain(options: argparse.Namespace) -> dict:
 
 def save_run(options: argparse.Namespace, state_dirs: Sequence[Path]) -> None:
     """Beside the states, what they were made with."""
-    from ..tokentrim_state import has_state
+    from ..tokentrim_files.run_state import has_state
 
     if any(has_state(folder) for folder in state_dirs):
         raise ValueError(f"--state-dir: {options.state_dir} has a run: add --resume to go on, or name another folder")

@@ -96,8 +96,8 @@ def run(options: argparse.Namespace) -> int:
         options.parser.error(f"--out has to be a folder for --prompts, but is {str(options.out)!r}")
     options = complete_run(options)
     from ...tokentrim_checks import check_int
-    from ...tokentrim_methods import METHODS
-    from ...tokentrim_video import check_fps
+    from ...tokentrim_frames.mp4 import check_fps
+    from ...tokentrim_policies.registry import METHODS
     from ..generate import generate_missing
     from ..jobs import Job, check_settings, read_jobs, read_schedule, read_settings
 

@@ -1,4 +1,0 @@
-# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Rollouts against the same forwards alone: `python -m benchmarks.overhead`."""
-
-from .command import main  # noqa: F401

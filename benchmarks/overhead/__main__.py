@@ -1,7 +1,0 @@
-# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""python -m benchmarks.overhead"""
-
-from .command import main
-
-
-main()

@@ -1,0 +1,7 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""python -m research.benchmarks.overhead"""
+
+from .command import main
+
+
+main()

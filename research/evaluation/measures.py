@@ -1,0 +1,162 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What a tiny-world video looks like over time, measured from its frames and its prompt alone."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from scipy.ndimage import laplace
+from skimage.color import deltaE_ciede2000, lab2rgb, rgb2gray, rgb2hsv, rgb2lab
+from skimage.measure import label, regionprops
+
+from research.training.world import COLORS, parse
+
+from .identity import Appearance
+
+
+@dataclass
+class Colors:
+    """Object and background of each chunk of a video, as CIELAB medians, with the object's place.
+
+    Args:
+        object (`np.ndarray`): (chunks, 3) CIELAB; NaN where no pixel looks like the object.
+        background (`np.ndarray`): (chunks, 3) CIELAB.
+        area (`np.ndarray`): (frames,) share of the pixels that look like the object.
+        center (`np.ndarray`): (frames, 2) mean place (y, x) of those pixels; NaN where there are none.
+        mask (`np.ndarray`): (frames, H, W), which pixels those are.
+    """
+
+    object: np.ndarray
+    background: np.ndarray
+    area: np.ndarray
+    center: np.ndarray
+    mask: np.ndarray
+
+
+def difference(lab: np.ndarray, color: np.ndarray) -> np.ndarray:
+    """CIEDE2000 of CIELAB (..., 3) to one colour (3,)."""
+    return deltaE_ciede2000(lab, np.broadcast_to(color, lab.shape))
+
+
+def track_colors(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> Colors:
+    """Follow object and background through a video, (frames, H, W, 3) in [0, 1].
+
+    A pixel belongs to the colour that it is nearer to (CIEDE2000), the object's or the background's. Both start as
+    the prompt names them and are set to the medians of their pixels after each chunk, so that slow change is followed.
+    """
+    scene = parse(prompt)
+    names = np.array([COLORS[scene.color], COLORS[scene.background]])
+    object_color, background_color = rgb2lab(names[None])[0]
+    objects, backgrounds, areas, centers, masks = [], [], [], [], []
+    for start in range(0, len(frames), num_frames_per_chunk):
+        lab = rgb2lab(frames[start : start + num_frames_per_chunk])  # (frames, H, W, 3)
+        mask = difference(lab, object_color) < difference(lab, background_color)
+        if mask.any():
+            object_color = np.median(lab[mask], axis=0)
+        if not mask.all():
+            background_color = np.median(lab[~mask], axis=0)
+        objects.append(object_color if mask.any() else np.full(3, np.nan))
+        backgrounds.append(background_color)
+        areas.extend(mask.mean(axis=(1, 2)))
+        centers.extend(np.argwhere(each).mean(axis=0) if each.any() else np.full(2, np.nan) for each in mask)
+        masks.extend(mask)
+    return Colors(*(np.array(each) for each in (objects, backgrounds, areas, centers, masks)))
+
+
+def name_shape(mask: np.ndarray) -> str | None:
+    """Which shape of the world a mask, (H, W), looks like: by its hole, or by its share of its bounding box; None where
+    nothing is."""
+    parts = regionprops(label(mask))
+    if not parts:
+        return None
+    largest = max(parts, key=lambda part: part.area)
+    if largest.area_filled > 1.05 * largest.area:
+        return "ring"
+    # A square fills its box, a circle pi / 4 of it, a triangle half; what the model draws has rounded corners.
+    return "square" if largest.extent > 0.84 else "circle" if largest.extent > 0.66 else "triangle"
+
+
+def scattered(mask: np.ndarray) -> float:
+    """Share of a mask's pixels, (H, W), that are not connected with its largest part: an object in pieces."""
+    sizes = [part.area for part in regionprops(label(mask))]
+    return float(1 - max(sizes) / sum(sizes)) if sizes else float("nan")
+
+
+def color_drift(colors: np.ndarray) -> np.ndarray:
+    """CIEDE2000 of each chunk's colour to the first chunk's, (chunks, 3) -> (chunks,)."""
+    return difference(colors, colors[0])
+
+
+def as_rgb(colors: np.ndarray) -> np.ndarray:
+    """CIELAB (chunks, 3) as sRGB in [0, 1]; grey where there is none."""
+    return np.where(np.isnan(colors), 0.5, lab2rgb(np.nan_to_num(colors)[None])[0])
+
+
+def present_mean(values: np.ndarray) -> float:
+    """Mean without the NaNs; NaN where there is nothing else."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+
+def motion(colors: Colors) -> float:
+    """Mean distance in pixels that the object moves from frame to frame: freezing must not pass for stability."""
+    return present_mean(np.linalg.norm(np.diff(colors.center, axis=0), axis=1))
+
+
+def summarize_drift(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> dict[str, float]:
+    """Drift of a video: the mean over its last half of each colour's distance to the first chunk's, and motion."""
+    colors = track_colors(frames, prompt, num_frames_per_chunk)
+    half = len(colors.background) // 2
+    return {
+        "background_drift": float(color_drift(colors.background)[half:].mean()),
+        "object_drift": present_mean(color_drift(colors.object)[half:]),
+        "object_lost": float(np.mean(colors.area[half * num_frames_per_chunk :] < 0.01)),
+        "motion": motion(colors),
+    }
+
+
+def flow_amplitude(frames: np.ndarray) -> float:
+    """Mean length in pixels of the Farneback optical flow from frame to frame (Helios' motion amplitude)."""
+    grey = (rgb2gray(frames) * 255).astype(np.uint8)
+    flows = [cv2.calcOpticalFlowFarneback(*pair, None, 0.5, 3, 15, 3, 5, 1.2, 0) for pair in zip(grey, grey[1:])]
+    return float(np.mean([np.linalg.norm(flow, axis=-1).mean() for flow in flows]))
+
+
+def frame_look(frames: np.ndarray) -> dict[str, float]:
+    """M of a chunk, (frames, H, W, 3) in [0, 1]: what needs neither prompt nor pretrained model."""
+    lab, grey = rgb2lab(frames), rgb2gray(frames)
+    means, spreads = lab.mean(axis=(0, 1, 2)), lab.std(axis=(0, 1, 2))
+    return {
+        **{f"{channel}_mean": float(value) for channel, value in zip("Lab", means)},
+        **{f"{channel}_spread": float(value) for channel, value in zip("Lab", spreads)},
+        "saturation": float(rgb2hsv(frames)[..., 1].mean()),
+        "contrast": float(grey.std()),
+        "sharpness": float(np.mean([laplace(each).var() for each in grey])),
+        "flicker": float(np.abs(np.diff(frames, axis=0)).mean()),
+        "flow": flow_amplitude(frames),
+    }
+
+
+def measure_chunks(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> list[dict[str, float]]:
+    """All measures of each chunk of a video, (frames, H, W, 3) in [0, 1]."""
+    colors, scene = track_colors(frames, prompt, num_frames_per_chunk), parse(prompt)
+    appearance = Appearance.of(frames[:num_frames_per_chunk], colors.mask[:num_frames_per_chunk])
+    steps = np.linalg.norm(np.diff(colors.center, axis=0), axis=1)
+    rows = []
+    for chunk, start in enumerate(range(0, len(frames), num_frames_per_chunk)):
+        stop = start + num_frames_per_chunk
+        middle = (start + stop) // 2
+        apart = deltaE_ciede2000(colors.object[chunk], colors.background[chunk])
+        rows.append(
+            {
+                "identity_error": appearance.place(frames[middle])[1],
+                "background_error": float(deltaE_ciede2000(colors.background[chunk], colors.background[0])),
+                "object_error": float(deltaE_ciede2000(colors.object[chunk], colors.object[0])),
+                "area": float(colors.area[start:stop].mean()),
+                "present": bool(colors.area[middle] >= 0.01 and apart >= 10),
+                "shape_right": name_shape(colors.mask[middle]) == scene.shape,
+                "scattered": scattered(colors.mask[middle]),
+                "motion": present_mean(steps[max(start - 1, 0) : stop - 1]),
+                **frame_look(frames[start:stop]),
+            }
+        )
+    return rows

@@ -1,0 +1,89 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The ways to roll out that the demo compares, and one paired run of them."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from tokentrim import TokenTrimPipeline
+from tokentrim.tokentrim_kv.cache import RollingKVCache
+
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = ROOT / "checkpoints" / "tiny-world"
+PROMPTS = {  # an example for each checkpoint that is shipped
+    "tiny-world": "a red circle moving right over a blue background",
+    "tiny-world-self-forced": "a red circle moving right over a blue background",
+    "travelling-world": "a fast journey right over hills by noon",
+}
+CONFIGS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "configs").glob("*.json")}
+WORLD = CONFIGS["tiny_world"]
+# Without FlowMo, trimming is paired with the plain rollout: equal up to the first trigger.
+METHODS = ("plain", "tokentrim", "tokentrim_plus")
+
+
+@dataclass
+class Run:
+    """Videos of one method, (B, frames, H, W, 3) in [0, 1], with their decisions and what they cost."""
+
+    frames: np.ndarray
+    decisions: list[list[dict]]
+    seconds: float
+    denoiser_calls: int
+
+
+def load_pipeline(checkpoint: Path = CHECKPOINT) -> TokenTrimPipeline:
+    """A shipped world model."""
+    return TokenTrimPipeline.from_pretrained(checkpoint)
+
+
+@contextmanager
+def counted_calls(pipe: TokenTrimPipeline) -> Iterator[list]:
+    """A list that grows by one for each call of the transformer inside."""
+    calls = []
+    hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def counted_keys() -> Iterator[list[int]]:
+    """A list that grows by the keys that a query reads, for each pass through each layer inside."""
+    counts, update = [], RollingKVCache.update
+
+    def counted(*args):
+        keys, values, mask = update(*args)
+        counts.append(keys.shape[1])
+        return keys, values, mask
+
+    with mock.patch.object(RollingKVCache, "update", counted):
+        yield counts
+
+
+def draw_noise(pipe: TokenTrimPipeline, seeds: list[int], num_frames: int) -> torch.Tensor:
+    """Initial noise of whole videos, (B, C, T, H, W), drawn at once: the published results are of this noise."""
+    size = [pipe.config.height // pipe.vae_scale_factor_spatial, pipe.config.width // pipe.vae_scale_factor_spatial]
+    shape = (pipe.transformer.config.in_channels, (num_frames - 1) // pipe.vae_scale_factor_temporal + 1, *size)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def run_method(pipe: TokenTrimPipeline, method: str, prompts: list[str], seeds: list[int], num_chunks: int) -> Run:
+    """Generate one video for each prompt and seed; the same seeds give every method the same noise."""
+    start = time.perf_counter()
+    with counted_calls(pipe) as calls:
+        output = pipe(
+            prompts,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_frames=num_chunks * pipe.config.num_frames_per_chunk,
+            method=method,
+        )
+    return Run(output.frames, output.decisions, time.perf_counter() - start, len(calls))

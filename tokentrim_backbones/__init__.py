@@ -1,0 +1,1 @@
+"""A transformer and its past, as a rollout sees them."""

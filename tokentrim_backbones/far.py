@@ -1,0 +1,259 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""AnyFlow-FAR's context, encoded chunk by chunk: the last chunks in full, the older ones compressed, in larger patches.
+
+The context is chunk-causal, so a compressed chunk never changes once it is written. What a new chunk asks for is one
+pass over the chunk that it pushes out of the full part, which is compressed, and over the full ones behind it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AnyFlowFARTransformer3DModel
+
+from ..tokentrim_checks import check
+from ..tokentrim_kv.cache import RollingKVCache, TokenBook, grid_places
+from ..tokentrim_views.layout import Pass
+from .wan import CachedCrossAttnProcessor, CachedSelfAttnProcessor, replaced_processors
+
+
+KEY_BLOCK = 128  # upstream fills its queries, and with them the keys, up to a multiple of this
+
+
+class FARSelfAttnProcessor(CachedSelfAttnProcessor):
+    """Self-attention of each chunk of a pass to the context, to the chunks of the pass before it, and to itself.
+
+    Upstream's own backend stands for a mask that is not needed here: one that was set on the transformer is used, and
+    scaled-dot-product attention otherwise.
+
+    Args:
+        backbone ([`FARBackbone`]): knows the chunks of the pass at hand.
+        layer (`int`), stock: as in [`CachedAttnProcessor`].
+    """
+
+    def __init__(self, backbone: "FARBackbone", layer: int, stock):
+        super().__init__(backbone.cache, layer, stock)
+        self.backbone = backbone
+        self._attention_backend = vars(stock).get("_attention_backend")
+
+    def attend(self, query, key, value, mask=None, groups=()) -> torch.Tensor:
+        """(rows, queries, heads, head_dim); `groups` know neither padding keys nor the chunks of a commit."""
+        if self.cache.is_writing:
+            return self._attend_by_chunk(query, key, value, mask)
+        num_padding = -query.shape[1] % KEY_BLOCK if self.backbone.pad_keys else 0  # upstream's zero keys
+        key, value = (F.pad(x, (0, 0, 0, 0, 0, num_padding)) for x in (key, value))
+        if mask is not None:
+            mask = F.pad(mask, (0, num_padding), value=float(not mask.is_floating_point()))
+        return super().attend(query, key, value, mask)
+
+    def _attend_by_chunk(self, query, key, value, mask) -> torch.Tensor:
+        outputs, num_keys = [], key.shape[1] - query.shape[1]
+        for chunk_query in query.split(self.backbone.pass_sizes, dim=1):
+            num_keys += chunk_query.shape[1]
+            seen = None if mask is None else mask[..., :num_keys]
+            outputs.append(super().attend(chunk_query, key[:, :num_keys], value[:, :num_keys], seen))
+        return torch.cat(outputs, dim=1)
+
+
+class FARBackbone:
+    """An AnyFlow-FAR transformer and its context as a rollout sees them, like [`WanBackbone`].
+
+    The cache holds full and compressed tokens under one numbering: those of the full grid, then those of the compressed
+    one, which stand where the middle of their full tokens is. A compressed token is lost with half of the full tokens that
+    it stands for, now or when it is written.
+
+    Args:
+        transformer (`AnyFlowFARTransformer3DModel`): stays as it is but inside `attached`.
+        use_mean_velocity (`bool`): whether the model is told where a step goes, not only where it is.
+        pad_keys (`bool`): whether a denoised chunk also attends to the zero keys that upstream adds.
+        grid (`tuple[int, int]`): full tokens of a latent frame, (height, width).
+        num_videos (`int`), **context: what [`RollingKVCache`] takes.
+    """
+
+    def __init__(
+        self,
+        transformer: AnyFlowFARTransformer3DModel,
+        use_mean_velocity: bool,
+        pad_keys: bool,
+        grid: tuple[int, int],
+        num_videos: int,
+        **context,
+    ):
+        config = transformer.config
+        self.transformer = transformer
+        self.use_mean_velocity = use_mean_velocity
+        self.pad_keys = pad_keys
+        scale = tuple(large // small for large, small in zip(config.compressed_patch_size[1:], config.patch_size[1:]))
+        self.stands_for = compressed_patches(grid, scale)  # (compressed tokens, full tokens of each)
+        full = grid_places(grid)
+        side_dim = 2 * (config.attention_head_dim // 6)  # as upstream's rotary embedding shares a head
+        rope_dims = (config.attention_head_dim - 2 * side_dim, side_dim, side_dim)
+        places = torch.cat([full, full[self.stands_for].mean(dim=1)])
+        self.cache = RollingKVCache(grid, rope_dims, num_videos, places=places, **context)
+        self.pass_sizes: list[int] = []  # tokens of each chunk of a commit
+        self.full_chunks: list[list[int]] = []  # latent frames of each chunk in full
+        self.recent: list[torch.Tensor] = []  # clean latents of the last chunks, which a commit may carry again
+        # Full tokens that were evicted, (B, full tokens), of every latent frame that is held or in a full chunk.
+        self.evicted: dict[int, torch.Tensor] = {}
+
+    def attached(self) -> AbstractContextManager:
+        """The transformer reads and writes the cache inside."""
+        make_cross = partial(CachedCrossAttnProcessor, self.cache)
+        return replaced_processors(self.transformer, partial(FARSelfAttnProcessor, self), make_cross)
+
+    def held_compressed_tokens(self, video: int = 0) -> list[tuple[int, int]]:
+        """The (latent frame, index in the compressed grid) of every compressed token that `video` can attend to."""
+        first = self.cache.tokens_per_frame
+        return [(frame, token - first) for frame, token in self.cache.held_tokens(video) if token >= first]
+
+    def make_room(self, num_frames: int) -> None:
+        """Before a chunk of `num_frames` latent frames: what the layout does not keep leaves."""
+        self.cache.make_room(num_frames)
+        known = {*self.cache.frames, *sum(self.full_chunks, [])}
+        self.evicted = {frame: tokens for frame, tokens in self.evicted.items() if frame in known}
+
+    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> dict[int, list[int]]:
+        """Hard pruning (eq. 9, 10): `tokens[video]` are full grid indices to remove from all its unprotected frames, or
+        from those since a certain one. Returns those that were not evicted from all of them yet, for each video whose
+        context lost something."""
+        first, new, held = max(since_frame, self.cache.num_protected_frames), {}, self.cache.book.held.sum(dim=1)
+        for video, indices in tokens.items():
+            indices = sorted(indices)
+            was = [evicted[video, indices] for frame, evicted in self.evicted.items() if frame >= first]
+            new[video] = [index for index, *each in zip(indices, *was) if not all(each)]
+            for frame, evicted in self.evicted.items():
+                if frame >= first:
+                    evicted[video, indices] = True
+        self.cache.drop(self._lost(self.cache.book, self.cache.frames))
+        lost = self.cache.book.held.sum(dim=1) < held
+        return {video: indices for video, indices in new.items() if lost[video]}
+
+    def predict_flow(
+        self,
+        latents: torch.Tensor,
+        chunk_sizes: Sequence[int],
+        timesteps: torch.Tensor,
+        next_timesteps: torch.Tensor,
+        text: torch.Tensor,
+        attention_kwargs: dict[str, Any] | None,
+        pass_: Pass = Pass(),
+    ) -> torch.Tensor:
+        """Flow of a chunk behind the cached past; arguments as in [`WanBackbone`]."""
+        self.cache.begin_pass(latents.shape[2], pass_)
+        if not self.use_mean_velocity:
+            next_timesteps = timesteps
+        flow = self._forward(latents, chunk_sizes, timesteps, next_timesteps, text, attention_kwargs, False)
+        return flow.transpose(1, 2)
+
+    def commit(
+        self, latents: torch.Tensor, text: torch.Tensor, attention_kwargs: dict[str, Any] | None
+    ) -> torch.Tensor:
+        """Keys and values of the clean chunk, and of what it makes the model see otherwise.
+
+        As long as there is room in the full part, a commit carries the new chunk alone. Then it carries the chunk that
+        becomes compressed, and all that read it in full: they are encoded again.
+
+        Returns what is finite if the pass was.
+        """
+        limit, num_frames = self.transformer.config.full_chunk_limit, latents.shape[2]
+        self.recent = [*self.recent, latents][-limit:]
+        chunks = [*self.full_chunks, list(range(self.cache.next_frame, self.cache.next_frame + num_frames))]
+        for frame in chunks[-1]:
+            self.evicted[frame] = torch.zeros(self.cache.num_videos, self.cache.tokens_per_frame, dtype=torch.bool)
+        num_compressed = int(len(chunks) == limit)
+        carried = chunks if num_compressed else chunks[-1:]
+        if num_compressed:
+            self.cache.truncate(chunks[0][0])
+        self.cache.begin_pass(sum(map(len, carried)), Pass("commit"), self._commit_book(carried, num_compressed))
+        with self.cache.writing():
+            clean = torch.zeros(len(carried), device=latents.device, dtype=torch.float32)
+            sizes = list(map(len, carried))
+            latents = torch.cat(self.recent[-len(carried) :], dim=2)
+            self._forward(latents, sizes, clean, clean, text, attention_kwargs, True)
+        self.full_chunks = chunks[1 - limit :]
+        return self.cache.newest_values()
+
+    def state_dict(self) -> dict:
+        """The past between two chunks: plain values and tensors."""
+        return {
+            "cache": self.cache.state_dict(),
+            "full_chunks": [list(chunk) for chunk in self.full_chunks],
+            "recent": list(self.recent),
+            "evicted": [[frame, tokens.clone()] for frame, tokens in self.evicted.items()],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.cache.load_state_dict(state["cache"])
+        self.full_chunks, self.recent = list(state["full_chunks"]), list(state["recent"])
+        self.evicted = {frame: tokens.clone() for frame, tokens in state["evicted"]}
+
+    def _lost(self, book: TokenBook, frames: list[int]) -> torch.Tensor:
+        """Which tokens of a book of some ascending frames go with the full ones evicted, (B, tokens)."""
+        if not frames:
+            return torch.zeros_like(book.held)
+        evicted = torch.stack([self.evicted[frame] for frame in frames], dim=1)  # (B, frames, full tokens)
+        lost = torch.cat([evicted, evicted[:, :, self.stands_for].float().mean(dim=-1) >= 0.5], dim=-1)
+        place = torch.searchsorted(torch.tensor(frames), book.frame.contiguous()).clamp(max=len(frames) - 1)
+        return lost.flatten(1).gather(1, place * lost.shape[2] + book.token)
+
+    def _commit_book(self, chunks: list[list[int]], num_compressed: int) -> TokenBook:
+        """The tokens of a commit of some chunks, of which the first `num_compressed` are compressed."""
+        num_full, num_videos = self.cache.tokens_per_frame, self.cache.num_videos
+        sizes = [len(self.stands_for)] * num_compressed + [num_full] * (len(chunks) - num_compressed)
+        self.pass_sizes = [len(chunk) * size for chunk, size in zip(chunks, sizes)]
+        compressed = TokenBook.of_frames(sum(chunks[:num_compressed], []), len(self.stands_for), num_videos)
+        compressed.token = compressed.token + num_full
+        book = compressed.appended(TokenBook.of_frames(sum(chunks[num_compressed:], []), num_full, num_videos))
+        book.held = ~self._lost(book, sum(chunks, []))
+        return book
+
+    def _forward(self, latents, chunk_sizes, timesteps, next_timesteps, text, attention_kwargs, is_cache_step):
+        """The transformer's own forward over some chunks alone; the others are in our processors."""
+        self.cache.prepare(len(latents), latents.device)
+        timesteps, next_timesteps = (
+            torch.cat([time.expand(size) for time, size in zip(times, chunk_sizes)]).expand(len(latents), -1)
+            for times in (timesteps, next_timesteps)
+        )
+        return self.transformer(
+            hidden_states=latents.transpose(1, 2).to(self.transformer.dtype),  # (rows, T, C, H, W)
+            timestep=timesteps,
+            r_timestep=next_timesteps,
+            encoder_hidden_states=text.to(self.transformer.dtype),
+            chunk_partition=list(chunk_sizes),
+            kv_cache=[None] * len(self.transformer.blocks),
+            kv_cache_flag={"is_cache_step": is_cache_step, "num_cached_chunks": 0},
+            attention_mask=False,  # so that none is built
+            attention_kwargs=attention_kwargs,
+            return_dict=False,
+        )[0]
+
+
+def compressed_patches(grid: tuple[int, int], scale: tuple[int, int]) -> torch.Tensor:
+    """The full tokens that each compressed one stands for, (compressed tokens, full tokens of each); `scale` of them in
+    (height, width), and what does not fill one is left out."""
+    rows, columns = (tokens // per_patch for tokens, per_patch in zip(grid, scale))
+    full = torch.arange(grid[0] * grid[1]).view(grid)[: rows * scale[0], : columns * scale[1]]
+    patches = full.unflatten(1, (columns, scale[1])).unflatten(0, (rows, scale[0])).transpose(1, 2)
+    return patches.flatten(2).flatten(0, 1)
+
+
+def check_far(config: Any) -> None:
+    """What an AnyFlow-FAR transformer's config says is what its forward can do."""
+    patch, large, limit = tuple(config.patch_size), tuple(config.compressed_patch_size), config.full_chunk_limit
+    check(patch[0] == 1 and patch[1] == patch[2], "transformer.config.patch_size", patch, "(1, n, n)")
+    whole = large[0] == 1 and not any(size % patch[1] for size in large[1:])
+    valid = f"(1, h, w) with multiples of {patch[1]}"
+    check(whole, "transformer.config.compressed_patch_size", large, valid)
+    valid = "an int >= 2: the current chunk and at least one in full resolution"
+    check(limit >= 2, "transformer.config.full_chunk_limit", limit, valid)
+
+
+def check_compression(height: int, width: int, spatial_factor: int, config: Any, num_chunks: int) -> None:
+    """A video whose chunks get compressed is at least a compressed patch high and wide."""
+    for name, value, patch in zip(("height", "width"), (height, width), config.compressed_patch_size[1:]):
+        smallest = spatial_factor * patch
+        valid = f">= {smallest}, a compressed patch, for more than {config.full_chunk_limit} chunks"
+        check(num_chunks <= config.full_chunk_limit or value >= smallest, name, value, valid)

@@ -1,0 +1,85 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""One video on several devices: Diffusers' Ulysses context parallelism (DeepSpeed-Ulysses, arXiv 2309.14509) behind a
+rolling cache.
+
+Diffusers splits the tokens of a pass over the processes. Around self-attention they are exchanged for heads: each process
+rotates, holds and attends to all tokens of its own heads, so that a cache is 1 / degree of the whole.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import SeqAllToAllDim
+
+from ..tokentrim_checks import check
+
+
+class HeadExchange:
+    """All tokens of this process's heads, for its own tokens of all heads, and back.
+
+    Args:
+        parallel_config (`ParallelConfig`, *optional*): of a Diffusers attention processor; `None`: there is one process.
+    """
+
+    def __init__(self, parallel_config: Any = None):
+        config = getattr(parallel_config, "context_parallel_config", None)
+        self.group = None if config is None else config._ulysses_mesh.get_group()
+
+    def split_heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(rows, seq / degree, heads, head_dim) -> (rows, seq, heads / degree, head_dim)"""
+        return hidden_states if self.group is None else SeqAllToAllDim.apply(self.group, hidden_states, 2, 1)
+
+    def split_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(rows, seq, heads / degree, head_dim) -> (rows, seq / degree, heads, head_dim)"""
+        return hidden_states if self.group is None else SeqAllToAllDim.apply(self.group, hidden_states, 1, 2)
+
+
+def context_parallel(transformer: Any) -> Any:
+    """The `ContextParallelConfig` that `enable_parallelism` has set on a transformer, or `None`."""
+    return getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None)
+
+
+def check_saved_whole(transformer: Any, name: str, folder: Any) -> None:
+    """A state is of a run on one process: of several, each holds a share."""
+    valid = "None under context parallelism, where each process holds the context of its own heads alone"
+    check(folder is None or context_parallel(transformer) is None, name, folder, valid)
+
+
+def check_parallel(
+    transformer: Any, call: dict, layout: Any, hooks: Sequence, chunk_sizes: Sequence[int], tokens_per_frame: int
+) -> None:
+    """
+    What context parallelism asks of a call; nothing where the transformer has none.
+
+    Args:
+        transformer (`ModelMixin`): with what `enable_parallelism` has set.
+        call (`dict`): its arguments.
+        layout ([`Layout`]), hooks (`Sequence`): of the call, and of its denoiser.
+        chunk_sizes (`Sequence[int]`): latent frames of each chunk.
+        tokens_per_frame (`int`): of the transformer's grid.
+
+    Raises:
+        `ValueError`: the processes cannot share this call, or would not agree.
+    """
+    config = context_parallel(transformer)
+    if config is None:
+        return
+    is_far = transformer.config.get("full_chunk_limit", 1) > 1
+    valid = "a WanTransformer3DModel under context parallelism"
+    check(not is_far, "transformer", type(transformer).__name__, valid)
+    ring, degree, heads = config.ring_degree, config.ulysses_degree, transformer.config.num_attention_heads
+    valid = "1, with `ulysses_degree` instead: a ring passes on keys of a pass's own tokens, not those of the past"
+    check(ring == 1, "ring_degree", ring, valid)
+    check(heads % degree == 0, "ulysses_degree", degree, f"a divisor of the transformer's {heads} heads")
+    for num_tokens in sorted({size * tokens_per_frame for size in chunk_sizes}):
+        valid = f"a divisor of the {num_tokens} tokens of a chunk"
+        check(num_tokens % degree == 0, "ulysses_degree", degree, valid)
+    rewrites = any(hasattr(layout, hook) for hook in ("before_chunk", "before_commit"))
+    valid = "one that rewrites no keys under `ulysses_degree`, as each process sees its heads"
+    check(not rewrites, "layout", type(layout).__name__, valid)
+    names = [type(hook).__name__ for hook in hooks]
+    valid = "one without guidance by gradients under `ulysses_degree`, as they end at a process's own tokens"
+    check(not names, "method", names, valid)
+    valid = "given under `ulysses_degree`, with the same seed on every process"
+    check(call["generator"] is not None, "generator", None, valid)

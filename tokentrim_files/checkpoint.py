@@ -1,0 +1,57 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What a saved checkpoint says of its rollout, and of its classes: Diffusers' own names, or ours where the code lies
+beside the weights."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers import AnyFlowFARPipeline, SchedulerMixin
+
+from ..tokentrim_checks import check
+from .bundle import bundle
+
+
+INDEX, PIPELINE, PIPELINE_FILE = "model_index.json", "TokenTrimPipeline", "pipeline_tokentrim.py"
+# Arguments of the call that default to what travels with a checkpoint.
+SCHEDULE_SETTINGS = ("num_inference_steps", "height", "width", "max_sequence_length")
+ROLLOUT_SETTINGS = ("rollout", "num_frames_per_chunk", "window_size", "num_sink_frames", "relative_positions")
+SETTINGS = (*ROLLOUT_SETTINGS, *SCHEDULE_SETTINGS, "method", "layout", "prompt_transition")
+
+
+def check_portable(settings: dict[str, Any]) -> None:
+    """Settings that travel with a checkpoint are what its `model_index.json` can hold; a list there is a component."""
+    for name, value in settings.items():
+        try:
+            portable = not isinstance(value, (list, tuple)) and json.loads(json.dumps(value)) == value
+        except TypeError:
+            portable = False
+        valid = "a name, a number or a dict of settings, to travel with a checkpoint; the call takes the others"
+        check(portable, name, value, valid, TypeError)
+
+
+def write_code(folder: str | os.PathLike, pipeline: Path) -> None:
+    """Write the pipeline's code as one file, under the name of its own, to where Diffusers' loader looks for it."""
+    source = bundle(pipeline)
+    os.makedirs(folder, exist_ok=True)
+    (Path(folder) / PIPELINE_FILE).write_text(source)
+
+
+def name_stock_classes(folder: str | os.PathLike, scheduler: SchedulerMixin | None) -> None:
+    """Diffusers would write names of ours, which load nowhere without the code; our pipeline lifts a stock scheduler."""
+    names = {"_class_name": AnyFlowFARPipeline.__name__}
+    if scheduler is not None:
+        stock = next(base for base in type(scheduler).__mro__ if base.__module__.startswith("diffusers."))
+        names["scheduler"] = ["diffusers", stock.__name__]
+    _rename(folder, names)
+
+
+def name_our_classes(folder: str | os.PathLike) -> None:
+    """Name the pipeline's class in the file beside the weights; it lifts the stock scheduler."""
+    _rename(folder, {"_class_name": [Path(PIPELINE_FILE).stem, PIPELINE]})
+
+
+def _rename(folder: str | os.PathLike, names: dict) -> None:
+    index = Path(folder) / INDEX
+    index.write_text(json.dumps({**json.loads(index.read_text()), **names}, indent=2, sort_keys=True) + "\n")

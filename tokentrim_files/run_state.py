@@ -1,0 +1,251 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""A folder that holds the state of a run: written whole or not at all, and read only if it is whole."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..tokentrim_checks import check
+
+
+CODE_VERSION = "0.1.0"  # the package's, also where these files are loaded without it
+STATE_VERSION = 1  # of the format
+STATE, TENSORS = "state.json", "tensors.safetensors"
+state_logger = logging.getLogger("tokentrim.state")
+
+
+def save_state(folder: str | os.PathLike, number: int, state: dict) -> Path:
+    """
+    Write a state as `folder/state-<number>` (where that is taken, `state-<number>-001`), then remove the others.
+
+    Args:
+        folder (`str` or `os.PathLike`): made where it does not exist.
+        number (`int`): orders the states of a folder.
+        state (`dict`): nested dicts and lists of numbers, strings, `None` and tensors.
+
+    Returns:
+        `Path`: the state's folder.
+
+    Raises:
+        `OSError`: it cannot be written, as on a full disk; the last state is still there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"state-{number:08}", *(f"state-{number:08}-{again:03}" for again in range(1, 1000))]
+    target = next(folder / name for name in names if not (folder / name).exists())  # the one before stays meanwhile
+    unfinished = folder / f".{target.name}.unfinished"
+    _sweep(folder)
+    unfinished.mkdir()
+    try:
+        tensors: dict[str, torch.Tensor] = {}
+        plain = _without_tensors(state, tensors)
+        save_file(tensors, unfinished / TENSORS)
+        sums = [_sha256(json.dumps(plain).encode()), _sha256_of_file(unfinished / TENSORS)]
+        record = {"version": STATE_VERSION, "code": _code_versions(), "sha256": sums, "state": plain}
+        (unfinished / STATE).write_text(json.dumps(record))
+        for path in (unfinished / TENSORS, unfinished / STATE, unfinished):
+            _sync(path)
+        os.replace(unfinished, target)
+        _sync(folder)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            number = error.errno if isinstance(error, OSError) else None
+            told = f"The state could not be written, the one before is still there: {error}"
+            raise OSError(number, told, str(target)) from error
+        raise
+    for older in _states(folder):
+        if older != target:
+            shutil.rmtree(older, ignore_errors=True)
+    return target
+
+
+def load_state(folder: str | os.PathLike) -> dict:
+    """
+    The newest whole state of a folder.
+
+    Raises:
+        `ValueError`: there is none, all are damaged, or it has another format. What other code wrote in this format is
+            loaded, and told to the logger `tokentrim.state`: it goes on, but not to the same bits.
+    """
+    damaged = []
+    for path in reversed(_states(Path(folder))):
+        try:
+            record = json.loads((path / STATE).read_text())
+            version = record["version"]
+        except (OSError, KeyError, TypeError, ValueError):
+            damaged.append(path.name)
+            continue
+        code, ours = record.get("code", "unknown versions"), _code_versions()
+        if version != STATE_VERSION:
+            valid = f"a state of format {STATE_VERSION}, as {ours} writes it"
+            raise ValueError(f"`state_dir` has to hold {valid}, but {path} has format {version}, by {code}.")
+        try:
+            plain = json.dumps(record["state"])
+            if [_sha256(plain.encode()), _sha256_of_file(path / TENSORS)] == record["sha256"]:
+                if code != ours:
+                    state_logger.warning(
+                        "%s was written by %s, and goes on with %s: bits may differ.", path, code, ours
+                    )
+                return _with_tensors(record["state"], load_file(path / TENSORS))
+        except (OSError, KeyError):
+            pass
+        damaged.append(path.name)
+    valid = "a folder with a whole state" + (f", but {', '.join(damaged)} are damaged" if damaged else "")
+    raise ValueError(f"`state_dir` has to be {valid}; it is {str(folder)!r}.")
+
+
+def has_state(folder: str | os.PathLike) -> bool:
+    return bool(_states(Path(folder)))
+
+
+def remove_states(folder: str | os.PathLike) -> None:
+    """Of a run that is over."""
+    _sweep(Path(folder))
+    for path in _states(Path(folder)):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Of a model's weights: names, shapes, dtypes, and 4,096 values of each, evenly spaced."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(module.state_dict().items()):
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.float32)
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def settings_of(pipe: Any) -> dict:
+    """What a checkpoint says beside its weights, as JSON has it: the pipeline's settings and the scheduler's."""
+    scheduler = {"scheduler": type(pipe.scheduler).__name__}
+    scheduler |= {f"scheduler.{name}": value for name, value in pipe.scheduler.config.items()}
+    own = {name: value for name, value in pipe.config.items() if not isinstance(value, (list, tuple))}
+    hidden = [name for name in {**own, **scheduler} if name.split(".")[-1].startswith("_")]
+    plain = {name: value for name, value in {**own, **scheduler}.items() if name not in hidden}
+    return json.loads(json.dumps(plain, default=str))
+
+
+def check_same(saved: dict, ours: dict) -> None:
+    """Refuse a checkpoint that says something else than the one that the run began with."""
+    for name in sorted({*saved, *ours}):
+        check(saved.get(name) == ours.get(name), name, ours.get(name), f"{saved.get(name)!r}, as the run began")
+
+
+def check_weights(saved: dict[str, str], models: dict[str, torch.nn.Module | None]) -> None:
+    """Refuse other weights than those that the run began with, by their fingerprints."""
+    again, preview = "preview_vae" in saved, models["preview_vae"]
+    check((preview is not None) == again, "preview_vae", preview, "the stream's" if again else "None")
+    for name, expected in saved.items():
+        ours = fingerprint(models[name])
+        check(ours == expected, name, f"of fingerprint {ours}", f"the weights that the run began with, {expected}")
+
+
+def record_call(call: dict) -> dict:
+    """A call's arguments as a state can hold them: values, and the names of those that have to be given again."""
+    values, objects = {}, []
+    for name, value in call.items():
+        if name == "generator":
+            value = [each.device.type for each in value] if isinstance(value, list) else value and value.device.type
+        try:
+            _without_tensors(value, {})
+            values[name] = value
+        except TypeError:
+            objects.append(name)
+    return {"values": values, "objects": objects}
+
+
+def recall(record: dict, objects: dict) -> dict:
+    """
+    The arguments of a recorded call.
+
+    Args:
+        record (`dict`): of [`record_call`].
+        objects (`dict`): those that it names.
+
+    Raises:
+        `ValueError`: one is missing, or one is given that the record holds.
+    """
+    missing, unknown = set(record["objects"]) - set(objects), set(objects) - set(record["objects"])
+    valid = f"given again: the state cannot hold {sorted(record['objects'])}"
+    check(not missing, ", ".join(sorted(missing)), None, valid)
+    check(not unknown, ", ".join(sorted(unknown)), "given", "left out: a resumed run keeps its arguments")
+    call = {**record["values"], **objects}
+    devices = call["generator"]
+    if isinstance(devices, list):
+        call["generator"] = [torch.Generator(device) for device in devices]
+    elif devices is not None:
+        call["generator"] = torch.Generator(devices)
+    return call
+
+
+def _states(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(path for path in folder.glob("state-*") if path.is_dir())
+
+
+def _code_versions() -> str:
+    return f"tokentrim {CODE_VERSION} with torch {torch.__version__}"
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes left that were killed while they saved."""
+    for path in folder.glob(".state-*.unfinished"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The same, with references in the place of tensors, which go to `tensors`."""
+    if isinstance(value, torch.Tensor):
+        name = f"{len(tensors):06}"
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": name, "device": value.device.type}
+    if isinstance(value, dict):
+        return {"dict": [[_without_tensors(each, tensors) for each in item] for item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(each, tensors) for each in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"A state cannot hold {value!r}: numbers, strings, tensors, and lists and dicts of them.")
+
+
+def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_with_tensors(each, tensors) for each in value]
+    if isinstance(value, dict) and "tensor" in value:
+        # A copy: in the file a tensor may begin anywhere, and a matrix product's last bits depend on that.
+        return tensors[value["tensor"]].clone().to(value["device"] if value["device"] != "meta" else "cpu")
+    if isinstance(value, dict):
+        return {_with_tensors(key, tensors): _with_tensors(each, tensors) for key, each in value["dict"]}
+    return value
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sha256_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while content := file.read(2**20):
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

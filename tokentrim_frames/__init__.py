@@ -1,0 +1,1 @@
+"""Latents to frames, frames to files, and looking at a run."""

@@ -1,0 +1,214 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What a call returns, and ways to look at it: severities over time, evicted tokens, a film strip, an mp4."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.utils import BaseOutput
+
+from ..tokentrim_checks import check, check_int
+from .mp4 import optional, save_video
+
+
+TRIM, QUARANTINE = "#d62728", "#7b3294"
+RED, PURPLE = (tuple(int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)) for color in (TRIM, QUARANTINE))
+
+
+@dataclass
+class TokenTrimPipelineOutput(BaseOutput):
+    r"""
+    Output of [`TokenTrimPipeline`].
+
+    Args:
+        frames (`torch.Tensor`, `np.ndarray`, or `list[list[PIL.Image.Image]]`):
+            The videos, as `output_type` asks; latents are (B, C, T, H, W).
+        decisions (`list[list[dict]]`):
+            `decisions[video][chunk]`, plain JSON types: `chunk`, `severity` (`None` for the first), `threshold`
+            (`None` while the gate is closed), `trim`, `tokens` (evicted grid indices), `drift` (one per token of the
+            grid, `None` for the first chunk), `regenerated_severity` (`None` where nothing was regenerated),
+            `quarantined`, `reanchored` (`"held"`, `"watched"` or `None`), and what policies of one's own report.
+        grid (`tuple[int, int]`): tokens of a latent frame, (height, width).
+        chunk_frames (`list[int]`, *optional*): frames of each chunk, `None` where the videos are latents.
+    """
+
+    frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
+    decisions: list[list[dict]]
+    grid: tuple[int, int]
+    chunk_frames: list[int] | None = None
+
+    def plot_drift(self) -> Any:
+        """
+        Severity, threshold and triggers over the chunks.
+
+        Returns:
+            `matplotlib.figure.Figure`: a row for each video.
+
+        Raises:
+            `ImportError`: matplotlib is not installed.
+        """
+        size = (9, 2.4 * len(self.decisions))
+        figure = optional("matplotlib.figure", "matplotlib").Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(self.decisions), 1, sharex=True, squeeze=False)[:, 0]
+        for video, (axis, video_decisions) in enumerate(zip(axes, self.decisions)):
+            plot_severity(axis, video_decisions)
+            axis.set_title(f"video {video}")
+        axis.set_xlabel("chunk")
+        return figure
+
+    def overlay_evictions(self) -> np.ndarray:
+        """
+        The videos with the tokens that each chunk evicted outlined, red around white, on all frames of that chunk.
+
+        Returns:
+            `np.ndarray`: (B, frames, H, W, 3) in [0, 1].
+
+        Raises:
+            `ValueError`: the videos are latents.
+        """
+        videos = self._as_array().copy()
+        rows, columns = self.grid
+        height, width = videos.shape[2] // rows, videos.shape[3] // columns  # of a token
+        line = max(min(height, width) // 12, 1)
+        for video, video_decisions in zip(videos, self.decisions):
+            for decision, frames in zip(video_decisions, np.split(video, np.cumsum(self.chunk_frames))):
+                for token in decision["tokens"]:
+                    top, left = token // columns * height, token % columns * width
+                    patch = frames[:, top : top + height, left : left + width]
+                    outline(patch, 1, 2 * line)
+                    outline(patch, RED, line)
+        return videos
+
+    def filmstrip(self, columns: int = 14) -> np.ndarray:
+        """
+        The middle frame of some chunks, triggered ones first: trimmed ones in a red frame with evicted tokens outlined,
+        quarantined ones in a purple frame.
+
+        Args:
+            columns (`int`, defaults to `14`): about how many chunks; the first and the last are always there.
+
+        Returns:
+            `np.ndarray`: one picture with a row for each video, (height, width, 3) in [0, 1].
+
+        Raises:
+            `ValueError`: the videos are latents, or a run was interrupted in its first chunk.
+        """
+        check_int("columns", columns, 1)
+        if not self.decisions[0]:
+            raise ValueError("There is no chunk to show: the run was interrupted in its first one.")
+        videos = self.overlay_evictions()
+        middles = np.cumsum(self.chunk_frames) - self.chunk_frames + np.array(self.chunk_frames) // 2
+        edge = max(videos.shape[3] // 32, 2)
+        rows = []
+        for video, video_decisions in zip(videos, self.decisions):
+            row = []
+            for chunk in choose_chunks(self.decisions, columns):
+                frame = video[[middles[chunk]]]
+                frame = np.pad(frame, ((0, 0), (edge, edge), (edge, edge), (0, 0)), constant_values=1)
+                if event := decision_event(video_decisions[chunk]):
+                    outline(frame, RED if event == "trimmed" else PURPLE, edge)
+                row.append(frame[0])
+            rows.append(np.concatenate(row, axis=1))
+        return np.concatenate(rows)
+
+    def save_video(self, path: str | os.PathLike, fps: float = 16, video: int = 0) -> Path:
+        """
+        Write one video as mp4, byte for byte as a stream's `save_video` does. The file appears when it is complete.
+
+        Args:
+            path (`str` or `os.PathLike`): the file, `x.mp4`.
+            fps (`float`, defaults to `16`): frames per second; 16 is Wan's.
+            video (`int`, defaults to `0`): which video of the batch.
+
+        Returns:
+            `Path`: the file.
+
+        Raises:
+            `ImportError`: imageio-ffmpeg is not installed.
+            `OSError`: ffmpeg fails, or the disk is full; a file that was there is still the one that it was.
+            `ValueError`: the videos are latents, or an argument is no good.
+        """
+        videos = self._as_array()
+        check(video in range(len(videos)), "video", video, f"an int from 0 to {len(videos) - 1}")
+        return save_video(path, as_uint8(videos[video]), fps, self.chunk_frames)
+
+    def _as_array(self) -> np.ndarray:
+        """The videos, whatever their `output_type`: (B, frames, H, W, 3) in [0, 1]."""
+        if self.chunk_frames is None:
+            raise ValueError("`output_type` has to be 'np', 'pt' or 'pil' to look at the frames, but was 'latent'.")
+        return as_array(self.frames)
+
+
+def as_array(frames: torch.Tensor | np.ndarray | list) -> np.ndarray:
+    """Videos, whatever their `output_type`: (B, frames, H, W, 3) in [0, 1]."""
+    if isinstance(frames, np.ndarray):
+        return frames
+    if isinstance(frames, torch.Tensor):  # (B, frames, 3, H, W)
+        return frames.permute(0, 1, 3, 4, 2).float().cpu().numpy()
+    return np.stack([np.stack(list(map(np.asarray, video))) for video in frames]).astype(np.float32) / 255
+
+
+def concatenated(parts: list) -> torch.Tensor | np.ndarray | list:
+    """Parts of videos, of one `output_type`, one after the other."""
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts, axis=1)
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts, dim=1)
+    return [sum(videos, []) for videos in zip(*parts)]
+
+
+def as_uint8(frames: np.ndarray) -> np.ndarray:
+    return (frames * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def decision_event(decision: dict) -> str | None:
+    """What happened to a chunk, if anything did."""
+    return "quarantined" if decision["quarantined"] else "trimmed" if decision["trim"] else None
+
+
+def choose_chunks(decisions: list[list[dict]], columns: int) -> list[int]:
+    """Up to `columns` chunks worth showing: the first triggered ones, and others evenly spaced."""
+    num_chunks = len(decisions[0])
+    triggered = sorted(
+        {each["chunk"] for video_decisions in decisions for each in video_decisions if decision_event(each)}
+    )
+    shown = set(triggered[: columns // 2])
+    for chunk in np.linspace(0, num_chunks - 1, columns).round().astype(int):
+        if len(shown) < columns:
+            shown.add(int(chunk))
+    return sorted(shown | {0, num_chunks - 1})
+
+
+def plot_severity(axis: Any, decisions: list[dict]) -> None:
+    """Severity, threshold and triggers of each chunk of one video, on matplotlib axes."""
+    chunks = [each["chunk"] for each in decisions]
+    severity = [np.nan if each["severity"] is None else each["severity"] for each in decisions]
+    threshold = [np.nan if each["threshold"] is None else each["threshold"] for each in decisions]
+    axis.plot(chunks, severity, ".-", color="0.3", label="severity")
+    axis.plot(chunks, threshold, "--", color="tab:blue", label="threshold")
+    trims = [each for each in decisions if each["trim"]]
+    axis.plot([e["chunk"] for e in trims], [e["severity"] for e in trims], "o", color=TRIM, label="trimmed")
+    axis.plot(
+        [e["chunk"] for e in trims],
+        [e["regenerated_severity"] for e in trims],
+        "o",
+        markerfacecolor="none",
+        color=TRIM,
+        label="regenerated",
+    )
+    for number, chunk in enumerate(each["chunk"] for each in decisions if each["quarantined"]):
+        axis.axvline(chunk, color=QUARANTINE, linestyle=":", label=None if number else "quarantined")
+    axis.set(ylabel="severity")
+    axis.set_ylim(top=1.25 * axis.get_ylim()[1])  # room for the legend
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="upper right", ncols=5, frameon=False)
+
+
+def outline(patch: np.ndarray, color: Any, line: int) -> None:
+    """Draw a line inside the border of (frames, h, w, 3), in place."""
+    for border in (patch[:, :line], patch[:, -line:], patch[:, :, :line], patch[:, :, -line:]):
+        border[...] = color

@@ -1,0 +1,1 @@
+"""Keys, values and the book of tokens: obeys a view, knows no window."""

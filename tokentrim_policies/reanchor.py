@@ -1,0 +1,111 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Re-anchoring at commit, ours and not the paper's: what becomes context is held to the reference chunk.
+
+Drift of a long rollout is mostly slow and global: every chunk is a little off the one before it, is read back, and
+serves as the next one's example. Moving what is read back to where it was in the first chunk breaks that loop. The chunk
+that is shown stays as it was generated.
+"""
+
+import torch
+
+from ..tokentrim_checks import check_choice, check_int, check_number
+from .policy import ContextPolicy
+from .statistics import MATCHINGS, magnitude, mean_offsets
+
+
+class Reanchor(ContextPolicy):
+    """Holds a video's context to its reference: its first chunk, or the last one that was given.
+
+    Drift is slow, and a change that a prompt asks for begins with it. A held chunk starts from context at the reference,
+    so what holding takes away from it is how the model resists: where the mean over the first `patience` held chunks
+    exceeds the tolerance, the video is released and watched. A chunk that leaves the tolerance is then the next
+    reference, and a video that stays within it for `patience` chunks is held again, on the same terms. A change of prompt
+    releases too.
+
+    Decisions gain `reanchored`: `"held"`, `"watched"`, or `None` for a chunk that is the reference itself.
+
+    Args:
+        match (`str`, defaults to `"near"`):
+            What is held. `"near"`: tokens that have something like them in the reference, and nothing that is new
+            ([`MatchNear`]). All that is in a chunk: `"mean"`, `"moments"` (mean and standard deviation) or `"histogram"`
+            (all values) of each latent channel; `"covariance"` (means, and covariance of all channels, in closed form)
+            or `"distribution"` (all values) of all channels jointly.
+        tolerance (`float`, *optional*, defaults to `0.085`):
+            How much holding may take away, or a watched chunk be off its reference, before that counts as a change that
+            is meant: distance of the channels' means in standard deviations of what it is held to, root mean square over
+            channels. `None`: no change is meant.
+        patience (`int`, defaults to `6`): chunks that it takes to release a video, and to hold it again.
+        strength (`float`, defaults to `1.0`): how far a held chunk is moved, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        match: str = "near",
+        tolerance: float | None = 0.085,
+        patience: int = 6,
+        strength: float = 1.0,
+    ):
+        check_choice("match", match, tuple(MATCHINGS))
+        check_int("patience", patience, 1)
+        if tolerance is not None:
+            check_number("tolerance", tolerance, lambda value: value > 0, "a finite number > 0, or None")
+        check_number("strength", strength, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+        self.match = match
+        self.tolerance = tolerance
+        self.patience = patience
+        self.strength = strength
+        self.reference: torch.Tensor | None = None  # (C, T, H, W)
+        self.watched = False
+        self.offsets: list[torch.Tensor] = []  # (C,), of the first chunks since the video was held or released
+        self.outcome: str | None = None  # of the chunk at hand
+        self._matching = None  # learned from the reference
+
+    def observe(self, chunk: torch.Tensor) -> None:
+        self._refer_to(chunk, watched=False)
+
+    def commit(self, chunk: torch.Tensor) -> torch.Tensor:
+        """The chunk as it is held, or as it is while the video is watched."""
+        if self.reference is None:
+            self.observe(chunk)
+            return chunk
+        if self.watched:
+            self._settle(chunk)
+        if not self.watched:
+            matched = self._match(chunk)
+            self._resist(chunk, matched)
+        self.outcome = "watched" if self.watched else "held"
+        if self.watched:
+            return chunk
+        return matched if self.strength == 1 else torch.lerp(chunk, matched, self.strength)
+
+    def close(self, entered: bool) -> dict:
+        outcome, self.outcome = self.outcome, None
+        return {"reanchored": outcome}
+
+    def prompt_changed(self) -> None:
+        if self.reference is not None:
+            self._refer_to(self.reference, watched=True)
+
+    def _refer_to(self, reference: torch.Tensor, watched: bool) -> None:
+        self.reference, self.watched, self.offsets, self._matching = reference, watched, [], None
+
+    def _match(self, chunk: torch.Tensor) -> torch.Tensor:
+        if self._matching is None:
+            self._matching = MATCHINGS[self.match](self.reference[None])
+        return self._matching(chunk[None])[0]
+
+    def _resist(self, chunk: torch.Tensor, matched: torch.Tensor) -> None:
+        """Release the video where holding it takes away too much."""
+        if self.tolerance is None or len(self.offsets) == self.patience:
+            return
+        self.offsets = [*self.offsets, mean_offsets(chunk, matched)]
+        if len(self.offsets) == self.patience and magnitude(torch.stack(self.offsets).mean(dim=0)) > self.tolerance:
+            self._refer_to(chunk, watched=True)
+
+    def _settle(self, chunk: torch.Tensor) -> None:
+        """Move the reference of a video that moves; hold it again where it does not."""
+        self.offsets = [*self.offsets, mean_offsets(chunk, self.reference)]
+        if self.tolerance is not None and magnitude(self.offsets[-1]) > self.tolerance:
+            self._refer_to(chunk, watched=True)
+        elif len(self.offsets) == self.patience:  # without a tolerance nobody knows since when
+            self._refer_to(chunk if self.tolerance is None else self.reference, watched=False)

@@ -1,0 +1,128 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""When to trim: TokenTrim's adaptive gate (arXiv 2602.00268, section 4, algorithm 1), for one video."""
+
+import torch
+
+from ..tokentrim_checks import check_choice, check_int, check_number
+from .policy import ContextPolicy
+from .stability import severity, summarize, token_drift, unstable_tokens
+from .statistics import outlier_threshold
+
+
+DRIFT_SIGNALS = ("final", "first_step")
+
+
+class SeverityMonitor(ContextPolicy):
+    """Measures how far each chunk moved from the one before it (eq. 4 to 6), and accepts everything.
+
+    Decisions gain `severity`: D_t of the first attempt (`None` where there is nothing to compare with), `drift`: its
+    d_i, one for each token of the grid, `regenerated_severity`: D_t of the last attempt, where that is not the first,
+    and `threshold`: mu_t + lambda sigma_t (`None` while the gate is closed).
+
+    Args:
+        drift_signal (`str`, defaults to `"final"`): what is compared, as in [`TokenTrim`].
+    """
+
+    prune_fraction = 0.1
+
+    def __init__(self, drift_signal: str = "final"):
+        check_choice("drift_signal", drift_signal, DRIFT_SIGNALS)
+        self.drift_signal = drift_signal
+        self.previous: torch.Tensor | None = None  # what the chunk before was judged by, (C, T, H, W)
+        self.draft: torch.Tensor | None = None  # the last attempt at the chunk at hand
+        self.facts: dict = {}
+
+    def observe(self, chunk: torch.Tensor) -> None:
+        self.draft = chunk if self.drift_signal == "final" else None  # no x0 prediction of a first step
+        self.previous = None
+
+    def review(self, draft: torch.Tensor) -> list[int]:
+        """The grid tokens to evict before another attempt; none accepts this one."""
+        self.draft = draft
+        if self.previous is None:
+            return []
+        current, previous = (summarize(latents[None], self.patch_size) for latents in (draft, self.previous))
+        drift = token_drift(current, previous)  # (1, num_tokens)
+        tokens = unstable_tokens(drift, self.prune_fraction)
+        measured = severity(drift, tokens).item()
+        if self.facts:
+            self.facts["regenerated_severity"] = measured
+        else:
+            self.facts = {"severity": measured, "drift": drift[0].tolist(), "threshold": self.threshold()}
+        return tokens[0].tolist() if self.is_abnormal(measured) else []
+
+    def threshold(self) -> float | None:
+        return None
+
+    def is_abnormal(self, measured: float) -> bool:
+        return False
+
+    def commit(self, chunk: torch.Tensor) -> torch.Tensor:
+        if self.drift_signal == "final":
+            self.draft = chunk  # as the policies before this one have it
+        return chunk
+
+    def prompt_changed(self) -> None:
+        self.previous = None  # the next chunk is meant to differ
+
+    def close(self, entered: bool) -> dict:
+        facts, self.facts = self.facts, {}
+        if entered or self.previous is None:
+            self.previous = self.draft
+        self.draft = None
+        return facts
+
+
+class TokenTrim(SeverityMonitor):
+    """Algorithm 1: where a chunk's severity is abnormal, its most changed tokens leave the context, and it is generated
+    again.
+
+    Args:
+        prune_fraction (`float`, defaults to `0.1`): p, the share of the token grid that counts as unstable.
+        drift_sensitivity (`float`, defaults to `2.0`):
+            lambda: severities above mean + lambda * standard deviation of the accepted ones are abnormal.
+        warmup_chunks (`int`, defaults to `2`): T_warm, accepted severities before the gate opens.
+        max_regenerations (`int`, defaults to `1`): R, attempts at a chunk after the first.
+        drift_signal (`str`, defaults to `"final"`):
+            What the gate compares: `"final"`, finished chunks; `"first_step"`, the x0 predictions of their first
+            denoising step, so that another attempt costs one step instead of all.
+        prune_weight (`float`, defaults to `0.0`):
+            Ours: what a key of an unstable token counts for from then on, of one, multiplied at each trim. At 0 its keys
+            leave the context, as in the paper.
+    """
+
+    def __init__(
+        self,
+        prune_fraction: float = 0.1,
+        drift_sensitivity: float = 2.0,
+        warmup_chunks: int = 2,
+        max_regenerations: int = 1,
+        drift_signal: str = "final",
+        prune_weight: float = 0.0,
+    ):
+        valid = "a number between 0 and 1, both excluded"
+        check_number("prune_fraction", prune_fraction, lambda share: 0 < share < 1, valid)
+        check_number("drift_sensitivity", drift_sensitivity, lambda value: value >= 0, "a finite number >= 0")
+        check_int("warmup_chunks", warmup_chunks, 0)
+        check_int("max_regenerations", max_regenerations, 0)
+        check_number("prune_weight", prune_weight, lambda value: 0 <= value < 1, "a number from 0 to 1, 1 excluded")
+        super().__init__(drift_signal)
+        self.prune_fraction = prune_fraction
+        self.drift_sensitivity = drift_sensitivity
+        self.warmup_chunks = warmup_chunks
+        self.max_regenerations = max_regenerations
+        self.prune_weight = prune_weight
+        self.severities: list[float] = []  # of accepted chunks
+
+    def threshold(self) -> float | None:
+        """mu_t + lambda sigma_t (eq. 7, 8); `None` while the gate is closed."""
+        return outlier_threshold(self.severities, self.drift_sensitivity, self.warmup_chunks)
+
+    def is_abnormal(self, measured: float) -> bool:
+        return self.facts["threshold"] is not None and measured > self.facts["threshold"]
+
+    def close(self, entered: bool) -> dict:
+        facts = super().close(entered)
+        if facts:  # the accepted attempt's enters the statistics
+            self.severities.append(facts.get("regenerated_severity", facts["severity"]))
+        return facts

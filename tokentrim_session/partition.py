@@ -1,0 +1,108 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""How a video's latent frames make chunks, and how many of them are given."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..tokentrim_checks import check, check_int, check_list, check_tensor
+
+
+def count_latent_frames(num_frames: int, temporal_factor: int) -> int:
+    """The fewest latent frames that hold so many frames; the first one is one frame."""
+    return -(-(num_frames - 1) // temporal_factor) + 1
+
+
+def partition_chunks(
+    num_frames: int | None,
+    temporal_factor: int,
+    num_frames_per_chunk: int | None,
+    chunk_partition: Sequence[int] | None,
+    checkpoint_partition: Sequence[int] | None = None,
+    num_given_frames: int = 0,
+) -> list[int]:
+    """Latent frames of each chunk of a video of `num_frames` frames; of the first chunks, where it has no end.
+
+    Whole chunks: the last one may reach beyond the video's end. Where `num_given_frames` latent frames to continue are no
+    whole chunks, the first chunk is what is left of them. A checkpoint's own partition gives the size of the first chunk,
+    which may be another, and of those that follow; its last one is what is left.
+    """
+    if num_frames_per_chunk is not None:
+        check_int("num_frames_per_chunk", num_frames_per_chunk, 1)
+    if num_frames is not None:
+        check_int("num_frames", num_frames, 1)
+    num_latent_frames = None if num_frames is None else count_latent_frames(num_frames, temporal_factor)
+    if chunk_partition is not None:
+        return _given_partition(chunk_partition, num_frames, num_latent_frames)
+    if checkpoint_partition is not None:
+        return _checkpoint_partition(checkpoint_partition, num_frames_per_chunk, num_latent_frames)
+    size = num_frames_per_chunk
+    first = [num_given_frames % size] if num_given_frames % size else []
+    if num_latent_frames is None:
+        return [*first, size]
+    return [*first, *[size] * -(-(num_latent_frames - sum(first)) // size)]
+
+
+def _given_partition(chunk_partition: Any, num_frames: int | None, num_latent_frames: int | None) -> list[int]:
+    check_list("chunk_partition", chunk_partition, int, "a list of ints")
+    valid = "positive ints, of which the last repeats"
+    if num_frames is not None:
+        valid = f"positive ints that sum to the {num_latent_frames} latent frames of num_frames={num_frames}"
+    fits = min(chunk_partition, default=0) > 0 and num_latent_frames in (None, sum(chunk_partition))
+    check(fits, "chunk_partition", chunk_partition, valid)
+    return list(chunk_partition)
+
+
+def _checkpoint_partition(
+    partition: Sequence[int], num_frames_per_chunk: int | None, num_latent_frames: int | None
+) -> list[int]:
+    if num_frames_per_chunk is None and sum(partition) == num_latent_frames:
+        return list(partition)
+    first, size, *_ = [*partition, *partition]
+    size = num_frames_per_chunk or size
+    if num_latent_frames is None:
+        return [first, size]
+    first = min(first, num_latent_frames)
+    num_chunks, last = divmod(num_latent_frames - first, size)
+    return [first] + [size] * num_chunks + [last] * (last > 0)
+
+
+def count_given_frames(pipe: Any, call: dict, frame_shape: Sequence[int]) -> int:
+    """How many latent frames there are to continue."""
+    num_videos, channels, height, width = frame_shape
+    video, video_latents = call["video"], call["video_latents"]
+    if video is not None:
+        name, given, spatial = "video", video, (3, call["height"], call["width"])
+        factor = pipe.vae_scale_factor_temporal
+    elif video_latents is not None:
+        name, given, spatial, factor = "video_latents", video_latents, (channels, height, width), 1
+    else:
+        return 0
+    check(video is None or video_latents is None, "video_latents", video_latents, "None where `video` is given")
+    layout = "(batch, frames, {}, {}, {})".format(*spatial)
+    check_tensor(name, given, 5, layout)
+    check(tuple(given.shape[2:]) == spatial and given.shape[1] > 0, name, given, layout)
+    check(num_videos % len(given) == 0, name, given, f"a batch that divides the {num_videos} videos")
+    num_frames, rest = divmod(given.shape[1] - 1, factor)
+    check(not rest, name, given, f"of {factor}n + 1 frames")
+    if video is not None and not (video.min() >= 0 and video.max() <= 1):
+        raise ValueError(f"`video` has to be in [0, 1], but is in [{video.min():.3g}, {video.max():.3g}].")
+    return num_frames + 1
+
+
+def count_given_chunks(call: dict, num_given_frames: int, chunk_partition: Sequence[int]) -> int:
+    """How many chunks the latent frames to continue fill: whole chunks, and at least one is left to generate."""
+    if num_given_frames == 0:
+        return 0
+    name = "video" if call["video"] is not None else "video_latents"
+    if call["num_frames"] is None:
+        chunk_partition = [*chunk_partition, *chunk_partition[-1:] * num_given_frames]
+    ends = [sum(chunk_partition[: n + 1]) for n in range(len(chunk_partition) - 1)]
+    valid = f"as many latent frames as fill whole chunks and leave one to generate: {_listed(ends)}"
+    check(num_given_frames in ends, name, num_given_frames, valid)
+    return ends.index(num_given_frames) + 1
+
+
+def _listed(ends: Sequence[int]) -> str:
+    if not ends:
+        return "none of a video of one chunk"
+    return f"one of {list(ends[:8])}" if len(ends) <= 8 else f"one of {list(ends[:8])} and so on"

@@ -1,0 +1,248 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The session: all that a run is between two chunks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from ..tokentrim_backbones.far import FARBackbone
+from ..tokentrim_backbones.hooks import adapters, check_hooks
+from ..tokentrim_backbones.wan import WanBackbone
+from ..tokentrim_checks import check, check_tensor
+from ..tokentrim_policies.policy import ContextPolicies
+from ..tokentrim_policies.stability import token_grid
+from .denoise import Denoiser, InFlight, Noise, Prompt, Renoise
+from .encode import encode_change
+from .prompts import PromptChange, blended, check_change, make_change
+
+
+class Rollout:
+    """A run on its way: which chunk is next, what is in flight, and the parts that remember.
+
+    Args:
+        pipe: the pipeline.
+        plan ([`RolloutPlan`]): of the call.
+        prompt ([`Prompt`]): encoded.
+        device (`torch.device`): where it runs.
+        given (`torch.Tensor`, *optional*): clean latents of the first frames, where they are not generated.
+    """
+
+    def __init__(self, pipe: Any, plan: Any, prompt: Prompt, device: torch.device, given: torch.Tensor | None = None):
+        self.pipe = pipe
+        self.plan = plan
+        self.device = device
+        generator = plan.call["generator"]
+        if generator is None:  # one of its own: what else draws from torch's does not disturb it
+            generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+        self.generator = generator
+        self.noise = Noise(plan, generator, device, plan.call["latents"])
+        sizes = [plan.chunk_size(index) for index in range(plan.num_given_chunks)]
+        self.given = [] if given is None else list(given.split(sizes, dim=2))
+        self.changes: dict[int, tuple[torch.Tensor, str]] = {}  # embeddings (B, text, dim) and transition, by chunk
+        self.guidance_scale = plan.call["guidance_scale"]  # between two chunks; a callback may change the pipeline's
+        self.shows_steps = True  # whether a bar of denoising steps is shown
+        self.index = 0
+        self.in_flight: tuple[InFlight, ...] = ()
+
+        call, patch_size = plan.call, pipe.transformer.config.patch_size
+        grid = token_grid(plan.frame_shape[2:], patch_size)
+        context = {"layout": plan.layout, "num_protected_frames": plan.num_protected_frames}
+        if plan.is_far:
+            options = {"use_mean_velocity": call["use_mean_velocity"], "pad_keys": call["pad_keys"]}
+            backbone = FARBackbone(pipe.transformer, grid=grid, num_videos=plan.num_videos, **options, **context)
+        else:
+            backbone = WanBackbone(pipe.transformer, grid, num_videos=plan.num_videos, **context)
+        self.policies = ContextPolicies(plan.method.policies, plan.num_videos, grid, patch_size)
+        renoise = Renoise(call["renoise"], generator, plan.frame_shape, plan.num_in_flight, device)
+        solver_generators = _solver_generators(pipe.scheduler, generator, plan.num_videos)
+        self.denoiser = Denoiser(pipe, backbone, plan, prompt, self.noise, renoise, solver_generators)
+        if call["callback_on_step_end"] is not None:
+            self.denoiser.on_step = self._call_back
+
+    @property
+    def backbone(self) -> Any:
+        return self.denoiser.backbone
+
+    def remaining(self) -> Iterator[int]:
+        """The chunks from `index` on, each with the transformer as the user has it by then."""
+        known = adapters(self.pipe.transformer)
+        while self.plan.has_chunk(self.index):
+            check_hooks(self.pipe.transformer)
+            if known != (known := adapters(self.pipe.transformer)):
+                self.backbone.cache.forget_prompt()  # of other adapters, it has other keys and values
+            yield self.index
+
+    def goes_on(self, index: int) -> bool:
+        """Whether a chunk follows, so that this one has to be committed."""
+        return self.plan.has_chunk(index + 1)
+
+    def evict(self, tokens: dict[int, list[int]]) -> dict[int, list[int]]:
+        """Grid tokens of some videos leave the context, or count for less: those of which it held something. Without any,
+        another attempt would repeat the one before."""
+        weight = self.plan.method.prune_weight
+        evicted = self.backbone.evict(tokens, **({"weight": weight} if weight else {}))
+        self.policies.evicted(evicted)
+        return evicted
+
+    def advance(self, index: int) -> None:
+        """Chunk `index` is over: from here on the run can be saved and resumed."""
+        self.noise.forget(index)
+        self.index, self.guidance_scale = index + 1, self.pipe.guidance_scale
+
+    def num_steps_left(self) -> float:
+        """Denoising steps to go, without regenerations."""
+        steps = self.plan.count_steps(len(self.pipe.scheduler.timesteps), self.index)
+        return steps - sum(chunk.step > 0 for chunk in self.in_flight)  # each in flight is a step ahead
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The pipeline and its transformer serve this run inside: its schedule, its guidance, its processors."""
+        plan, pipe = self.plan, self.pipe
+        with self.backbone.attached():
+            device = pipe._execution_device
+            pipe.scheduler.set_rollout_timesteps(plan.num_inference_steps, device, plan.sigmas, plan.timesteps)
+            pipe._num_timesteps = plan.count_steps(len(pipe.scheduler.timesteps))
+            pipe._guidance_scale = self.guidance_scale
+            pipe._attention_kwargs = plan.call["attention_kwargs"]
+            pipe._interrupt = False
+            yield
+
+    def progress_bar(self) -> Any:
+        """A context that gives a bar of the denoising steps to go, or `None`."""
+        return self.pipe.progress_bar(total=self.num_steps_left()) if self.shows_steps else nullcontext()
+
+    def set_prompt(self, prompt: Prompt) -> None:
+        """Another prompt serves from the next denoising step on."""
+        old, self.denoiser.prompt = self.denoiser.prompt, prompt
+        self.backbone.cache.forget_prompt()
+        changed = [video for video, pair in enumerate(zip(old.embeds, prompt.embeds)) if not torch.equal(*pair)]
+        self.policies.prompt_changed(changed)
+
+    def change_prompt(self, prompt: Any, transition: str | None, blend_chunks: int) -> None:
+        """Another prompt from the next chunk on; arguments as in [`make_change`], `None` for the call's transition."""
+        if transition is None:
+            transition = self.plan.call["prompt_transition"]
+            transition = transition if isinstance(transition, str) else "keep"  # those of a dict are of its chunks
+        num_prompts = self.plan.num_videos // self.plan.call["num_videos_per_prompt"]
+        change = make_change(prompt, num_prompts, transition, blend_chunks)
+        check_change(change, self.plan.layout, self.plan.is_far)
+        self.schedule_change(self.index, change)
+
+    def schedule_change(self, index: int, change: PromptChange) -> None:
+        """Encode the prompts of a change, which serve from chunk `index` on."""
+        rows = encode_change(self.pipe, self.plan, change, self.device)
+        before = [chunk for chunk in self.changes if chunk < index]
+        old = self.changes[max(before)][0] if before else self.denoiser.prompt.embeds
+        for row in rows:
+            valid = "embeddings (batch, {}, {}) like those before".format(*old.shape[1:])
+            check(row is None or row.shape == old.shape[1:], "prompt", row, valid)
+        new = torch.stack([kept if row is None else row.to(kept) for kept, row in zip(old, rows, strict=True)])
+        for offset, embeds in enumerate(blended(old, new, change.blend_chunks)):
+            again = offset == 0 or change.transition == "recache"
+            self.changes[index + offset] = (embeds, change.transition if again else "keep")
+
+    def follow_schedule(self, index: int) -> None:
+        """Before chunk `index`: a new prompt, if one is due, and what its transition does to the context."""
+        if index not in self.changes:
+            return
+        embeds, transition = self.changes.pop(index)
+        self.set_prompt(Prompt(embeds, self.denoiser.prompt.negative_embeds))
+        if transition == "recache":
+            self.denoiser.recache()
+        elif transition != "keep":
+            self.backbone.cache.flush(is_cut=transition == "cut")
+
+    def state_dict(self) -> dict:
+        """The run between two chunks, as plain values and tensors that `load_state_dict` of a run of the same call takes."""
+        prompt, renoise = self.denoiser.prompt, self.denoiser.renoise
+        self.denoiser.check_finite()  # of the last context pass
+        return {
+            "shape": self._shape(),
+            "index": self.index,
+            "in_flight": [[chunk.latents, chunk.step] for chunk in self.in_flight],
+            "noise": [[index, noise.clone()] for index, noise in self.noise.chunks.items()],
+            "num_drawn": self.noise.num_drawn,
+            "given": self.given[self.index :],
+            "changes": [[chunk, *change] for chunk, change in self.changes.items()],
+            "renoise": [[*key, noise] for key, noise in renoise.drawn.items()],
+            "prompt": [prompt.embeds, prompt.negative_embeds],
+            "guidance_scale": self.guidance_scale,
+            "generators": [generator.get_state() for generator in self._generators()],
+            "policies": self.policies.state_dict(),
+            "backbone": self.backbone.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a saved state, whatever this run has done so far.
+
+        Raises:
+            `ValueError`: the state is of a run of another call.
+        """
+        same_call, ours = "of a run of the same call", self._shape()
+        check(state["shape"] == ours, "state", state["shape"], f"{same_call}, with {ours}")
+        num_saved, num_known = len(state["generators"]), len(self._generators())
+        check(num_saved == num_known, "state", num_saved, f"{same_call}, with {num_known} generators")
+        self.policies.load_state_dict(state["policies"])
+        self.index = state["index"]
+        self.in_flight = tuple(InFlight(latents, step) for latents, step in state["in_flight"])
+        self.noise.chunks, self.noise.num_drawn = dict(state["noise"]), state["num_drawn"]
+        self.given[self.index :] = state["given"]
+        self.changes = {chunk: (embeds, transition) for chunk, embeds, transition in state["changes"]}
+        self.denoiser.renoise.drawn = {(chunk, step): noise for chunk, step, noise in state["renoise"]}
+        self.denoiser.prompt = Prompt(*state["prompt"])
+        self.guidance_scale = state["guidance_scale"]
+        for generator, generator_state in zip(self._generators(), state["generators"]):
+            generator.set_state(generator_state)
+        self.backbone.load_state_dict(state["backbone"])
+
+    def _shape(self) -> list:
+        """What runs of one call have in common."""
+        return [list(self.plan.frame_shape), list(self.plan.chunk_partition), self.plan.is_endless]
+
+    def _generators(self) -> list[torch.Generator]:
+        """All that are drawn from while the run goes on."""
+        given = self.generator if isinstance(self.generator, list) else [self.generator]
+        return [*given, *(self.denoiser.solver_generators or [])]
+
+    def _call_back(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """`callback_on_step_end`: it may change the latents and the prompt, in place or by what it returns."""
+        call, prompt, name = self.plan.call, self.denoiser.prompt, "callback_on_step_end"
+        before = {
+            "latents": latents,
+            "prompt_embeds": prompt.embeds,
+            "negative_prompt_embeds": prompt.negative_embeds,
+        }
+        after = {key: None if tensor is None else tensor.clone() for key, tensor in before.items()}
+        wanted = {key: after[key] for key in call["callback_on_step_end_tensor_inputs"]}
+        outputs = call["callback_on_step_end"](self.pipe, step, timestep, wanted)
+        check(isinstance(outputs, dict), name, outputs, "a function that returns a dict of tensors", TypeError)
+        check(set(outputs) <= set(before), name, list(outputs), f"a function that returns some of {list(before)}")
+        after.update(outputs)
+        for key, tensor in before.items():
+            if tensor is None:
+                check(after[key] is None, f"{name}: {key}", after[key], "None in a call without guidance")
+                continue
+            check_tensor(f"{name}: {key}", after[key], tensor.ndim, f"like the {key} that it was given")
+            check(after[key].shape == tensor.shape, f"{name}: {key}", after[key], f"of shape {tuple(tensor.shape)}")
+        embeds, negative_embeds = after["prompt_embeds"].to(prompt.embeds), after["negative_prompt_embeds"]
+        same_negative = negative_embeds is None or torch.equal(negative_embeds, prompt.negative_embeds)
+        if not (torch.equal(embeds, prompt.embeds) and same_negative):
+            self.set_prompt(Prompt(embeds, negative_embeds))
+        return after["latents"]
+
+
+def _solver_generators(scheduler: Any, generator: Any, num_videos: int) -> list[torch.Generator] | None:
+    """One generator for each video, for schedulers that draw inside `step`: some videos may have to replay. They are not
+    those of the noise, which goes on meanwhile; their seeds come from a copy, so that the noise does not depend on the
+    scheduler."""
+    if not scheduler.draws_inside:
+        return None
+    given = generator if isinstance(generator, list) else [generator]
+    seeds = []
+    for each in given:
+        copied = torch.Generator(each.device)
+        copied.set_state(each.get_state())
+        seeds += torch.randint(2**62, (num_videos // len(given),), generator=copied, device=each.device).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -1,0 +1,294 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""A video while it is made: an iterator over finished chunks that can be closed, saved, and written to a growing file."""
+
+import copy
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..tokentrim_backbones.parallel import check_saved_whole
+from ..tokentrim_checks import check
+from ..tokentrim_files.run_state import fingerprint, save_state, settings_of
+from ..tokentrim_frames.decode import latents_kept
+from ..tokentrim_frames.mp4 import LineWriter, VideoWriter, numbered
+from ..tokentrim_frames.output import as_array, as_uint8, decision_event
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A finished chunk.
+
+    Args:
+        index (`int`): which one.
+        latents (`torch.Tensor`): (B, C, latent frames, H, W).
+        decisions (`list[dict]`): one for each video.
+        frames (*optional*): as `output_type` asks; `None` for `"latent"`.
+    """
+
+    index: int
+    latents: torch.Tensor
+    decisions: list[dict]
+    frames: Any = None
+
+
+class Stream:
+    """
+    Iterator over the finished chunks of a run, and a context manager: leaving the `with`, [`close`], an exception or garbage
+    collection restore the transformer and free the cache.
+
+    Args:
+        pipe: the pipeline.
+        run ([`Rollout`]): where it stands.
+        decoder (*optional*): with `decode(latents)`, `state_dict` and `load_state_dict`; `None` where latents come out.
+        state_dir (`str` or `os.PathLike`, *optional*): where the run is saved, so that [`resume`] can go on.
+        save_every (`int`): chunks between two states.
+        call (`dict`, *optional*): the recorded call, for the state.
+        files (`Sequence`): path and state of each file that a resumed run writes.
+        undecoded (`Sequence`, *optional*): index, latents and decisions of a finished chunk whose decoding failed.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        run: Any,
+        decoder: Any = None,
+        state_dir: str | os.PathLike | None = None,
+        save_every: int = 10,
+        call: dict | None = None,
+        files: Sequence = (),
+        undecoded: Sequence | None = None,
+    ):
+        check_saved_whole(pipe.transformer, "state_dir", state_dir)
+        self.run: Any = run  # `None` once it is closed
+        self.decoder = decoder
+        self.grid = run.backbone.cache.grid
+        self._undecoded = None if undecoded is None else Chunk(*undecoded)
+        self.first_chunk = self.index
+        self._pipe = pipe
+        self._chunks = pipe.roll_out(run)
+        self._state_dir = state_dir
+        self._save_every = save_every
+        self._call = call
+        self._weights: dict | None = None
+        self._saved_at = run.index if files or run.index else -save_every  # a new run is saved before its first chunk
+        self._writers: list[VideoWriter] = []
+        self._logs: list[LineWriter] = []
+        self._files = files
+
+    # 1. An iterator and a context manager
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        if self.run is None:
+            raise StopIteration
+        try:
+            self._save_if_due()  # the chunk before has been consumed
+            chunk = self._undecoded or next(self._chunks)
+            chunk, call = self._decoded(chunk), self.run.plan.call
+            if call["on_chunk"] is not None and chunk.index >= self.run.plan.num_given_chunks:
+                call["on_chunk"](chunk.index, chunk.latents.clone(), copy.deepcopy(chunk.decisions))
+            for writer, video in zip(self._writers, as_array(chunk.frames) if self._writers else ()):
+                writer.write(as_uint8(video))
+            for log, decision in zip(self._logs, chunk.decisions):
+                log.write(json.dumps(decision))
+        except BaseException:
+            self.close()
+            raise
+        return chunk
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop: restore the transformer, free the cache."""
+        if self.run is None:
+            return
+        self._chunks.close()
+        self.run = None
+        self._pipe.maybe_free_model_hooks()
+
+    # 2. What can be asked of it while it runs
+
+    @property
+    def index(self) -> int:
+        """The next chunk."""
+        return self._running().index - (self._undecoded is not None)
+
+    def set_prompt(
+        self,
+        prompt: str | list[str] | torch.Tensor,
+        transition: str | None = None,
+        blend_chunks: int = 0,
+    ) -> None:
+        """
+        Another prompt from the next chunk on.
+
+        Args:
+            prompt (`str`, `list[str]` or `torch.Tensor`): one for all, one for each, or embeddings (B, text, dim).
+            transition (`str`, *optional*): one of those of `prompt_transition`. By default the call's, if it is one.
+            blend_chunks (`int`, defaults to `0`): chunks over which the embeddings move to the new ones.
+        """
+        self._running().change_prompt(prompt, transition, blend_chunks)
+
+    def save_state(self, folder: str | os.PathLike | None = None) -> Path:
+        """Save the run as it is between two chunks, by default to its `state_dir`."""
+        run, folder = self._running(), self._state_dir if folder is None else folder
+        check_saved_whole(self._pipe.transformer, "folder", folder)
+        if self._weights is None:
+            self._weights = {name: fingerprint(model) for name, model in self._models().items()}
+        check(folder is not None, "folder", folder, "given for a stream without `state_dir`")
+        state = {
+            "call": self._call,
+            "save_every": self._save_every,
+            "weights": self._weights,
+            "settings": settings_of(self._pipe),
+            "run": run.state_dict(),
+            "decoder": None if self.decoder is None else self.decoder.state_dict(),
+            "undecoded": self._undecoded
+            and [getattr(self._undecoded, name) for name in ("index", "latents", "decisions")],
+            "files": [[str(file.path), file.state] for file in (*self._writers, *self._logs)],
+        }
+        self._saved_at = run.index
+        return save_state(folder, run.index, state)
+
+    # 3. A growing file
+
+    def save_video(self, path: str | os.PathLike, fps: float = 16, progress: bool = True) -> list[Path]:
+        """
+        Consume the stream into an mp4 that plays up to the last finished chunk, whenever the process dies, and a file
+        beside it, `x.jsonl`, with the decision of each chunk on a line.
+
+        Args:
+            path (`str` or `os.PathLike`): the file; several videos are numbered, `x-0.mp4`, `x-1.mp4`.
+            fps (`float`, defaults to `16`): frames per second; 16 is Wan's.
+            progress (`bool`, defaults to `True`): whether to show chunks, seconds of video, frames per second, triggers and memory.
+
+        Returns:
+            `list[Path]`: the file of each video.
+
+        Raises:
+            `OSError`: a disk is full, ffmpeg fails; the files end with the last whole chunk.
+            `ValueError`: the videos are latents, or a resumed run wrote to other files.
+        """
+        run = self._running()
+        check(self.decoder is not None, "output_type", run.plan.call["output_type"], "not 'latent' to write a video")
+        num_videos = run.plan.num_videos
+        paths = [numbered(path, video, num_videos) for video in range(num_videos)]
+        self._open_files(paths, fps)
+        run.shows_steps = False
+        bar = _ProgressBar(run, fps, disable=not progress)
+        try:
+            for chunk in self:
+                bar.update(chunk, self._writers[0].state["frames"])
+        finally:
+            bar.close()
+        return paths
+
+    def _open_files(self, paths: Sequence[Path], fps: float) -> None:
+        """New files; or, where the run was resumed, the same ones, cut back to where it stands."""
+        known, logs = dict(self._files), [path.with_suffix(".jsonl") for path in paths]
+        for path in (*paths, *logs) if known or self.index > 0 else ():
+            check(str(path) in known, "path", str(path), f"a file that the run began: one of {sorted(known)}")
+        if known:
+            rate = known[str(paths[0])]["fps"]
+            check(fps == rate, "fps", fps, f"{rate}, as the file has it")
+            self._writers = [VideoWriter.resume(path, known[str(path)]) for path in paths]
+            self._logs = [LineWriter.resume(path, known[str(path)]) for path in logs]
+        else:
+            self._writers = [VideoWriter(path, fps) for path in paths]
+            self._logs = [LineWriter(path) for path in logs]
+
+    def _models(self) -> dict[str, torch.nn.Module]:
+        """What the outcome depends on."""
+        models = {"transformer": self._pipe.transformer}
+        if self.decoder is not None:
+            is_preview = self.decoder.vae is not self._pipe.vae
+            models["preview_vae" if is_preview else "vae"] = self.decoder.vae
+        return models
+
+    def _decoded(self, chunk: Chunk) -> Chunk:
+        """With its frames. If that fails, as where memory runs out, the chunk is in the error and in the state."""
+        if self.decoder is None:
+            return chunk
+        plan, before = self.run.plan, self.decoder.state_dict()
+        try:
+            with latents_kept(chunk.latents):
+                video = self.decoder.decode(chunk.latents)
+                video = video[:, :, : video.shape[2] - plan.frames_beyond(chunk.index)]
+                frames = self._pipe.video_processor.postprocess_video(video, output_type=plan.call["output_type"])
+        except Exception as error:
+            self.decoder.load_state_dict(before)
+            self._undecoded = chunk
+            if self._state_dir is not None:
+                try:
+                    self.save_state()
+                except OSError as unsaved:
+                    error.add_note(str(unsaved))
+            raise
+        self._undecoded = None
+        return replace(chunk, frames=frames)
+
+    def _running(self) -> Any:
+        if self.run is None:
+            raise RuntimeError("The stream is closed.")
+        return self.run
+
+    def _save_if_due(self) -> None:
+        if self._state_dir is None or self.run is None:
+            return
+        over = not self.run.plan.has_chunk(self.run.index)
+        if self.run.index - self._saved_at >= self._save_every or (over and self.run.index > self._saved_at):
+            self.save_state()
+
+
+def gather(stream: Stream) -> list[Chunk]:
+    """All chunks of a stream. An error of the decoder gets the latents of those before as well."""
+    chunks: list[Chunk] = []
+    try:
+        for chunk in stream:
+            chunks.append(chunk)
+    except Exception as error:
+        if hasattr(error, "latents"):
+            error.latents = torch.cat([*(chunk.latents for chunk in chunks), error.latents], dim=2)
+        raise
+    return chunks
+
+
+class _ProgressBar:
+    """Chunks, seconds of video, frames per second, triggers and memory."""
+
+    def __init__(self, run: Any, fps: float, disable: bool):
+        total = None if run.plan.is_endless else len(run.plan.chunk_partition)
+        self.bar = tqdm(total=total, initial=run.index, unit="chunk", disable=disable)
+        self.fps, self.start, self.num_frames, self.triggers = fps, time.perf_counter(), 0, 0
+
+    def update(self, chunk: Chunk, num_frames: int) -> None:
+        self.num_frames += as_array(chunk.frames).shape[1]
+        self.triggers += sum(decision_event(decision) is not None for decision in chunk.decisions)
+        rate = self.num_frames / (time.perf_counter() - self.start)
+        told = [f"{num_frames / self.fps:.1f} s", f"{rate:.1f} frames/s", f"{self.triggers} triggers"]
+        if (memory := resident_bytes()) is not None:
+            told.append(f"{memory / 2**30:.2f} GiB")
+        self.bar.set_postfix_str(", ".join(told))
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process, where the system tells it."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else None

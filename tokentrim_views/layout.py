@@ -1,0 +1,178 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Which latent frames of the past a pass reads, and where it puts them: pure functions of frame numbers."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from ..tokentrim_checks import check, check_bool, check_int
+
+
+CUT_JUMP = 45  # where the chunk after a cut stands (Infinity-RoPE, arXiv 2511.20649)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward of the transformer: one of the denoising steps of a chunk, or the commit that writes it.
+
+    Args:
+        kind (`str`): `"denoise"`, `"commit"`, or `"recache"`: the window is encoded again under another prompt.
+        step (`int`): index of the denoising step; of the first chunk, where several are in flight.
+        is_cut (`bool`): whether the chunk follows a cut, so that it stands apart from the past.
+    """
+
+    kind: str = "denoise"
+    step: int = 0
+    is_cut: bool = False
+
+
+@dataclass(frozen=True)
+class View:
+    """What a pass reads of the past, and where it all stands on the temporal axis of the rotary embedding.
+
+    Args:
+        frames (`Sequence[int]`): latent frames of the past that are read, in the order in which attention sees them; one
+            may be read again at another position.
+        positions (`Sequence[int]`): where each of them stands.
+        own_positions (`Sequence[int]`): where the keys of the frames of the pass stand.
+        query_positions (`Sequence[int]`, *optional*): where its queries stand; as its keys by default.
+        log_weights (`Sequence[float]`, *optional*): added to the attention scores of each frame of the past.
+    """
+
+    frames: Sequence[int]
+    positions: Sequence[int]
+    own_positions: Sequence[int]
+    query_positions: Sequence[int] | None = None
+    log_weights: Sequence[float] | None = None
+
+
+class Layout:
+    """Which latent frames of the past stay in memory, and which of them a pass reads. By default: all, at absolute
+    positions.
+
+    A layout may also have hooks on keys and values, `before_chunk(memory, new, query)` and `before_commit(memory, new,
+    query)`: they rewrite the [`Memory`] of one video in one layer before the first pass over the frames `new`, or their
+    commit, reads it. `query` is what that pass asks for, (seq, heads, head_dim), not rotated.
+
+    Attributes:
+        num_sink_frames (`int`): first latent frames that eviction leaves alone.
+        one_chunk_a_pass (`bool`): whether it counts on that, so that neither Rolling Forcing nor AnyFlow-FAR goes with it.
+        transitions (`tuple[str, ...]`): what may become of the context when the prompt changes.
+    """
+
+    num_sink_frames = 0
+    one_chunk_a_pass = False
+    transitions = ("keep", "recache", "flush", "cut")
+
+    def keep(self, held: list[int], new: list[int]) -> list[int]:
+        """The frames of `held` that stay in memory while the chunk of frames `new` is generated and committed."""
+        return held
+
+    def view(self, held: list[int], new: list[int], pass_: Pass) -> View:
+        """What a pass that carries the frames `new` reads of the frames `held`."""
+        return View(held, held, new)
+
+    def sink(self, held: list[int]) -> list[int]:
+        """The frames of `held` that eviction leaves alone."""
+        return [frame for frame in held if frame < self.num_sink_frames]
+
+    def flush(self, held: list[int]) -> list[int]:
+        """The frames of `held` that stay when the prompt changes and the context is flushed: the sink, the last two."""
+        kept = {*self.sink(held), *held[-2:]}
+        return [frame for frame in held if frame in kept]
+
+    def recache(self, held: list[int]) -> tuple[list[int], list[int]]:
+        """The frames of `held` that stay as they are when the window is encoded again under another prompt, and those that
+        are encoded, which follow each other. A sink from which frames have left stays."""
+        sink = [] if held == list(range(len(held))) else self.sink(held)
+        return sink, held[len(sink) :]
+
+    def check(self, longest: int, carried: str) -> None:
+        """Refuse a rollout whose passes carry up to `longest` latent frames, `carried` in words."""
+
+
+def sink_and_newest(held: list[int], new: list[int], window_size: int | None, num_sink_frames: int) -> list[int]:
+    """The frames of `held` in a window that counts the sink and the frames `new`."""
+    if window_size is None:
+        return held
+    oldest = new[0] - max(window_size - num_sink_frames - len(new), 0)
+    return [frame for frame in held if frame < num_sink_frames or frame >= oldest]
+
+
+class WindowLayout(Layout):
+    """The newest frames of a window, behind a sink that never leaves.
+
+    Args:
+        window_size (`int` or `"all"`, *optional*):
+            Latent frames that attention spans, the current chunk and the sink included; by default all of the past.
+        num_sink_frames (`int`): first latent frames that never leave.
+        relative_positions (`bool`): count positions inside the window, the sink directly before the recent frames.
+        sink_at_commit (`bool`): whether a commit reads the sink too, at the price of as many recent frames.
+    """
+
+    def __init__(
+        self,
+        window_size: int | None = None,
+        num_sink_frames: int = 0,
+        relative_positions: bool = False,
+        sink_at_commit: bool = True,
+    ):
+        window_size = None if isinstance(window_size, str) and window_size == "all" else window_size
+        if window_size is not None:
+            check_int("window_size", window_size, 1, ", or 'all'")
+        check_int("num_sink_frames", num_sink_frames, 0)
+        check_bool("relative_positions", relative_positions)
+        check_bool("sink_at_commit", sink_at_commit)
+        self.window_size = window_size
+        self.num_sink_frames = num_sink_frames
+        self.relative_positions = relative_positions
+        self.sink_at_commit = sink_at_commit
+
+    def keep(self, held: list[int], new: list[int]) -> list[int]:
+        read = set(self._read(held, new, self.num_sink_frames if self.sink_at_commit else 0))
+        return [frame for frame in held if frame in read or frame < self.num_sink_frames]
+
+    def view(self, held: list[int], new: list[int], pass_: Pass) -> View:
+        reads_sink = pass_.kind != "commit" or self.sink_at_commit
+        frames = self._read(held, new, self.num_sink_frames if reads_sink else 0)
+        positions, own = frames, new
+        if self.relative_positions:
+            slots = list(range(len(frames) + len(new)))
+            positions, own = slots[: len(frames)], slots[len(frames) :]
+        if pass_.is_cut:
+            own = [CUT_JUMP + (offset if self.relative_positions else frame) for offset, frame in enumerate(new)]
+        return View(frames, positions, own)
+
+    def _read(self, held: list[int], new: list[int], num_sink: int) -> list[int]:
+        return sink_and_newest(held, new, self.window_size, num_sink)
+
+    def check(self, longest: int, carried: str) -> None:
+        shortest = self.num_sink_frames + longest
+        valid = f"None or >= {shortest}: {self.num_sink_frames} sink frames and {carried} of {longest} latent frames"
+        fits = self.window_size is None or self.window_size >= shortest
+        check(fits, "window_size", self.window_size, valid)
+
+
+def check_frames(verb: str, frames: Any, layout: Any) -> list[int]:
+    """Refuse what is no frames of the past."""
+    is_list = isinstance(frames, Iterable) and not isinstance(frames, (str, dict))
+    frames = list(frames) if is_list else frames
+    whole = is_list and all(isinstance(frame, Integral) and not isinstance(frame, bool) for frame in frames)
+    check(
+        whole, f"{type(layout).__name__}.{verb}", frames, "a list of latent frames, numbers of those held", TypeError
+    )
+    return frames
+
+
+def check_view(view: Any, layout: Any, held: Sequence[int], new: Sequence[int]) -> None:
+    """Refuse a view that does not fit the frames at hand."""
+    name = f"{type(layout).__name__}.view"
+    valid = f"a View for the latent frames {new[0]} to {new[-1]}: frames of {list(held)}, a position for each"
+    fits = all(hasattr(view, field) for field in View.__dataclass_fields__)
+    check(fits, name, view, valid, TypeError)
+    known = set(view.frames) <= set(held)
+    own = (view.own_positions, view.own_positions if view.query_positions is None else view.query_positions)
+    weights = view.positions if view.log_weights is None else view.log_weights
+    lengths = len(view.frames) == len(view.positions) == len(weights) and all(len(each) == len(new) for each in own)
+    check(known and lengths, name, view, valid)
