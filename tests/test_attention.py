@@ -21,7 +21,8 @@ from oracle import masked_flow
 from torch.overrides import TorchFunctionMode
 
 from tokentrim import RollingKVCache, WindowLayout
-from tokentrim.tokentrim_backbones.wan import cached_attention, rotary_dims, takes_mask
+from tokentrim.tokentrim_backbones.attention import cached_attention, takes_mask
+from tokentrim.tokentrim_backbones.wan import rotary_dims
 
 
 TIMES = (900.0, 300.0)

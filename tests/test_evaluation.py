@@ -23,7 +23,7 @@ from research.evaluation.signals import SIGNALS
 from research.evaluation.worker import run_job
 from research.training.world import Appearance as Drawn
 from research.training.world import parse, render
-from tokentrim.tokentrim_policies.statistics import MatchDistribution
+from tokentrim.tokentrim_policies.matching import MatchDistribution
 
 
 TRIM = {"drift_sensitivity": 0.0, "warmup_chunks": 1}

@@ -23,7 +23,8 @@ from builders import (
 )
 
 from tokentrim import RollingKVCache
-from tokentrim.tokentrim_backbones.wan import cached_attention, rotary_dims
+from tokentrim.tokentrim_backbones.attention import cached_attention
+from tokentrim.tokentrim_backbones.wan import rotary_dims
 from tokentrim.tokentrim_policies.flowmo import checkpointed, guide, motion_variance
 
 

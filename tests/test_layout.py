@@ -19,7 +19,7 @@ from builders import (
 )
 
 from tokentrim import Layout, RollingKVCache, TokenTrimPipeline, View, WindowLayout
-from tokentrim.tokentrim_backbones.wan import CachedSelfAttnProcessor
+from tokentrim.tokentrim_backbones.attention import CachedSelfAttnProcessor
 from tokentrim.tokentrim_views.layout import Pass
 from tokentrim.tokentrim_views.registry import make_layout
 

@@ -4,9 +4,12 @@ import pytest
 import torch
 from builders import CHUNK, GRID, NUM_TOKENS, embeds, latent_pipeline, randn, roll, steady_noise
 
+from tokentrim.tokentrim_kv.book import TokenBook
+from tokentrim.tokentrim_kv.rewriting import LayerContext, rewrite_memory
 from tokentrim.tokentrim_views.layout import Layout
-from tokentrim.tokentrim_views.memory import LayerContext, Memory, TokenBook, grid_places, rewrite_memory
+from tokentrim.tokentrim_views.memory import Memory
 from tokentrim.tokentrim_views.registry import make_layout
+from tokentrim.tokentrim_views.rope import grid_places
 
 
 HEADS, HEAD_DIM = 2, 12

@@ -17,7 +17,7 @@ from builders import (
 )
 
 from tokentrim import ContextPolicy, FlowMo, Quarantine, Reanchor, TokenTrim, TokenTrimPipeline
-from tokentrim.tokentrim_policies.policy import ContextPolicies
+from tokentrim.tokentrim_policies.chain import ContextPolicies
 from tokentrim.tokentrim_policies.registry import METHODS, make_method
 from tokentrim.tokentrim_policies.trim import SeverityMonitor
 

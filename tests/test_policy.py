@@ -8,7 +8,7 @@ from builders import noise, randn
 from oracle import drift_of, severity_of, threshold_of
 
 from tokentrim import ContextPolicy, TokenTrim
-from tokentrim.tokentrim_policies.policy import ContextPolicies
+from tokentrim.tokentrim_policies.chain import ContextPolicies
 from tokentrim.tokentrim_policies.stability import severity, summarize, token_drift, unstable_tokens
 from tokentrim.tokentrim_policies.trim import SeverityMonitor
 

@@ -17,8 +17,8 @@ from builders import (
 )
 
 from tokentrim import Quarantine
+from tokentrim.tokentrim_policies.outliers import jump, quantiles
 from tokentrim.tokentrim_policies.quarantine import WARMUP_JUMPS
-from tokentrim.tokentrim_policies.statistics import jump, quantiles
 
 
 BROKEN = WARMUP_JUMPS + 2  # the chunk that jumps, the first that can be told by a margin

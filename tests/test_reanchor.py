@@ -6,8 +6,8 @@ from builders import CHANNELS, CHUNK, GRID, HEIGHT, WIDTH, embeds, latent_pipeli
 
 from research.evaluation.rollouts import draw_noise, load_pipeline
 from tokentrim import ContextPolicy, Reanchor
-from tokentrim.tokentrim_policies.policy import ContextPolicies
-from tokentrim.tokentrim_policies.statistics import MATCHINGS, MatchMoments
+from tokentrim.tokentrim_policies.chain import ContextPolicies
+from tokentrim.tokentrim_policies.matching import MATCHINGS, MatchMoments
 
 
 WHOLE = sorted(set(MATCHINGS) - {"near"})  # those that hold all that is in a chunk

@@ -7,8 +7,7 @@ import torch
 from builders import CHANNELS, CHUNK, HEIGHT, WIDTH, randn
 from oracle import threshold_of
 
-from tokentrim.tokentrim_policies.statistics import (
-    MATCHINGS,
+from tokentrim.tokentrim_policies.matching import (
     MAX_NEIGHBOURS,
     MatchCovariance,
     MatchDistribution,
@@ -16,10 +15,13 @@ from tokentrim.tokentrim_policies.statistics import (
     MatchMean,
     MatchMoments,
     MatchNear,
+    quantile_means,
+)
+from tokentrim.tokentrim_policies.outliers import (
+    MATCHINGS,
     magnitude,
     mean_offsets,
     outlier_threshold,
-    quantile_means,
     quantiles,
     resampled,
 )

@@ -32,7 +32,8 @@ from diffusers import (
 )
 
 from tokentrim import ContextPolicy, RollingKVCache, lift_scheduler
-from tokentrim.tokentrim_backbones.wan import cached_attention, rotary_dims
+from tokentrim.tokentrim_backbones.attention import cached_attention
+from tokentrim.tokentrim_backbones.wan import rotary_dims
 from tokentrim.tokentrim_policies.trim import SeverityMonitor
 from tokentrim.tokentrim_views.layout import Pass
 

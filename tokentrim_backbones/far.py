@@ -17,7 +17,7 @@ from diffusers import AnyFlowFARTransformer3DModel
 from ..tokentrim_checks import check
 from ..tokentrim_kv.cache import RollingKVCache, TokenBook, grid_places
 from ..tokentrim_views.layout import Pass
-from .wan import CachedCrossAttnProcessor, CachedSelfAttnProcessor, replaced_processors
+from .attention import CachedCrossAttnProcessor, CachedSelfAttnProcessor, replaced_processors
 
 
 KEY_BLOCK = 128  # upstream fills its queries, and with them the keys, up to a multiple of this

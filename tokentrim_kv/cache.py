@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from ..tokentrim_views.layout import Layout, Pass, View, check_frames, check_view
-from ..tokentrim_views.memory import LayerContext, TokenBook, grid_places, rewrite_memory, rotary_angles, rotate
+from ..tokentrim_views.rope import grid_places, rotary_angles, rotate
+from .book import TokenBook
+from .rewriting import LayerContext, rewrite_memory
 from .store import Arrangement, LayerStore, group_by_length
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..tokentrim_views.memory import LayerContext, rotate, take_tokens
+from ..tokentrim_views.rope import rotate
+from .book import take_tokens
+from .rewriting import LayerContext
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]

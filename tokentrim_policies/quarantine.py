@@ -8,8 +8,8 @@ ignores motion: moving an object permutes latent values, a defect adds new ones.
 import torch
 
 from ..tokentrim_checks import check_number
+from .outliers import jump, outlier_threshold, quantiles
 from .policy import ContextPolicy
-from .statistics import jump, outlier_threshold, quantiles
 
 
 WARMUP_JUMPS = 4  # on record before a chunk can be rejected

@@ -9,8 +9,9 @@ that is shown stays as it was generated.
 import torch
 
 from ..tokentrim_checks import check_choice, check_int, check_number
+from .matching import MATCHINGS
+from .outliers import magnitude, mean_offsets
 from .policy import ContextPolicy
-from .statistics import MATCHINGS, magnitude, mean_offsets
 
 
 class Reanchor(ContextPolicy):

@@ -4,9 +4,9 @@
 import torch
 
 from ..tokentrim_checks import check_choice, check_int, check_number
+from .outliers import outlier_threshold
 from .policy import ContextPolicy
 from .stability import severity, summarize, token_drift, unstable_tokens
-from .statistics import outlier_threshold
 
 
 DRIFT_SIGNALS = ("final", "first_step")

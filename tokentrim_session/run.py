@@ -11,10 +11,11 @@ from ..tokentrim_backbones.far import FARBackbone
 from ..tokentrim_backbones.hooks import adapters, check_hooks
 from ..tokentrim_backbones.wan import WanBackbone
 from ..tokentrim_checks import check, check_tensor
-from ..tokentrim_policies.policy import ContextPolicies
+from ..tokentrim_policies.chain import ContextPolicies
 from ..tokentrim_policies.stability import token_grid
-from .denoise import Denoiser, InFlight, Noise, Prompt, Renoise
+from .denoise import Denoiser, InFlight, Prompt
 from .encode import encode_change
+from .noise import Noise, Renoise
 from .prompts import PromptChange, blended, check_change, make_change
 
 

@@ -6,8 +6,10 @@ from functools import partial
 from typing import Any
 
 from ..tokentrim_checks import check, check_choice, check_settings
+from .averages import EmaSink, MemRoPE
+from .deep_sink import deep_sink
 from .layout import Layout, WindowLayout
-from .rewriting import EmaSink, MemRoPE, Tame, Tether, deep_sink
+from .tether import Tame, Tether
 from .windows import AttentionBias, CommitForcing, InfinityRope, LongLive, RollingSink
 
 

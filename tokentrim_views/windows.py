@@ -172,25 +172,6 @@ class RollingSink(Layout):
         check(fits, "window_size", self.window_size, f">= {2 * longest}: {carried} and the one before it")
 
 
-class DeepSink(WindowLayout):
-    """Deep Forcing's deep sink (cvlab-kaist/DeepForcing): half of the window and more is a sink, which moves along.
-
-    Args:
-        window_size (`int`), num_sink_frames (`int`): as in [`WindowLayout`].
-    """
-
-    one_chunk_a_pass = True
-
-    def __init__(self, window_size: int = 21, num_sink_frames: int = 14):
-        check_int("window_size", window_size, 1)
-        super().__init__(window_size, num_sink_frames)
-
-    def view(self, held: list[int], new: list[int], pass_: Pass) -> View:
-        view, moved = super().view(held, new, pass_), max(new[0] - self.window_size, 0)
-        positions = [frame + moved if frame < self.num_sink_frames else frame for frame in view.frames]
-        return replace(view, positions=positions)
-
-
 class AttentionBias(WindowLayout):
     """A log weight on the past (daydreamlive/scope, for Krea Realtime): denoising attends less to all cached frames but
     the oldest.

@@ -8,7 +8,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from tokentrim import TokenTrim
-from tokentrim.tokentrim_policies.statistics import MatchDistribution
+from tokentrim.tokentrim_policies.matching import MatchDistribution
 from tokentrim.tokentrim_session.plan import TRIM_SETTINGS
 
 

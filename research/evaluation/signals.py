@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from tokentrim.tokentrim_policies.outliers import jump, magnitude, mean_offsets, quantiles
 from tokentrim.tokentrim_policies.stability import severity, summarize, token_drift, unstable_tokens
-from tokentrim.tokentrim_policies.statistics import jump, magnitude, mean_offsets, quantiles
 
 
 def _summaries(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> list[torch.Tensor]:

@@ -13,9 +13,9 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 
-from tokentrim.tokentrim_backbones.wan import replaced_processors
+from tokentrim.tokentrim_backbones.attention import replaced_processors
 from tokentrim.tokentrim_policies.trim import SeverityMonitor
-from tokentrim.tokentrim_views.memory import grid_places, rotary_angles, rotate
+from tokentrim.tokentrim_views.rope import grid_places, rotary_angles, rotate
 
 
 STEPS, CHUNK = 4, 3

@@ -1,0 +1,187 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The policies of a rollout: a chain of them for each video of a batch."""
+
+import copy
+import json
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+
+from ..tokentrim_checks import check, plain
+from .policy import ContextPolicy
+
+
+# What is known of every chunk, whatever the method.
+DECISION = {
+    "severity": None,
+    "threshold": None,
+    "trim": False,
+    "tokens": [],
+    "drift": None,
+    "regenerated_severity": None,
+    "quarantined": False,
+    "reanchored": None,
+}
+
+
+RESERVED = ("chunk", "trim", "tokens", "quarantined")  # facts that no policy may overwrite
+
+
+def plain_state(policy: Any) -> dict:
+    """The state of a policy: its attributes, but for derived ones."""
+    return {name: copy.deepcopy(value) for name, value in vars(policy).items() if not name.startswith("_")}
+
+
+class ContextPolicies:
+    """A chain of policies for each video of a batch, as the rollout sees them.
+
+    Every policy reviews every attempt. The tokens that they ask for are evicted together. What one commits, the next
+    one sees; where one commits `None`, the rest are not asked.
+
+    Args:
+        chain (`Sequence`): objects with the verbs of [`ContextPolicy`], in order; they are copied for each video.
+        num_videos (`int`): B.
+        grid (`tuple[int, int]`): tokens of a latent frame, (height, width).
+        patch_size (`tuple[int, int, int]`): the transformer's.
+    """
+
+    def __init__(
+        self, chain: Sequence, num_videos: int, grid: tuple[int, int], patch_size: tuple[int, int, int] = (1, 2, 2)
+    ):
+        self.num_tokens = grid[0] * grid[1]
+        self.patch_size = patch_size
+        self._chain = copy.deepcopy(list(chain))
+        self.chains = self._new_chains(num_videos)
+        self._open_chunk(0)
+
+    def observe(self, latents: torch.Tensor) -> None:
+        """Take a chunk that was given, (B, C, T, H, W), as it is."""
+        for policies, chunk in zip(self.chains, latents):
+            for policy in policies:
+                policy.observe(chunk)
+
+    def review(self, judged: torch.Tensor) -> dict[int, list[int]]:
+        """The grid tokens to evict, for each video that has to be generated again.
+
+        Args:
+            judged (`torch.Tensor`): latents of this attempt, (B, C, T, H, W).
+        """
+        unstable = {}
+        for video in self._under_review:
+            tokens = set()
+            for policy in self.chains[video]:
+                asked = self._check_tokens(policy, policy.review(judged[video].clone()))
+                limit = getattr(policy, "max_regenerations", ContextPolicy.max_regenerations)
+                tokens |= asked if self._attempts < limit else set()
+            if tokens:
+                unstable[video] = sorted(tokens)
+        self._under_review = list(unstable)
+        self._attempts += 1
+        return unstable
+
+    def evicted(self, tokens: dict[int, list[int]]) -> None:
+        """The grid tokens that left each video's context; these videos are generated again, and reviewed."""
+        self._under_review = list(tokens)
+        for video, indices in tokens.items():
+            decision = self._decisions[video]
+            decision["trim"], decision["tokens"] = True, sorted({*decision["tokens"], *indices})
+
+    def commit(self, latents: torch.Tensor) -> torch.Tensor:
+        """What becomes context in the place of accepted latents, (B, C, T, H, W); `entered` says of which videos."""
+        context = latents.clone()
+        for video, policies in enumerate(self.chains):
+            chunk = latents[video]
+            for policy in policies:  # each gets a copy, which it may write into and keep
+                chunk = self._check_latents(policy, policy.commit(chunk.clone()), latents[video])
+                if chunk is None:
+                    self.entered[video] = False
+                    break
+            else:
+                context[video] = chunk
+        return context
+
+    def close(self) -> list[dict]:
+        """Close the chunk: one decision for each video."""
+        for policies, decision, entered in zip(self.chains, self._decisions, self.entered):
+            decision["quarantined"] = not entered
+            for policy in policies:
+                decision.update(self._check_facts(policy, policy.close(entered)))
+        decisions = self._decisions
+        self._open_chunk(self._index + 1)
+        return decisions
+
+    def prompt_changed(self, videos: Iterable[int]) -> None:
+        """Another prompt serves some videos."""
+        for video in videos:
+            for policy in self.chains[video]:
+                policy.prompt_changed()
+
+    def state_dict(self) -> dict:
+        """The state between two chunks."""
+        chains = [[[type(policy).__name__, plain_state(policy)] for policy in chain] for chain in self.chains]
+        return {"index": self._index, "chains": chains}
+
+    def load_state_dict(self, state: dict) -> None:
+        known = [[type(policy).__name__ for policy in chain] for chain in self.chains]
+        saved = [[name for name, _ in chain] for chain in state["chains"]]
+        check(saved == known, "state", saved, f"of a run of the same method and batch, {known}")
+        self.chains = self._new_chains(len(known))  # what is derived is derived again
+        for policies, states in zip(self.chains, state["chains"]):
+            for policy, (_, attributes) in zip(policies, states):
+                vars(policy).update(copy.deepcopy(attributes))
+        self._open_chunk(state["index"])
+
+    def _new_chains(self, num_videos: int) -> list[list]:
+        chains = [copy.deepcopy(self._chain) for _ in range(num_videos)]
+        for video, policies in enumerate(chains):
+            for policy in policies:
+                policy.video, policy.patch_size = video, self.patch_size
+        return chains
+
+    def _open_chunk(self, index: int) -> None:
+        self._index = index
+        self._attempts = 0
+        self._under_review = list(range(len(self.chains)))
+        self._decisions = [{"chunk": index, **copy.deepcopy(DECISION)} for _ in self.chains]
+        self.entered = [True] * len(self.chains)
+
+    def _place(self, policy: Any) -> str:
+        return f"chunk {self._index}: {type(policy).__name__}"
+
+    def _check_tokens(self, policy: Any, tokens: Any) -> set[int]:
+        name, valid = f"{self._place(policy)}.review", f"grid tokens from 0 to {self.num_tokens - 1}"
+        tokens = tokens.tolist() if isinstance(tokens, torch.Tensor) else tokens
+        check(isinstance(tokens, Iterable) and not isinstance(tokens, (str, dict)), name, tokens, valid, TypeError)
+        tokens = list(tokens)
+        whole = all(isinstance(token, Integral) and not isinstance(token, bool) for token in tokens)  # nor a mask
+        check(whole, name, tokens, valid, TypeError)
+        check(all(0 <= token < self.num_tokens for token in tokens), name, tokens, valid)
+        return set(map(int, tokens))
+
+    def _check_facts(self, policy: Any, facts: Any) -> dict:
+        name = f"{self._place(policy)}.close"
+        check(isinstance(facts, dict), name, facts, "a dict", TypeError)
+        check(
+            not set(facts) & set(RESERVED),
+            name,
+            list(facts),
+            f"a dict without {', '.join(RESERVED)}, which the rollout says",
+        )
+        facts = plain(facts)
+        try:
+            json.dumps(facts, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"`{name}` has to be a dict of finite numbers, texts, lists and dicts: {error}."
+            ) from None
+        return facts
+
+    def _check_latents(self, policy: Any, latents: Any, accepted: torch.Tensor) -> torch.Tensor | None:
+        if latents is None:
+            return None
+        name, valid = f"{self._place(policy)}.commit", f"latents of shape {tuple(accepted.shape)}, finite, or None"
+        check(isinstance(latents, torch.Tensor), name, latents, valid, TypeError)
+        check(latents.shape == accepted.shape and bool(torch.isfinite(latents).all()), name, latents, valid)
+        return latents

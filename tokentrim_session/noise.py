@@ -1,0 +1,80 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The random draws of a rollout: initial noise of each chunk, and the noise that re-noises it after each step."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..tokentrim_checks import check, check_tensor
+
+
+class Noise:
+    """The initial noise of each chunk, (B, C, frames, H, W) in fp32: drawn in order, chunk by chunk, or given for all.
+
+    Args:
+        plan ([`RolloutPlan`]): the sizes.
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): source of the draws.
+        device (`torch.device`): where the noise goes.
+        given (`torch.Tensor`, *optional*): of all chunks, (B, C, T, H, W), in the place of draws.
+    """
+
+    def __init__(self, plan: Any, generator: Any, device: Any, given: torch.Tensor | None = None):
+        self.plan = plan
+        self.generator = generator
+        self.device = device
+        self.chunks: dict[int, torch.Tensor] = {}  # those that are drawn and not over
+        if given is not None:
+            chunks = given.to(device, torch.float32).split(plan.chunk_partition, dim=2)
+            self.chunks = dict(enumerate(chunks))
+        self.num_drawn = len(self.chunks)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        while self.num_drawn <= index:
+            num_videos, channels, *size = self.plan.frame_shape
+            shape = (num_videos, channels, self.plan.chunk_size(self.num_drawn), *size)
+            noise = randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+            self.chunks[self.num_drawn] = noise
+            self.num_drawn += 1
+        return self.chunks[index]
+
+    def forget(self, index: int) -> None:
+        """Chunk `index` is over."""
+        self.chunks.pop(index, None)
+
+
+class Renoise:
+    """The noise that re-noises each chunk after each step: drawn once, so that a regeneration repeats it.
+
+    Args:
+        given (`Callable`, *optional*): `given(chunk, step)`, (B, C, frames, H, W), in the place of draws.
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): source of the draws.
+        frame_shape (`tuple`): of the latents of a frame, (B, C, H, W).
+        num_in_flight (`int`): chunks denoised together, whose draws are kept.
+        device (`torch.device`): where the noise goes.
+    """
+
+    def __init__(
+        self, given: Callable | None, generator: Any, frame_shape: Sequence[int], num_in_flight: int, device: Any
+    ):
+        self.given = given
+        self.generator = generator
+        self.frame_shape = frame_shape
+        self.num_in_flight = num_in_flight
+        self.device = device
+        self.drawn: dict[tuple[int, int], torch.Tensor] = {}
+
+    def __call__(self, chunk: int, step: int, num_frames: int) -> torch.Tensor:
+        """(B, C, num_frames, H, W), in fp32."""
+        if (chunk, step) not in self.drawn:
+            self.drawn = {key: noise for key, noise in self.drawn.items() if key[0] > chunk - self.num_in_flight}
+            shape = (*self.frame_shape[:2], num_frames, *self.frame_shape[2:])
+            if self.given is None:
+                noise = randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+            else:
+                noise, name = self.given(chunk, step), f"renoise({chunk}, {step})"
+                check_tensor(name, noise, 5, "(batch, channels, latent frames, height, width)")
+                check(tuple(noise.shape) == shape, name, noise, f"of shape {shape}")
+            self.drawn[chunk, step] = noise.to(self.device, torch.float32)
+        return self.drawn[chunk, step]

@@ -1,0 +1,129 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Layouts in which frames that leave the window live on in running averages. Each states its source."""
+
+import torch
+
+from ..tokentrim_checks import check, check_int, check_number
+from .layout import Layout, Pass, View, WindowLayout
+from .memory import Memory
+
+
+class MemoryLayout(Layout):
+    """A window of slots: the sink, the places of a memory, and the recent frames with the current chunk. Until that many
+    frames are there, they stand at their slots; memory is then in the places of the frames behind the sink.
+
+    Args:
+        window_size (`int`), num_sink_frames (`int`): of all, and of the sink.
+        num_recent_frames (`int`): recent frames that are read beside the sink and the memory.
+        num_memory_frames (`int`): places of the memory.
+    """
+
+    one_chunk_a_pass = True
+    transitions = ("keep",)  # others would break or re-encode the memory
+
+    def __init__(self, window_size: int, num_sink_frames: int, num_recent_frames: int, num_memory_frames: int):
+        check_int("window_size", window_size, 1)
+        check_int("num_sink_frames", num_sink_frames, 0)
+        check_int("num_recent_frames", num_recent_frames, 1)
+        self.window_size = window_size
+        self.num_sink_frames = num_sink_frames
+        self.num_recent_frames = num_recent_frames
+        self.num_kept = num_sink_frames + num_memory_frames  # first latent frames whose places never leave
+
+    def fits(self, new: list[int]) -> bool:
+        """Whether all frames so far are in the window."""
+        return new[-1] < self.window_size
+
+    def slots(self, frames: list[int], new: list[int]) -> View:
+        """Frames, and behind them the pass's own, at 0, 1, 2, ..."""
+        num_read = len(frames)
+        return View(frames, list(range(num_read)), list(range(num_read, num_read + len(new))))
+
+
+class MemRoPE(MemoryLayout):
+    """MemRoPE (YoungRaeKimm/MemRoPE): keys and values that leave the window enter two running averages over frames and
+    tokens, in the places of the two frames behind the sink.
+
+    Args:
+        window_size (`int`), num_sink_frames (`int`): as in [`WindowLayout`].
+        num_recent_frames (`int`): recent frames, without the current chunk.
+        slow (`float`), fast (`float`): what newcomers weigh in each average.
+    """
+
+    def __init__(
+        self,
+        window_size: int = 12,
+        num_sink_frames: int = 3,
+        num_recent_frames: int = 4,
+        slow: float = 0.01,
+        fast: float = 0.1,
+    ):
+        super().__init__(window_size, num_sink_frames, num_recent_frames, num_memory_frames=2)
+        for name, rate in (("slow", slow), ("fast", fast)):
+            check_number(name, rate, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+        self.slow = slow
+        self.fast = fast
+
+    def keep(self, held: list[int], new: list[int]) -> list[int]:
+        oldest = new[0] - self.num_recent_frames - len(new)  # what leaves with this chunk is averaged first
+        return [frame for frame in held if frame < self.num_kept or frame >= oldest or new[0] <= self.window_size]
+
+    def view(self, held: list[int], new: list[int], pass_: Pass) -> View:
+        oldest = new[0] - self.num_recent_frames
+        return self.slots([frame for frame in held if self.fits(new) or frame < self.num_kept or frame >= oldest], new)
+
+    def before_chunk(self, memory: Memory, new: list[int], query: torch.Tensor) -> None:
+        """m = the mean of what leaves; slow = 0.01 m + 0.99 slow, fast = 0.1 m + 0.9 fast; at first both are m."""
+        leaving = [self.num_kept <= frame < new[0] - self.num_recent_frames for frame in memory.frames]
+        leaving = memory.held & torch.tensor(leaving, device=memory.held.device)[:, None]
+        if self.fits(new) or not leaving.any():
+            return
+        is_first = new[0] <= self.window_size
+        for frame, rate in zip(range(self.num_sink_frames, self.num_kept), (self.slow, self.fast)):
+            place, rate = memory.frames.index(frame), 1.0 if is_first else rate
+            for table in (memory.key, memory.value):
+                mean = table[leaving].float().mean(dim=0)
+                table[place] = rate * mean + (1 - rate) * table[place].float()
+
+    def check(self, longest: int, carried: str) -> None:
+        shortest = self.num_kept + self.num_recent_frames + longest
+        valid = (
+            f">= {shortest}: {self.num_sink_frames} sink frames, 2 averages, {self.num_recent_frames} and {carried}"
+        )
+        check(self.window_size >= shortest, "window_size", self.window_size, valid)
+
+
+class EmaSink(WindowLayout):
+    """Reward Forcing (arXiv 2512.04678, JaydenLyh/Reward-Forcing): keys and values that leave the window enter those of
+    the sink, token by token, as a running average. Frames stand at their slots in the window.
+
+    Args:
+        window_size (`int`), num_sink_frames (`int`): as in [`WindowLayout`].
+        decay (`float`): what the sink keeps of itself when a frame enters it.
+    """
+
+    one_chunk_a_pass = True
+    transitions = ("keep",)  # others would re-encode the averages
+
+    def __init__(self, window_size: int = 9, num_sink_frames: int = 3, decay: float = 0.999):
+        check_int("window_size", window_size, 1)
+        super().__init__(window_size, num_sink_frames, relative_positions=True)
+        check(num_sink_frames > 0, "num_sink_frames", num_sink_frames, "at least 1: the averages are in its places")
+        check_number("decay", decay, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+        self.decay = decay
+
+    def keep(self, held: list[int], new: list[int]) -> list[int]:
+        oldest = new[0] - self.window_size + self.num_sink_frames  # what leaves with this chunk enters the sink first
+        return [frame for frame in held if frame < self.num_sink_frames or frame >= oldest]
+
+    def before_chunk(self, memory: Memory, new: list[int], query: torch.Tensor) -> None:
+        """sink = 0.999 sink + 0.001 x, for each x that leaves: frame f enters the sink's frame f mod its size."""
+        oldest = new[-1] + 1 - self.window_size + self.num_sink_frames
+        for source, frame in enumerate(memory.frames):
+            if not self.num_sink_frames <= frame < oldest:
+                continue
+            target = memory.frames.index(frame % self.num_sink_frames)
+            tokens = memory.held[source] & memory.held[target]
+            for table in (memory.key, memory.value):
+                pair = table[source][tokens].float(), table[target][tokens].float()
+                table[target, tokens] = torch.lerp(*pair, self.decay).to(table.dtype)
