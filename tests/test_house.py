@@ -30,11 +30,11 @@ def relative_imports(path):
     nodes = list(ast.walk(ast.parse(path.read_text())))
     imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
     targets = {
-        path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
+        path.parents[node.level - 1].joinpath(*(node.module or "__init__").split(".")).with_suffix(".py")
         for node in imports
         if node.level
     }
-    names = [node.module for node in imports if not node.level]
+    names = [node.module for node in imports if not node.level and node.module]
     names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     return targets, [name for name in names if name.split(".")[0] in ("tokentrim", "research", "tools", "space")]
 
