@@ -23,7 +23,7 @@ _brief.maxstring = _brief.maxother = LINE
 def check(ok: bool, name: str, value: Any, valid: str, error: type[Exception] = ValueError) -> None:
     """Raise `error` unless `ok`."""
     if not ok:
-        raise error(f"`{name}` has to be {valid}, but is {shown(value)}.")
+        raise error(f"`{name}` must be {valid}, but is {shown(value)}.")
 
 
 def shown(value: Any) -> str:
@@ -80,7 +80,7 @@ def check_tensor(name: str, value: Any, ndim: int, layout: str) -> None:
     check(value.is_floating_point(), name, value.dtype, f"a floating-point tensor {layout}", TypeError)
     check(value.ndim == ndim, name, value, f"a tensor {layout}")
     if not torch.isfinite(value).all():
-        raise ValueError(f"`{name}` has to be finite, but holds NaN or Inf.")
+        raise ValueError(f"`{name}` must be finite, but holds NaN or Inf.")
 
 
 def check_settings(name: str, settings: Any, known: Sequence[str]) -> None:

@@ -90,7 +90,7 @@ class TokenTrimSchedulerMixin:
         """
         for name, custom in (("sigmas", sigmas), ("timesteps", timesteps)):
             if custom is not None and not self.takes(name):
-                raise ValueError(f"`{name}` has to be None for {type(self).__name__}, but is {custom!r}.")
+                raise ValueError(f"`{name}` must be None for {type(self).__name__}, but is {custom!r}.")
         if timesteps is not None:
             self.set_rollout_timesteps(len(timesteps), device)
             if self.timesteps.tolist() != list(timesteps):  # else to the same bits
@@ -183,7 +183,7 @@ class TokenTrimSchedulerMixin:
             `ValueError`: `noise` for a scheduler that does not re-noise.
         """
         if not hasattr(self, "_fresh_state"):
-            raise RuntimeError("`set_timesteps` has to be called before `step`.")
+            raise RuntimeError("`set_timesteps` must be called before `step`.")
         if self.step_index is None:
             self._context_version = context_version
         elif context_version != self._context_version:
@@ -192,7 +192,7 @@ class TokenTrimSchedulerMixin:
                 f" {context_version}: call `rewind()` or `begin_chunk()` after the context changes."
             )
         if noise is not None and not self.renoises:
-            raise ValueError(f"`noise` has to be None for {type(self).__name__}, which does not re-noise.")
+            raise ValueError(f"`noise` must be None for {type(self).__name__}, which does not re-noise.")
 
         _, next_sigma = self._sigmas_of_step()
         x0 = self.predict_original_sample(model_output, sample)

@@ -5,7 +5,7 @@
     accelerate launch examples/generate.py --prompts prompts.txt --out videos
     torchrun --nproc-per-node 2 examples/generate.py --prompts prompts.txt --out videos    # on CPUs
 
-The package has to be installed: `pip install .` in the clone.
+The package must be installed: `pip install .` in the clone.
 """
 
 import sys

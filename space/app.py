@@ -102,7 +102,7 @@ class App:
             self.require_studio()
             whole = all(isinstance(number, (int, float)) and number == int(number) for number in (seed, num_chunks))
             if not whole:
-                raise ValueError("Seed and number of chunks have to be whole numbers.")
+                raise ValueError("Seed and number of chunks must be whole numbers.")
             prompt = self.studio.check_prompt(prompt)
             settings = Settings(prompt, int(seed), left, right, layout or None, int(num_chunks))
             change = read_change(next_prompt, next_chunk, transition) if next_chunk else None
@@ -309,7 +309,7 @@ def load_app() -> App:
     fps = os.environ.get("TOKENTRIM_FPS")
     try:
         if not checkpoint:
-            raise ValueError("TOKENTRIM_CHECKPOINT has to name a folder or a Hub id")
+            raise ValueError("TOKENTRIM_CHECKPOINT must name a folder or a Hub id")
         limit = int(os.environ.get("TOKENTRIM_MAX_CHUNKS", 200))
         studio = Studio(checkpoint, limit, float(fps) if fps else None, name)
     except Exception as error:  # whatever it is, the page says it, and videos can be measured

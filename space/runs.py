@@ -97,7 +97,7 @@ class Studio:
         if not 1 <= settings.num_chunks <= self.max_chunks:
             raise ValueError(f"A video has 1 to {self.max_chunks} chunks here, not {settings.num_chunks}.")
         if not 0 <= settings.seed < 2**63:
-            raise ValueError(f"The seed has to be 0 or more and below 2^63, but is {settings.seed}.")
+            raise ValueError(f"The seed must be 0 or more and below 2^63, but is {settings.seed}.")
         schedule = {}
         if change is not None:
             self.check_prompt(change.prompt)

@@ -53,7 +53,7 @@ def test_the_command(tmp_path, capsys):
     assert main(["bundle", str(file)]) == 0  # again
     with pytest.raises(SystemExit) as end:
         main(["bundle", str(tmp_path)])
-    assert end.value.code == 2 and "FILE has to end with .py" in capsys.readouterr().err
+    assert end.value.code == 2 and "FILE must end with .py" in capsys.readouterr().err
 
 
 def test_no_other_file_is_overwritten_and_the_package_is_not_shadowed(tmp_path, capsys, monkeypatch):
@@ -65,6 +65,6 @@ def test_no_other_file_is_overwritten_and_the_package_is_not_shadowed(tmp_path, 
         ("tokentrim.py", "of another name or in"),
     ):
         assert main(["bundle", name]) == 1
-        assert capsys.readouterr().err.startswith(f"tokentrim bundle: error: `FILE` has to be {valid}")
+        assert capsys.readouterr().err.startswith(f"tokentrim bundle: error: `FILE` must be {valid}")
     assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]
     assert main(["bundle", "new/tokentrim.py"]) == 0

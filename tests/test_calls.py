@@ -41,7 +41,7 @@ def test_a_window_of_all_is_no_window_whatever_the_checkpoint_says():
     assert latent_pipeline(window_size="all").plan(
         **CALL | {"prompt": None, "prompt_embeds": embeds(), "output_type": "latent"}
     )
-    with pytest.raises(TypeError, match="`window_size` has to be an int >= 1, or 'all', but is 'al'"):
+    with pytest.raises(TypeError, match="`window_size` must be an int >= 1, or 'all', but is 'al'"):
         roll(pipe, noise(4), window_size="al")
 
 
@@ -94,7 +94,7 @@ def test_numbers_and_arrays_of_numpy_are_numbers(tmp_path):
     with full_pipeline().stream(**CALL | given, generator=generators(0), output_type="latent") as stream:
         next(stream)
         stream.save_state(tmp_path)
-    (rest,) = full_pipeline().resume(tmp_path)  # nothing has to be given again
+    (rest,) = full_pipeline().resume(tmp_path)  # nothing needs to be given again
     assert torch.equal(rest.latents, expected.frames[:, :, CHUNK:])
     sigmas = full_pipeline()(**CALL | plain | {"sigmas": torch.tensor([1.0, 0.5])}, generator=generators(0))
     assert sigmas.frames.shape[1] == 21
@@ -114,13 +114,13 @@ def test_a_scheduler_that_is_set_later_serves(kind):
     pipe.scheduler = scheduler
     assert (pipe(**CALL, generator=generators(0)).frames == expected).all()
     pipe.scheduler = torch.nn.Identity()
-    with pytest.raises(ValueError, match="`scheduler` has to be a SchedulerMixin, but is 'Identity'"):
+    with pytest.raises(ValueError, match="`scheduler` must be a SchedulerMixin, but is 'Identity'"):
         pipe(**CALL)
 
 
 def test_dynamic_shifting_is_refused_before_a_run():
     pipe = full_pipeline(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
-    with pytest.raises(ValueError, match="`scheduler` has to be .*dynamic shifting"):
+    with pytest.raises(ValueError, match="`scheduler` must be .*dynamic shifting"):
         pipe(**CALL)
 
 
@@ -141,7 +141,7 @@ def test_dynamic_shifting_is_refused_before_a_run():
     ],
 )
 def test_embeddings_and_a_text_of_another_length_are_refused(given, name, other):
-    with pytest.raises(ValueError, match=rf"`{name}` has to be \(1, 8, dim\) beside `{other}`.*\(\d, \d, 32\)"):
+    with pytest.raises(ValueError, match=rf"`{name}` must be \(1, 8, dim\) beside `{other}`.*\(\d, \d, 32\)"):
         full_pipeline()(**CALL | given, guidance_scale=2.0)
     full_pipeline().plan(**CALL | given)  # without guidance it does not matter
 
@@ -250,7 +250,7 @@ def test_a_layout_that_keeps_no_list_of_frames_is_refused(kept):
 
     pipe = latent_pipeline()
     before = processors(pipe.transformer)
-    with pytest.raises(TypeError, match="Odd.keep` has to be a list of latent frames"):
+    with pytest.raises(TypeError, match="Odd.keep` must be a list of latent frames"):
         roll(pipe, noise(2), layout=Odd())
     assert processors(pipe.transformer) == before
 

@@ -71,7 +71,7 @@ def test_a_cache_is_refused_before_anything_runs(cache, plain):
     before = processors(pipe.transformer)
     pipe.transformer.enable_cache(CACHES[cache])
     name = type(CACHES[cache]).__name__
-    with pytest.raises(ValueError, match=f"`transformer` has to be .*disable_cache.*but is '{name}'"):
+    with pytest.raises(ValueError, match=f"`transformer` must be .*disable_cache.*but is '{name}'"):
         roll(pipe, LATENTS, **CALL)
     assert not called and processors(pipe.transformer) == before
     pipe.transformer.disable_cache()
@@ -88,7 +88,7 @@ HOOKS = {
 def test_a_hook_that_skips_layers_is_refused_however_it_was_put_there(hook):
     pipe = latent_pipeline()
     HOOKS[hook](pipe.transformer)
-    with pytest.raises(ValueError, match=f"`transformer` has to be .*but is '{hook}"):
+    with pytest.raises(ValueError, match=f"`transformer` must be .*but is '{hook}"):
         pipe.plan(latents=LATENTS, output_type="latent", prompt_embeds=embeds())
 
 
@@ -98,7 +98,7 @@ def test_a_cache_is_refused_between_two_chunks():
     with streamed(pipe) as stream:
         next(stream)
         pipe.transformer.enable_cache(FirstBlockCacheConfig())
-        with pytest.raises(ValueError, match="`transformer` has to be .*'FirstBlockCacheConfig'"):
+        with pytest.raises(ValueError, match="`transformer` must be .*'FirstBlockCacheConfig'"):
             next(stream)
     assert processors(pipe.transformer) == before
 

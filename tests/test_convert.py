@@ -298,7 +298,7 @@ def test_bad_files(case, tmp_path):
     path = write(tmp_path, content)
     with pytest.raises(ValueError, match=message) as error:
         load(path)
-    assert str(error.value).startswith("`path` has to be") and str(path) in str(error.value)
+    assert str(error.value).startswith("`path` must be") and str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -321,7 +321,7 @@ def test_bit_flips_are_told(part, tmp_path):
     data = path.read_bytes()
     place = data.index(content, info.header_offset + len(info.filename)) + len(content) // 2
     path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
-    with pytest.raises(ValueError, match=f"`path` has to be .*{path}"):
+    with pytest.raises(ValueError, match=f"`path` must be .*{path}"):
         load(path)
 
 
@@ -334,7 +334,7 @@ def test_weights_that_are_not_finite_are_told(suffix, value, tmp_path, base, fai
     (torch.save if suffix == ".pt" else save_file)(weights, path)
     fail(
         arguments(path, base, tmp_path / "out"),
-        f"`path` has to be finite, but blocks.1.ffn.0.weight of {path} holds NaN",
+        f"`path` must be finite, but blocks.1.ffn.0.weight of {path} holds NaN",
     )
 
 
@@ -342,7 +342,7 @@ def test_weights_that_leave_the_range_of_the_dtype_are_told(tmp_path):
     weights = original_weights()
     weights["blocks.1.ffn.0.weight"][3, 5] = 1e6
     with pytest.raises(
-        ValueError, match="`dtype` has to be one that holds the weights, but blocks.1.ffn.0.weight leaves"
+        ValueError, match="`dtype` must be one that holds the weights, but blocks.1.ffn.0.weight leaves"
     ):
         load(write(tmp_path, weights), dtype=torch.float16)
 
@@ -384,14 +384,14 @@ def test_files_that_are_none(tmp_path):
 
 
 def test_ema_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="`ema` has to be None or False.*only 'generator'"):
+    with pytest.raises(ValueError, match="`ema` must be None or False.*only 'generator'"):
         load(write(tmp_path, LAYOUTS["longlive"]()), ema=True)
-    with pytest.raises(ValueError, match="`ema` has to be None or True.*only 'generator_ema'"):
+    with pytest.raises(ValueError, match="`ema` must be None or True.*only 'generator_ema'"):
         load(write(tmp_path, {"generator_ema": original_weights()}), ema=False)
 
 
 def test_head_dim_that_does_not_divide(tmp_path):
-    with pytest.raises(ValueError, match="`attention_head_dim` has to be a divisor of the width 24.*is 128"):
+    with pytest.raises(ValueError, match="`attention_head_dim` must be a divisor of the width 24.*is 128"):
         load_original_transformer(write(tmp_path, LAYOUTS["bare"]()))
 
 
@@ -400,7 +400,7 @@ def test_head_dim_that_does_not_divide(tmp_path):
 
 @pytest.fixture
 def fail(capsys):
-    """Run the command, which has to fail with one sentence on stderr."""
+    """Run the command, which must fail with one sentence on stderr."""
 
     def fail(arguments, message):
         assert main(arguments) == 1
@@ -425,25 +425,25 @@ def test_base_without_a_part(part, tmp_path, base, fail, nothing_written):
     for folder in base.iterdir():
         if folder.name != part:
             (poor / folder.name).symlink_to(folder)
-    fail(arguments(path, poor, tmp_path / "out"), f"`base` has to be a Wan2.1 folder.*has no {part}/")
+    fail(arguments(path, poor, tmp_path / "out"), f"`base` must be a Wan2.1 folder.*has no {part}/")
     (poor / part).mkdir()
-    fail(arguments(path, poor, tmp_path / "out"), f"`base` has to be a complete folder.*{part} does not load")
+    fail(arguments(path, poor, tmp_path / "out"), f"`base` must be a complete folder.*{part} does not load")
 
 
 def test_base_of_another_model(tmp_path, base, fail, nothing_written):
     weights = {**original_weights(), "text_embedding.0.weight": torch.zeros(24, 40)}
     fail(
         arguments(write(tmp_path, weights), base, tmp_path / "out"),
-        r"`base` has to be a folder that fits.*\(40, 4, 4\).*\(32, 4, 4\)",
+        r"`base` must be a folder that fits.*\(40, 4, 4\).*\(32, 4, 4\)",
     )
 
 
 def test_bad_file_for_the_command(tmp_path, base, fail, nothing_written):
     path = write(tmp_path, {**original_weights(), "extra": torch.zeros(3)})
-    fail(arguments(path, base, tmp_path / "out"), "`path` has to be.*1 unexpected: extra")
+    fail(arguments(path, base, tmp_path / "out"), "`path` must be.*1 unexpected: extra")
     fail(
         arguments(write(tmp_path, original_weights()), base, tmp_path / "out", "longlive", "--ema"),
-        "`ema` has to be None or False",
+        "`ema` must be None or False",
     )
 
 
@@ -473,19 +473,19 @@ def test_what_a_killed_conversion_left_is_swept_by_the_next(tmp_path, base, fail
 
 def test_out_that_is_there(tmp_path, base, fail):
     path = write(tmp_path, LAYOUTS["bare"]())
-    fail(arguments(path, base, path), "`out` has to be a new or an empty folder, but is ")
-    fail(arguments(path, base, tmp_path), "`out` has to be a new or an empty folder, but is ")
+    fail(arguments(path, base, path), "`out` must be a new or an empty folder, but is ")
+    fail(arguments(path, base, tmp_path), "`out` must be a new or an empty folder, but is ")
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 def test_preset_of_another_size(tmp_path, base, fail, nothing_written, monkeypatch):
     path = write(tmp_path, LAYOUTS["bare"]())
     monkeypatch.setitem(SIZES, (2, 24), "Wan 14B")
-    message = r"`preset` has to be one for Wan 14B \(krea_realtime\), but is 'self_forcing', for another size"
+    message = r"`preset` must be one for Wan 14B \(krea_realtime\), but is 'self_forcing', for another size"
     fail(arguments(path, base, tmp_path / "out"), message)
     fail(["convert", str(path), "--check", "--base", str(base), "--preset", "self_forcing"], message)
 
 
 def test_unknown_preset(tmp_path, base):
-    with pytest.raises(ValueError, match="`preset` has to be one of.*'longlive'.*is 'wan'"):
+    with pytest.raises(ValueError, match="`preset` must be one of.*'longlive'.*is 'wan'"):
         convert_checkpoint(tmp_path / "original.pt", base, tmp_path / "out", "wan")

@@ -306,7 +306,7 @@ def test_tiling_is_refused():
 def test_chunks_of_another_shape_are_refused(shape):
     decoder = FrameDecoder(tiny_vae())
     decoder.decode(latents_of())
-    with pytest.raises(ValueError, match="`latents` has to be"):
+    with pytest.raises(ValueError, match="`latents` must be"):
         decoder.decode(torch.zeros(shape))
 
 
@@ -421,7 +421,7 @@ def test_the_pipelines_vae_decodes_without_a_preview_vae():
 
 
 def test_preview_vaes_that_cannot_decode_or_give_too_few_frames_are_refused():
-    with pytest.raises(TypeError, match="`preview_vae` has to be a module with `decode` or `decode_video`"):
+    with pytest.raises(TypeError, match="`preview_vae` must be a module with `decode` or `decode_video`"):
         make_decoder(None, torch.nn.Linear(1, 1))
     decoder = make_decoder(None, TAEHV(), temporal_factor=16)
     decoder.decode(latents_of())

@@ -138,7 +138,7 @@ def test_what_is_no_checkpoint(folder, tmp_path, capsys):
         printed = capsys.readouterr()
         assert printed.out == "" and message in printed.err.splitlines()[-1], printed.err
 
-    fails(tmp_path, "`checkpoint` has to be a folder in Diffusers format, with a model_index.json")
+    fails(tmp_path, "`checkpoint` must be a folder in Diffusers format, with a model_index.json")
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     fails(folder, "truncated or something else")

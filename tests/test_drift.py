@@ -428,7 +428,7 @@ def test_pictures_of_two_sizes(tmp_path):
 def test_a_figure_of_no_known_kind_is_refused_before_anything_is_read(capsys):
     with pytest.raises(SystemExit) as end:
         main(["drift", "none.mp4", "--plot", "drift.doc"])
-    assert end.value.code == 2 and "--plot has to end with .png, .pdf or .svg" in capsys.readouterr().err
+    assert end.value.code == 2 and "--plot must end with .png, .pdf or .svg" in capsys.readouterr().err
 
 
 def test_it_needs_no_torch(folder, tmp_path):

@@ -187,7 +187,7 @@ def test_experiments_name_a_world(tmp_path):
     config = tmp_path / "x.yaml"
     for settings, message in (
         ("checkpoint: checkpoints/travelling-world\nscenes: [turn]", "`scenes` and `defects` are of the tiny world"),
-        ("checkpoint: nowhere", "`checkpoint` has to be a pipeline's folder"),
+        ("checkpoint: nowhere", "`checkpoint` must be a pipeline's folder"),
     ):
         config.write_text(f"methods: {{plain: {{method: plain}}}}\n{settings}\n")
         with pytest.raises(ValueError, match=message):

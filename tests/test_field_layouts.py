@@ -289,7 +289,7 @@ def test_transitions_are_served_or_refused_with_the_reason(name, transition):
     if transition in make_layout(layout).transitions:
         roll(latent_pipeline(), noise(7), layout=layout, method=EAGER, **call)
         return
-    with pytest.raises(ValueError, match=f"`prompt_transition` has to be one of .* for .*, but is '{transition}'"):
+    with pytest.raises(ValueError, match=f"`prompt_transition` must be one of .* for .*, but is '{transition}'"):
         roll(latent_pipeline(), noise(7), layout=layout, **call)
 
 

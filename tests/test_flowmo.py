@@ -220,7 +220,7 @@ def test_checkpointed_gradients_are_the_same_and_stores_less():
 @pytest.mark.parametrize("num_past", [0, 1])
 @pytest.mark.parametrize("videos", [[0, 1], [1]])
 def test_checkpointed_gradients_through_the_cache_are_the_same(videos, num_past):
-    """The past has to stay as it was when blocks are recomputed; the prompt may be projected by the first forward."""
+    """The past must stay as it was when blocks are recomputed; the prompt may be projected by the first forward."""
     transformer, text, latents = tiny_transformer().requires_grad_(True), embeds(2), noise(1, 2)[videos]
 
     def result():
@@ -351,7 +351,7 @@ def test_trimming_on_top_of_flowmo_in_a_batch_equals_single_runs(rollout):
     ],
 )
 def test_bad_input(settings, name, arguments):
-    with pytest.raises(ValueError, match=re.escape(f"{name} has to be")):
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be")):
         roll(latent_pipeline(), noise(2), method=flowmo(**settings), **arguments)
 
 

@@ -253,7 +253,7 @@ calls = st.lists(st.sampled_from(sorted(VALUES)), max_size=6, unique=True).flatm
 MODES = ["call"] * 6 + ["stream", "nan", "memory", "threads"]
 
 
-# What has to hold
+# What must hold
 
 
 def test_every_argument_is_fuzzed():

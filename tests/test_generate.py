@@ -99,7 +99,7 @@ def test_many_prompts(here):
         )
         (here / "trim.json").write_text(json.dumps({"num_frames": "81"}))
         printed = start(nursery, here, "--prompts", "prompts.txt", "--out", "three")
-        assert "\ntokentrim generate: error: `num_frames` has to be" in printed and not any((here / "three").iterdir())
+        assert "\ntokentrim generate: error: `num_frames` must be" in printed and not any((here / "three").iterdir())
 
     record = json.loads((here / "one" / f"{NAMES[1]}.json").read_text())
     assert (record["prompt"], record["seed"]) == (PROMPTS[2], 2) and record["arguments"]["num_frames"] == 33
@@ -326,7 +326,7 @@ def test_lines_without_words_are_told(tmp_path):
         (b"a\xff", "byte 1 is none"),
     ):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=f"prompts.txt has to .*{message}"):
+        with pytest.raises(ValueError, match=f"prompts.txt must .*{message}"):
             read_jobs(file, tmp_path, 0, {})
 
 
@@ -394,11 +394,11 @@ def test_what_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, caps
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"output_type": "latent"}, r"`output_type` has to be one of \['np', 'pt', 'pil'\], but is 'latent'"),
-        ({"num_frame": 9}, "`config` has to be arguments of the call, .*num_frames, .* but is 'num_frame'"),
-        ({"generator": 3}, "`config` has to be .*but is 'generator'"),
-        ({"num_videos_per_prompt": 0}, "`num_videos_per_prompt` has to be an int >= 1, but is 0"),
-        ({"num_videos_per_prompt": "2"}, "`num_videos_per_prompt` has to be an int >= 1, but is '2'"),
+        ({"output_type": "latent"}, r"`output_type` must be one of \['np', 'pt', 'pil'\], but is 'latent'"),
+        ({"num_frame": 9}, "`config` must be arguments of the call, .*num_frames, .* but is 'num_frame'"),
+        ({"generator": 3}, "`config` must be .*but is 'generator'"),
+        ({"num_videos_per_prompt": 0}, "`num_videos_per_prompt` must be an int >= 1, but is 0"),
+        ({"num_videos_per_prompt": "2"}, "`num_videos_per_prompt` must be an int >= 1, but is '2'"),
     ],
     ids=str,
 )
@@ -416,7 +416,7 @@ def test_later_settings_count(here):
     read_settings([here / "trim.json"])
     for content in ("[]", "[1]", "{"):
         (here / "bad.json").write_text(content)
-        with pytest.raises(ValueError, match="bad.json has to hold one JSON object"):
+        with pytest.raises(ValueError, match="bad.json must hold one JSON object"):
             read_settings([here / "bad.json"])
 
 
@@ -425,7 +425,7 @@ def test_schedules_have_chunks(here):
     assert read_schedule(here / "schedule.json") == {4: "a", 20: "b"}
     for content in ('["a"]', '{"four": "a"}', "{"):
         (here / "bad.json").write_text(content)
-        with pytest.raises(ValueError, match="bad.json has to hold one JSON object of chunks and prompts"):
+        with pytest.raises(ValueError, match="bad.json must hold one JSON object of chunks and prompts"):
             read_schedule(here / "bad.json")
 
 
@@ -435,7 +435,7 @@ SHARED = ["--checkpoint", "nowhere"]
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["a prompt", "--out", "videos", *SHARED], "--out has to end with .mp4 for one prompt, but is 'videos'"),
+        (["a prompt", "--out", "videos", *SHARED], "--out must end with .mp4 for one prompt, but is 'videos'"),
         (["a prompt", "--prompts", "prompts.txt", "--out", "videos", *SHARED], "not allowed with"),
         (["--out", "a.mp4", *SHARED], "one of the arguments"),
         (["a prompt", "--out", "a.mp4"], "required: --checkpoint"),
@@ -445,16 +445,16 @@ SHARED = ["--checkpoint", "nowhere"]
             ["a prompt", "--out", "a.mp4", *SHARED, "--num-frames", "x"],
             "a number of frames, 0 or `endless`, but is 'x'",
         ),
-        (["a prompt", "--out", "a.mp4", *SHARED, "--method", "{x"], "has to be a name or JSON, but is '{x'"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--method", "{x"], "must be a name or JSON, but is '{x'"),
         (
             ["a prompt", "--out", "a.mp4", *SHARED, "--fps", "0"],
-            "`fps` has to be a number from 0.01 to 1000, but is 0",
+            "`fps` must be a number from 0.01 to 1000, but is 0",
         ),
-        (["a prompt", "--out", "a.mp4", *SHARED, "--save-every", "0"], "`save_every` has to be an int >= 1, but is 0"),
-        (["--prompts", "a.txt", "--out", "a.mp4", *SHARED], "--out has to be a folder for --prompts, but is 'a.mp4'"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--save-every", "0"], "`save_every` must be an int >= 1, but is 0"),
+        (["--prompts", "a.txt", "--out", "a.mp4", *SHARED], "--out must be a folder for --prompts, but is 'a.mp4'"),
         (["a prompt", "--out", "a.mp4", *SHARED, "--prompt-transition", "jump"], "--prompt-transition"),
         (["--resume"], "--resume needs --state-dir"),
-        (["a prompt", "--out", "a.mp4", *SHARED, "--method", "none"], "--method has to be one of plain, tokentrim, "),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--method", "none"], "--method must be one of plain, tokentrim, "),
     ],
 )
 def test_wrong_usage(arguments, message, capsys, tmp_path, monkeypatch):

@@ -114,11 +114,11 @@ def test_sharded_files_that_are_incomplete(tmp_path):
         read_header(index)
     files[1].unlink()
     with pytest.raises(
-        ValueError, match="`path` has to be complete, but .*model-00002-of-00003.safetensors does not exist"
+        ValueError, match="`path` must be complete, but .*model-00002-of-00003.safetensors does not exist"
     ):
         read_header(index)
     files[1].write_bytes(files[0].read_bytes())
-    with pytest.raises(ValueError, match="`path` has to be complete, but the files of .* have no "):
+    with pytest.raises(ValueError, match="`path` must be complete, but the files of .* have no "):
         read_header(index)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="is a folder with 0 indices and 0 files of safetensors"):

@@ -84,7 +84,7 @@ def test_a_stream_and_its_resumption(tmp_path):
         chunks = [next(stream).latents for _ in range(3)]
         stream.save_state()
     assert [chunk.shape[2] for chunk in chunks] == [1, 3, 3]
-    with pytest.raises(ValueError, match="`image` has to be given again"):
+    with pytest.raises(ValueError, match="`image` must be given again"):
         full_pipeline().resume(tmp_path)
     with full_pipeline().resume(tmp_path, image=picture()) as stream:
         rest = [chunk.latents for chunk in stream]
@@ -103,13 +103,13 @@ def test_anyflow_far_begins_with_a_chunk_of_one_frame():
 @pytest.mark.parametrize(
     "image, error, message",
     [
-        ("fox.png", TypeError, "`image` has to be a PIL image, an array .*'fox.png'"),
-        ([picture(), as_tensor(picture())], TypeError, "`image` has to be a PIL image"),
-        ([], TypeError, "`image` has to be a PIL image"),
-        (np.asarray(picture()), TypeError, r"`image` has to be of floats in \[0, 1\], or a PIL image, but is .*uint8"),
-        (as_tensor(picture()) * 2 - 1, ValueError, r"`image` has to be in \[0, 1\], but is 'in \[-"),
-        (as_array(picture())[..., 0], ValueError, "`image` has to be a PIL image, an array"),
-        (randn(4, 4, 6).sigmoid(), ValueError, "`image` has to be a PIL image, an array"),
+        ("fox.png", TypeError, "`image` must be a PIL image, an array .*'fox.png'"),
+        ([picture(), as_tensor(picture())], TypeError, "`image` must be a PIL image"),
+        ([], TypeError, "`image` must be a PIL image"),
+        (np.asarray(picture()), TypeError, r"`image` must be of floats in \[0, 1\], or a PIL image, but is .*uint8"),
+        (as_tensor(picture()) * 2 - 1, ValueError, r"`image` must be in \[0, 1\], but is 'in \[-"),
+        (as_array(picture())[..., 0], ValueError, "`image` must be a PIL image, an array"),
+        (randn(4, 4, 6).sigmoid(), ValueError, "`image` must be a PIL image, an array"),
         ([picture()] * 3, ValueError, "a batch that divides the 1 videos"),
     ],
     ids=["path", "mixed", "empty", "uint8", "range", "one channel", "four channels", "three for one"],
@@ -121,5 +121,5 @@ def test_what_is_no_image(image, error, message):
 
 @pytest.mark.parametrize("other", ["video", "video_latents"])
 def test_an_image_and_frames_are_too_much(other):
-    with pytest.raises(ValueError, match=f"`{other}` has to be None where `image` is given"):
+    with pytest.raises(ValueError, match=f"`{other}` must be None where `image` is given"):
         generate(image=picture(), **{other: as_tensor(picture())[None, None]})

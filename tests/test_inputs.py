@@ -289,7 +289,7 @@ def test_renoise_that_returns_no_fitting_noise(at, expected_forwards, value, err
     pipe, forwards = latent_pipeline(scheduler=FlowMatchLCMScheduler(shift=5.0)), []
     pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
     before = processors(pipe.transformer)
-    with pytest.raises(error, match=rf"`renoise\({at[0]}, {at[1]}\)` has to be"):
+    with pytest.raises(error, match=rf"`renoise\({at[0]}, {at[1]}\)` must be"):
         roll(pipe, noise(3), renoise=lambda chunk, step: value if (chunk, step) == at else noise(1))
     assert processors(pipe.transformer) == before
     assert len(forwards) == expected_forwards

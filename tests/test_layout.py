@@ -158,14 +158,14 @@ def test_bad_layout_is_refused_before_any_model_runs(layout, error, message):
 )
 def test_settings_of_the_window_beside_a_layout_are_an_error(setting):
     ((name, value),) = setting.items()
-    with pytest.raises(ValueError, match=f"`{name}` has to be None where `layout` is given, but is {value}"):
+    with pytest.raises(ValueError, match=f"`{name}` must be None where `layout` is given, but is {value}"):
         roll(latent_pipeline(), noise(2), layout="window", **setting)
 
 
 def test_a_window_beside_the_layout_of_the_checkpoint_is_an_error():
     pipe, valid = (
         latent_pipeline(layout={"longlive": {}}),
-        "`window_size` has to be None where `layout` is given, here",
+        "`window_size` must be None where `layout` is given, here",
     )
     with pytest.raises(ValueError, match=valid + " by the checkpoint: {'longlive': {}}, but is 9"):
         roll(pipe, noise(2), window_size=9)
@@ -312,9 +312,7 @@ def test_wrong_view_names_the_layout_and_the_processors_are_back(view, error):
 
     pipe = latent_pipeline()
     before = processors(pipe.transformer)
-    with pytest.raises(
-        error, match=r"`Mine.view` has to be a View for the latent frames 3 to 5: frames of \[0, 1, 2\]"
-    ):
+    with pytest.raises(error, match=r"`Mine.view` must be a View for the latent frames 3 to 5: frames of \[0, 1, 2\]"):
         roll(pipe, noise(3), layout=Mine())
     assert processors(pipe.transformer) == before
     assert torch.equal(roll(pipe, noise(3)).frames, roll(latent_pipeline(), noise(3)).frames)

@@ -147,7 +147,7 @@ def test_lifting_a_scheduler_is_logged(caplog):
 
 def test_a_checkpoint_of_another_family():
     vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=32)
-    with pytest.raises(ValueError, match="`vae` has to be an AutoencoderKLWan, .*but is 'AutoencoderKL'"):
+    with pytest.raises(ValueError, match="`vae` must be an AutoencoderKLWan, .*but is 'AutoencoderKL'"):
         TokenTrimPipeline(None, None, tiny_transformer(), vae, None)
 
 
@@ -243,7 +243,7 @@ print(type(pipe).__name__, type(pipe.scheduler).__name__, getattr(pipe, "revisio
 
 @pytest.fixture
 def run(world, here):
-    """Run code that makes `pipe`, which has to make the expected latents, bit by bit, without a word of warning."""
+    """Run code that makes `pipe`, which must make the expected latents, bit by bit, without a word of warning."""
 
     def run(code, nursery=world.offline, scheduler="FlowMatchLCM", revision=None, warnings=()):
         printed, warned = nursery.run(f"{code}\n{CHECK}", here)

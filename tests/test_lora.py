@@ -190,16 +190,16 @@ BAD_FILES = {
 def test_bad_files(case, model, tmp_path):
     content, message = BAD_FILES[case]
     torch.save(content, tmp_path / "lora.pt")
-    with pytest.raises(ValueError, match=f"`lora` has to be .*{message}"):
+    with pytest.raises(ValueError, match=f"`lora` must be .*{message}"):
         load(model, lora=tmp_path / "lora.pt")
 
 
 def test_settings_that_are_no_plain_lora(model, tmp_path):
     folder = write_peft(tmp_path, True)
     (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "use_dora": True}))
-    with pytest.raises(ValueError, match="`lora` has to be a LoRA with one alpha and one rank, .* have use_dora"):
+    with pytest.raises(ValueError, match="`lora` must be a LoRA with one alpha and one rank, .* have use_dora"):
         load(model, lora=folder)
-    with pytest.raises(ValueError, match="`lora` has to be .*none.pt does not exist"):
+    with pytest.raises(ValueError, match="`lora` must be .*none.pt does not exist"):
         load(model, lora=tmp_path / "none.pt")
 
 
@@ -208,7 +208,7 @@ def test_a_failure_leaves_nothing(model, tmp_path, capsys):
     torch.save({}, tmp_path / "lora.pt")
     arguments = ["convert", str(model), "--lora", str(tmp_path / "lora.pt"), "--base", str(tmp_path / "base")]
     assert main([*arguments, "--out", str(tmp_path / "out"), "--preset", "longlive"]) == 1
-    assert "error: `lora` has to be" in capsys.readouterr().err
+    assert "error: `lora` must be" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 

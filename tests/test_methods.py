@@ -151,12 +151,12 @@ class Verbless:
 
 
 BAD = [
-    ({"method": "token_trim"}, ValueError, r"`method` has to be one of .*'tokentrim_plus'.*'token_trim'"),
-    ({"method": 3}, TypeError, r"`method` has to be one of .*but is 3"),
-    ({"method": {"trim": {}}}, ValueError, r"`method` has to be a dict of .*'reanchor'.*'trim'"),
-    ({"method": {3: {}}}, ValueError, r"`method` has to be a dict of .*but is \[3\]"),
-    ({"method": {"paper": {}}}, ValueError, r"`method` has to be a dict of .*'paper'"),
-    ({"method": ["tokentrim", "trim"]}, ValueError, r"`method` has to be one of .*'reanchor'.*'trim'"),
+    ({"method": "token_trim"}, ValueError, r"`method` must be one of .*'tokentrim_plus'.*'token_trim'"),
+    ({"method": 3}, TypeError, r"`method` must be one of .*but is 3"),
+    ({"method": {"trim": {}}}, ValueError, r"`method` must be a dict of .*'reanchor'.*'trim'"),
+    ({"method": {3: {}}}, ValueError, r"`method` must be a dict of .*but is \[3\]"),
+    ({"method": {"paper": {}}}, ValueError, r"`method` must be a dict of .*'paper'"),
+    ({"method": ["tokentrim", "trim"]}, ValueError, r"`method` must be one of .*'reanchor'.*'trim'"),
     (
         {"method": {"quarantine": {"sensitive": 1}}},
         ValueError,
@@ -164,16 +164,16 @@ BAD = [
     ),
     ({"method": {"tokentrim": {"reanchor": "mean"}}}, ValueError, r"method\['tokentrim'\]` .*'prune_fraction'"),
     ({"method": {"flowmo": {"eta": 1}}}, ValueError, r"method\['flowmo'\]` .*'learning_rate'.*'eta'"),
-    ({"method": {"quarantine": 6.0}}, TypeError, r"method\['quarantine'\]` has to be a dict .*6.0"),
-    ({"method": {"tokentrim": 2}}, TypeError, r"method\['tokentrim'\]` has to be a dict .*2"),
-    ({"method": {"tokentrim": None}}, TypeError, r"method\['tokentrim'\]` has to be a dict .*None"),
+    ({"method": {"quarantine": 6.0}}, TypeError, r"method\['quarantine'\]` must be a dict .*6.0"),
+    ({"method": {"tokentrim": 2}}, TypeError, r"method\['tokentrim'\]` must be a dict .*2"),
+    ({"method": {"tokentrim": None}}, TypeError, r"method\['tokentrim'\]` must be a dict .*None"),
     ({"method": {"quarantine": {"sensitivity": -1}}}, ValueError, r"method\['quarantine'\].*`sensitivity` .*-1"),
     ({"method": {"flowmo": {"iterations": -1}}}, ValueError, r"method\['flowmo'\].*`iterations` .*-1"),
-    ({"method": [TokenTrim]}, TypeError, r"`method` has to be .*an object with observe, review, .*TokenTrim"),
-    ({"method": [FlowMo]}, TypeError, r"`method` has to be .*an object with observe, review, .*FlowMo"),
-    ({"method": [Verbless()]}, TypeError, r"`method` has to be .*an object with observe, review, .*Verbless"),
-    ({"method": [None]}, TypeError, r"`method` has to be .*an object with .*None"),
-    ({"method": "plain", "warmup_chunks": 2}, ValueError, r"`warmup_chunks` has to be None .*without TokenTrim.*2"),
+    ({"method": [TokenTrim]}, TypeError, r"`method` must be .*an object with observe, review, .*TokenTrim"),
+    ({"method": [FlowMo]}, TypeError, r"`method` must be .*an object with observe, review, .*FlowMo"),
+    ({"method": [Verbless()]}, TypeError, r"`method` must be .*an object with observe, review, .*Verbless"),
+    ({"method": [None]}, TypeError, r"`method` must be .*an object with .*None"),
+    ({"method": "plain", "warmup_chunks": 2}, ValueError, r"`warmup_chunks` must be None .*without TokenTrim.*2"),
     (
         {"method": "tokentrim_plus", "drift_signal": "final"},
         ValueError,
@@ -183,12 +183,12 @@ BAD = [
     (
         {"method": [TokenTrim(), Trimmer(drift_signal="first_step")]},
         ValueError,
-        r"`method` has to be policies of one drift signal, but is \['final', 'first_step'\]",
+        r"`method` must be policies of one drift signal, but is \['final', 'first_step'\]",
     ),
     (
         {"method": ["tokentrim", SeverityMonitor("first_step")]},
         ValueError,
-        r"`method` has to be policies of one drift signal",
+        r"`method` must be policies of one drift signal",
     ),
     ({"method": [Trimmer(drift_signal="last")]}, ValueError, r"`drift_signal` .*'first_step'.*'last'"),
 ]
@@ -507,7 +507,7 @@ def test_wrong_return_of_a_policy_names_policy_and_chunk(verb, value, error, val
     """And the processors are back, and the next call is as new."""
     pipe = latent_pipeline()
     before = processors(pipe.transformer)
-    with pytest.raises(error, match=f"`chunk 1: Wrong.{verb}` has to be .*{valid}"):
+    with pytest.raises(error, match=f"`chunk 1: Wrong.{verb}` must be .*{valid}"):
         roll(pipe, noise(3, 2), method=["tokentrim", Wrong(verb, value)])
     assert processors(pipe.transformer) == before
     assert torch.equal(roll(pipe, noise(3)).frames, roll(latent_pipeline(), noise(3)).frames)

@@ -87,7 +87,7 @@ def test_filmstrip_shows_the_middle_of_each_chunk_and_frames_the_trimmed_ones():
     cell = strip.reshape(2, 20, 3, 36, 3)[:, 0, :, 0]  # a corner of each
     np.testing.assert_array_equal(is_red(cell), [[False] * 3, [False, False, True]])
     assert make_output(frames).filmstrip(columns=1).shape[1] == 2 * 36  # the first and the last are always there
-    with pytest.raises(ValueError, match="`columns` has to be an int >= 1, but is 0"):
+    with pytest.raises(ValueError, match="`columns` must be an int >= 1, but is 0"):
         make_output().filmstrip(columns=0)
 
 
@@ -109,9 +109,9 @@ def test_save_video(tmp_path):
     video = iio.imread(path, plugin="FFMPEG")
     assert video.shape == (8, 16, 32, 3) and video.min() > 250
     assert iio.immeta(path, plugin="FFMPEG")["fps"] == 8
-    with pytest.raises(ValueError, match="`video` has to be an int from 0 to 1, but is 2"):
+    with pytest.raises(ValueError, match="`video` must be an int from 0 to 1, but is 2"):
         make_output().save_video(tmp_path / "no.mp4", video=2)
-    with pytest.raises(ValueError, match="`fps` has to be a number from 0.01 to 1000, but is 0"):
+    with pytest.raises(ValueError, match="`fps` must be a number from 0.01 to 1000, but is 0"):
         make_output().save_video(tmp_path / "no.mp4", fps=0)
 
 
@@ -126,7 +126,7 @@ def test_a_video_that_cannot_be_written_whole_is_told_and_the_file_before_stays(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["x.mp4"]
-    with pytest.raises(ValueError, match="`path` has to be a file that ends with .mp4, but is .*x.gif"):
+    with pytest.raises(ValueError, match="`path` must be a file that ends with .mp4, but is .*x.gif"):
         make_output(frames).save_video(tmp_path / "x.gif")
 
 
@@ -134,7 +134,7 @@ def test_latents_have_no_frames_to_look_at(tmp_path):
     output = TokenTrimPipelineOutput(torch.zeros(2, 4, 9, 2, 4), make_output().decisions, GRID)
     output.plot_drift()
     for look in (output.overlay_evictions, output.filmstrip, lambda: output.save_video(tmp_path / "no.mp4")):
-        with pytest.raises(ValueError, match="`output_type` has to be 'np', 'pt' or 'pil'"):
+        with pytest.raises(ValueError, match="`output_type` must be 'np', 'pt' or 'pil'"):
             look()
 
 

@@ -91,20 +91,20 @@ def test_two_processes_give_the_latents_and_decisions_of_one(case, results):
 
 
 REFUSED = {
-    "ring": ({"ring_degree": 2}, {}, "`ring_degree` has to be 1, .*`ulysses_degree` instead"),
+    "ring": ({"ring_degree": 2}, {}, "`ring_degree` must be 1, .*`ulysses_degree` instead"),
     "heads": (
         {"ulysses_degree": 4},
         {},
-        "`ulysses_degree` has to be a divisor of the transformer's 2 heads, but is 4",
+        "`ulysses_degree` must be a divisor of the transformer's 2 heads, but is 4",
     ),
     "tokens": (
         {"ulysses_degree": 2},
         {"latents": noise(2)[:, :, :5, :2], "chunk_partition": [4, 1]},
-        "`ulysses_degree` has to be a divisor of the 3 tokens of a chunk, but is 2",
+        "`ulysses_degree` must be a divisor of the 3 tokens of a chunk, but is 2",
     ),
-    "layout": ({"ulysses_degree": 2}, {"layout": "memrope"}, "`layout` has to be one that rewrites no keys"),
-    "gradients": ({"ulysses_degree": 2}, {"method": "paper"}, "`method` has to be one without guidance by gradients"),
-    "noise": ({"ulysses_degree": 2}, {"generator": None}, "`generator` has to be given .*same seed on every process"),
+    "layout": ({"ulysses_degree": 2}, {"layout": "memrope"}, "`layout` must be one that rewrites no keys"),
+    "gradients": ({"ulysses_degree": 2}, {"method": "paper"}, "`method` must be one without guidance by gradients"),
+    "noise": ({"ulysses_degree": 2}, {"generator": None}, "`generator` must be given .*same seed on every process"),
 }
 
 
@@ -125,7 +125,7 @@ def test_what_processes_cannot_share_is_refused(case):
 def test_far_is_refused():
     pipe = far_pipeline()
     pipe.transformer._parallel_config = ParallelConfig(ContextParallelConfig(ulysses_degree=2))
-    with pytest.raises(ValueError, match="`transformer` has to be a WanTransformer3DModel under context parallelism"):
+    with pytest.raises(ValueError, match="`transformer` must be a WanTransformer3DModel under context parallelism"):
         roll(pipe, far_noise(5), generator=generators(0)[0])
 
 
@@ -133,7 +133,7 @@ def test_a_run_on_several_processes_is_not_saved(tmp_path):
     pipe = latent_pipeline()
     pipe.transformer._parallel_config = ParallelConfig(ContextParallelConfig(ulysses_degree=2))
     call = {"latents": noise(2), "prompt_embeds": embeds(), "generator": generators(0)[0], "output_type": "latent"}
-    with pytest.raises(ValueError, match="`state_dir` has to be None under context parallelism"):
+    with pytest.raises(ValueError, match="`state_dir` must be None under context parallelism"):
         pipe.stream(state_dir=tmp_path, **call)
-    with pipe.stream(**call) as stream, pytest.raises(ValueError, match="`folder` has to be .*context parallelism"):
+    with pipe.stream(**call) as stream, pytest.raises(ValueError, match="`folder` must be .*context parallelism"):
         stream.save_state(tmp_path)

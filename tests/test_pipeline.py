@@ -202,7 +202,7 @@ def test_method_layout_and_transition_are_settings_too(tmp_path):
 )
 def test_what_no_file_can_hold_does_not_travel(setting):
     ((name, _),) = setting.items()
-    with pytest.raises(TypeError, match=f"`{name}` has to be a name, a number or a dict of settings, to travel"):
+    with pytest.raises(TypeError, match=f"`{name}` must be a name, a number or a dict of settings, to travel"):
         latent_pipeline(**setting)
 
 
@@ -413,7 +413,7 @@ def test_diffusers_own_callback_ends_guidance():
     expected = roll(latent_pipeline(), noise(3), video_latents=first).frames
     torch.testing.assert_close(output.frames, expected, atol=1e-5, rtol=0)
     pair = {**GUIDED, "negative_prompt_embeds": embeds(2, seed=9)}
-    with pytest.raises(ValueError, match=r"`callback_on_step_end: prompt_embeds` has to be of shape \(2, 8, 32\)"):
+    with pytest.raises(ValueError, match=r"`callback_on_step_end: prompt_embeds` must be of shape \(2, 8, 32\)"):
         roll(latent_pipeline(), noise(3, 2), **pair, callback_on_step_end=cutoff)
 
 

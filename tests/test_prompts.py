@@ -252,7 +252,7 @@ def test_chunk_0_of_a_schedule_is_the_prompt():
     torch.testing.assert_close(output.frames, expected.frames, atol=0, rtol=0)
     output = pipe(prompt_schedule=[{0: PROMPT, **later}], **settings())
     torch.testing.assert_close(output.frames, expected.frames, atol=0, rtol=0)
-    with pytest.raises(ValueError, match="`prompt` has to be None where `prompt_schedule` has chunk 0"):
+    with pytest.raises(ValueError, match="`prompt` must be None where `prompt_schedule` has chunk 0"):
         pipe(PROMPT, prompt_schedule={0: PROMPT, **later}, **settings())
 
 
@@ -390,7 +390,7 @@ def test_only_keep_where_some_videos_stay():
     pipe = full_pipeline()
     for schedule in ([{1: OTHER}, {2: THIRD}], {1: [OTHER, None]}):
         call = settings(seeds=(1, 2), prompt_schedule=schedule, prompt_transition="flush")
-        with pytest.raises(ValueError, match="`prompt_transition` has to be 'keep' where only some videos"):
+        with pytest.raises(ValueError, match="`prompt_transition` must be 'keep' where only some videos"):
             pipe([PROMPT, OTHER], **call)
 
 
@@ -399,7 +399,7 @@ def test_far_keeps_its_context():
     arguments = {"height": 64, "width": 96, "max_sequence_length": TEXT_LENGTH, "num_inference_steps": 2}
     arguments |= {"num_frames": 25, "method": "plain", "output_type": "latent"}
     for transition in ("recache", "flush", "cut"):
-        with pytest.raises(ValueError, match="`prompt_transition` has to be 'keep' for AnyFlow-FAR"):
+        with pytest.raises(ValueError, match="`prompt_transition` must be 'keep' for AnyFlow-FAR"):
             pipe(PROMPT, prompt_schedule={2: OTHER}, prompt_transition=transition, **arguments)
     latents = torch.randn(1, CHANNELS, 7, 8, 12, generator=torch.Generator().manual_seed(0))
     videos = [pipe(PROMPT, latents=latents, prompt_schedule=each, **arguments).frames for each in (None, {2: OTHER})]

@@ -129,17 +129,17 @@ def test_a_failure_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch):
 
 def test_bad_input(checkpoint, tmp_path):
     for repo_id in ("no-owner", "you/a b", "you/a/b", ""):
-        with pytest.raises(ValueError, match="`repo_id` has to be a name like 'you/name'"):
+        with pytest.raises(ValueError, match="`repo_id` must be a name like 'you/name'"):
             publish(repo_id, tmp_path / "out")
-    with pytest.raises(ValueError, match="`out` has to be a new or an empty folder"):
+    with pytest.raises(ValueError, match="`out` must be a new or an empty folder"):
         publish("you/code", checkpoint)
-    with pytest.raises(ValueError, match="`checkpoint` has to be a folder with a model_index.json"):
+    with pytest.raises(ValueError, match="`checkpoint` must be a folder with a model_index.json"):
         publish("you/both", tmp_path / "out", checkpoint / "transformer")
-    with pytest.raises(ValueError, match="`license` has to be None or 'apache-2.0' for the code alone, but is 'mit'"):
+    with pytest.raises(ValueError, match="`license` must be None or 'apache-2.0' for the code alone, but is 'mit'"):
         publish("you/code", tmp_path / "out", license="mit")
     card = (checkpoint / "README.md").read_text()
     (checkpoint / "README.md").unlink()
-    with pytest.raises(ValueError, match="`license` has to be given"):
+    with pytest.raises(ValueError, match="`license` must be given"):
         publish("you/both", tmp_path / "out", checkpoint)
     (checkpoint / "README.md").write_text(card)
     assert not (tmp_path / "out").exists()
@@ -151,4 +151,4 @@ def test_the_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "hf upload you/code" in printed and "hf repos tag create you/code v7" in printed
     assert main(arguments) == 1
-    assert "tokentrim publish: error: `out` has to be a new or an empty folder" in capsys.readouterr().err
+    assert "tokentrim publish: error: `out` must be a new or an empty folder" in capsys.readouterr().err

@@ -22,7 +22,7 @@ skip_without_vectors = pytest.mark.skipif(not FOLDER, reason="TOKENTRIM_REFERENC
 
 
 def load_case(case):
-    """Meta data, tensors, the transformer with the reference's weights, and what `renoise(chunk, step)` has to give."""
+    """Meta data, tensors, the transformer with the reference's weights, and what `renoise(chunk, step)` must give."""
     meta = json.loads((Path(FOLDER) / f"{case}.json").read_text())
     tensors = load_file(Path(FOLDER) / f"{case}.safetensors")
     transformer = WanTransformer3DModel(**meta["diffusers_config"]).eval()

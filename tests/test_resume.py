@@ -422,7 +422,7 @@ def test_objects_of_ones_own_are_given_again(tmp_path):
         stream.save_state(tmp_path)
     for missing in objects():
         others = {name: each for name, each in objects().items() if name != missing}
-        with pytest.raises(ValueError, match=f"`{missing}` has to be given again"):
+        with pytest.raises(ValueError, match=f"`{missing}` must be given again"):
             lcm().resume(tmp_path, **others)
     calls.clear()
     assert_same([*chunks, *lcm().resume(tmp_path, **objects())], expected)
@@ -520,13 +520,13 @@ def test_a_damaged_state_is_refused_or_the_one_before_is_taken(damage, run):
         assert_same([next(resumed)], expected[2:3])
     shutil.rmtree(folder / "state-00000009")
     DAMAGES[damage](state)
-    with pytest.raises(ValueError, match="`state_dir` has to be a folder with a whole state, but state-00000002"):
+    with pytest.raises(ValueError, match="`state_dir` must be a folder with a whole state, but state-00000002"):
         full_pipeline().resume(folder)
 
 
 def test_a_folder_without_a_state_is_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(ValueError, match="`state_dir` has to be a folder with a whole state"):
+        with pytest.raises(ValueError, match="`state_dir` must be a folder with a whole state"):
             full_pipeline().resume(folder)
     (tmp_path / ".state-00000001.unfinished").mkdir()
     with pytest.raises(ValueError, match="a whole state"):
@@ -562,11 +562,11 @@ def test_other_weights_are_refused(run):
     for name, other in (("transformer", tiny_transformer(1)), ("vae", tiny_vae(1))):
         pipe = full_pipeline()
         setattr(pipe, name, other)
-        with pytest.raises(ValueError, match=f"`{name}` has to be the weights that the run began with"):
+        with pytest.raises(ValueError, match=f"`{name}` must be the weights that the run began with"):
             pipe.resume(folder)
     pipe = full_pipeline()
     pipe.transformer.blocks[1].ffn.net[2].weight[0, 0] += 1e-3
-    with pytest.raises(ValueError, match="`transformer` has to be the weights"):
+    with pytest.raises(ValueError, match="`transformer` must be the weights"):
         pipe.resume(folder)
     assert_same(list(full_pipeline().resume(folder)), expected[2:])
 
@@ -578,7 +578,7 @@ def test_other_settings_of_the_checkpoint_are_refused(run):
         (lcm(), "scheduler"),
         (full_pipeline(num_sink_frames=3), "num_sink_frames"),
     ):
-        with pytest.raises(ValueError, match=f"`{name}` has to be .*, as the run began"):
+        with pytest.raises(ValueError, match=f"`{name}` must be .*, as the run began"):
             pipe.resume(folder)
 
 
@@ -587,7 +587,7 @@ def test_other_settings_of_the_checkpoint_are_refused(run):
 )
 def test_arguments_that_the_state_holds_are_refused(name, value, run):
     folder, _ = run
-    with pytest.raises(ValueError, match=f"`{name}` has to be left out"):
+    with pytest.raises(ValueError, match=f"`{name}` must be left out"):
         full_pipeline().resume(folder, **{name: value})
 
 
@@ -600,9 +600,9 @@ def test_a_preview_vae_is_given_again(tmp_path):
     with full_pipeline().stream(PROMPT, preview_vae=preview, **settings(4)) as stream:
         chunks = [next(stream), next(stream)]
         stream.save_state(tmp_path)
-    with pytest.raises(ValueError, match="`preview_vae` has to be the stream's"):
+    with pytest.raises(ValueError, match="`preview_vae` must be the stream's"):
         full_pipeline().resume(tmp_path)
-    with pytest.raises(ValueError, match="`preview_vae` has to be the weights that the run began with"):
+    with pytest.raises(ValueError, match="`preview_vae` must be the weights that the run began with"):
         full_pipeline().resume(tmp_path, preview_vae=Preview())
     assert_same([*chunks, *full_pipeline().resume(tmp_path, preview_vae=preview)], expected)
 
@@ -610,7 +610,7 @@ def test_a_preview_vae_is_given_again(tmp_path):
 def test_a_stream_into_a_folder_with_a_state_is_refused(run):
     folder, _ = run
     before = sorted(path.name for path in folder.rglob("*"))
-    with pytest.raises(ValueError, match="`state_dir` has to be a folder without a state: `pipe.resume"):
+    with pytest.raises(ValueError, match="`state_dir` must be a folder without a state: `pipe.resume"):
         full_pipeline().stream(PROMPT, state_dir=folder, **settings(4))
     assert sorted(path.name for path in folder.rglob("*")) == before
 

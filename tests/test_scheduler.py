@@ -127,7 +127,7 @@ def test_given_sigmas_are_shifted(stock):
 
 @pytest.mark.parametrize("name, argument", [("UniPC", "timesteps"), ("DPM++", "sigmas"), ("Heun", "timesteps")])
 def test_schedules_that_a_scheduler_does_not_take_are_refused(name, argument):
-    with pytest.raises(ValueError, match=f"`{argument}` has to be None for TokenTrim"):
+    with pytest.raises(ValueError, match=f"`{argument}` must be None for TokenTrim"):
         lift_scheduler(ALL[name]()).set_rollout_timesteps(2, **{argument: [1.0, 0.5]})
 
 

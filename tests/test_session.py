@@ -206,7 +206,7 @@ def test_state_of_another_call_is_refused(latents, settings):
     pipe, run = start(latent_pipeline, make_calls(noise(5)))
     next(pipe.roll_out(run))
     _, other = start(latent_pipeline, make_calls(latents, **settings))
-    with pytest.raises(ValueError, match="`state` has to be of a run of the same"):
+    with pytest.raises(ValueError, match="`state` must be of a run of the same"):
         other.load_state_dict(run.state_dict())
     assert other.index == 0
 

@@ -232,11 +232,11 @@ def test_missing_weights_and_videos_name_the_dimension(tmp_path, python, capsys)
         (["score", "x", "--mode", "custom_input", "--dimensions", "color"], "['color'] need VBench's prompts"),
         (
             ["score", "x", "--mode", "long_custom_input"],
-            "--repository has to be a clone of https://github.com/Vchitect",
+            "--repository must be a clone of https://github.com/Vchitect",
         ),
         (
             ["generate", "--methods", "x.json", "--out", "x", "--videos", "0"],
-            "--videos has to be at least 1, but is 0",
+            "--videos must be at least 1, but is 0",
         ),
     ],
 )
@@ -252,7 +252,7 @@ def test_bad_environments_and_methods(tmp_path):
         (tmp_path / "none", "is not there"),
         (tmp_path / "empty" / "bin" / "python", "has no vbench"),
     ):
-        with pytest.raises(FileNotFoundError, match=f"--python has to be .*{python}.* {message}"):
+        with pytest.raises(FileNotFoundError, match=f"--python must be .*{python}.* {message}"):
             score(python, tmp_path)
     (tmp_path / "a.json").write_text(json.dumps({"colour": 1}))
     with pytest.raises(ValueError, match="--methods: .*a.json: the pipeline's call takes no colour"):

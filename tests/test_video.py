@@ -277,13 +277,13 @@ def test_frames_of_another_size_are_refused(tmp_path):
     ids=["float", "picture", "empty", "grey", "list"],
 )
 def test_frames_that_are_no_video_are_refused(tmp_path, frames, error):
-    with pytest.raises(error, match="`frames` has to be"):
+    with pytest.raises(error, match="`frames` must be"):
         VideoWriter(tmp_path / "x.mp4").write(frames)
 
 
 @pytest.mark.parametrize("settings", [{"fps": 0}, {"fps": float("nan")}, {"fps": "16"}, {"crf": 52}, {"crf": None}])
 def test_settings_that_are_no_good_are_refused(tmp_path, settings):
-    with pytest.raises((TypeError, ValueError), match=f"`{[*settings][0]}` has to be"):
+    with pytest.raises((TypeError, ValueError), match=f"`{[*settings][0]}` must be"):
         VideoWriter(tmp_path / "x.mp4", **settings)
 
 

@@ -88,7 +88,7 @@ def load_state(folder: str | os.PathLike) -> dict:
         code, ours = record.get("code", "unknown versions"), _code_versions()
         if version != STATE_VERSION:
             valid = f"a state of format {STATE_VERSION}, as {ours} writes it"
-            raise ValueError(f"`state_dir` has to hold {valid}, but {path} has format {version}, by {code}.")
+            raise ValueError(f"`state_dir` must hold {valid}, but {path} has format {version}, by {code}.")
         try:
             plain = json.dumps(record["state"])
             if [_sha256(plain.encode()), _sha256_of_file(path / TENSORS)] == record["sha256"]:
@@ -101,7 +101,7 @@ def load_state(folder: str | os.PathLike) -> dict:
             pass
         damaged.append(path.name)
     valid = "a folder with a whole state" + (f", but {', '.join(damaged)} are damaged" if damaged else "")
-    raise ValueError(f"`state_dir` has to be {valid}; it is {str(folder)!r}.")
+    raise ValueError(f"`state_dir` must be {valid}; it is {str(folder)!r}.")
 
 
 def has_state(folder: str | os.PathLike) -> bool:

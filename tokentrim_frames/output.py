@@ -139,7 +139,7 @@ class TokenTrimPipelineOutput(BaseOutput):
     def _as_array(self) -> np.ndarray:
         """The videos, whatever their `output_type`: (B, frames, H, W, 3) in [0, 1]."""
         if self.chunk_frames is None:
-            raise ValueError("`output_type` has to be 'np', 'pt' or 'pil' to look at the frames, but was 'latent'.")
+            raise ValueError("`output_type` must be 'np', 'pt' or 'pil' to look at the frames, but was 'latent'.")
         return as_array(self.frames)
 
 

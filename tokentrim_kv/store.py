@@ -18,7 +18,7 @@ class Arrangement:
     """What a pass reads of the past, the same in all layers.
 
     Args:
-        room (`int`): tokens of the pass, for which there has to be room; 0 where they are not put behind the past.
+        room (`int`): tokens of the pass, for which there must be room; 0 where they are not put behind the past.
         limit (`int`, *optional*): tokens up to which memory grows by doubling.
         start (`int`): the first token that is read; all behind it are.
         columns (`torch.Tensor`, *optional*): in the place of that, the tokens that are read, (rows, read).
@@ -45,7 +45,7 @@ class LayerStore:
     Attributes:
         keys, values: what a pass reads, its own tokens last, in one piece of memory; `None` where it is not.
         past: where it is not: what it reads of the past.
-        new: what a commit has to add that is not behind the past already.
+        new: what a commit must add that is not behind the past already.
         prompt: cross-attention keys and values.
     """
 

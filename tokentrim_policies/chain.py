@@ -63,7 +63,7 @@ class ContextPolicies:
                 policy.observe(chunk)
 
     def review(self, judged: torch.Tensor) -> dict[int, list[int]]:
-        """The grid tokens to evict, for each video that has to be generated again.
+        """The grid tokens to evict, for each video that must be generated again.
 
         Args:
             judged (`torch.Tensor`): latents of this attempt, (B, C, T, H, W).
@@ -173,9 +173,7 @@ class ContextPolicies:
         try:
             json.dumps(facts, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise type(error)(
-                f"`{name}` has to be a dict of finite numbers, texts, lists and dicts: {error}."
-            ) from None
+            raise type(error)(f"`{name}` must be a dict of finite numbers, texts, lists and dicts: {error}.") from None
         return facts
 
     def _check_latents(self, policy: Any, latents: Any, accepted: torch.Tensor) -> torch.Tensor | None:

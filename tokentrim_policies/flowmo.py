@@ -50,7 +50,7 @@ def guide(
         latents (`torch.Tensor`): noisy latents, (B, C, T, H, W) with T >= 3.
         predict_x0 (`Callable`):
             The differentiable x0 prediction of such latents, guidance included. No video of it may depend on another.
-            Whatever it reads has to stay as it is until `guide` returns: gradient checkpointing runs it again.
+            Whatever it reads must stay as it is until `guide` returns: gradient checkpointing runs it again.
         iterations (`int`): gradient steps; 1 in the paper.
         learning_rate (`float`): eta; 0.005 in the paper.
 

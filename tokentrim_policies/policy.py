@@ -20,7 +20,7 @@ class ContextPolicy:
         drift_signal (`str`, *optional*): what `review` sees: `"final"` or `"first_step"`; `None` where it does not matter.
         prune_weight (`float`, *optional*): what tokens that `review` asks for count for from then on, in the place of
             leaving; `None` where it does not matter.
-        may_reject (`bool`): whether `commit` may return `None`, so that the context has to be large enough for that.
+        may_reject (`bool`): whether `commit` may return `None`, so that the context must be large enough for that.
     """
 
     video = 0

@@ -85,7 +85,7 @@ def count_given_frames(pipe: Any, call: dict, frame_shape: Sequence[int]) -> int
     num_frames, rest = divmod(given.shape[1] - 1, factor)
     check(not rest, name, given, f"of {factor}n + 1 frames")
     if video is not None and not (video.min() >= 0 and video.max() <= 1):
-        raise ValueError(f"`video` has to be in [0, 1], but is in [{video.min():.3g}, {video.max():.3g}].")
+        raise ValueError(f"`video` must be in [0, 1], but is in [{video.min():.3g}, {video.max():.3g}].")
     return num_frames + 1
 
 

@@ -76,7 +76,7 @@ class Rollout:
             yield self.index
 
     def goes_on(self, index: int) -> bool:
-        """Whether a chunk follows, so that this one has to be committed."""
+        """Whether a chunk follows, so that this one must be committed."""
         return self.plan.has_chunk(index + 1)
 
     def evict(self, tokens: dict[int, list[int]]) -> dict[int, list[int]]:

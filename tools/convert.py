@@ -222,7 +222,7 @@ def _check_part(base: Path, name: str) -> Any:
         return AutoencoderKLWan.load_config(folder, local_files_only=True)["z_dim"]
     except Exception as error:  # whatever the libraries raise for a broken folder
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"`base` has to be a complete folder, but {folder} does not load: {reason}") from error
+        raise ValueError(f"`base` must be a complete folder, but {folder} does not load: {reason}") from error
 
 
 def _name_parts(index: Path, tokenizer: Any) -> None:

@@ -89,7 +89,7 @@ def read_header(path: Path) -> Any:
         `ValueError`: there is no such file, it is not complete, or it needs more than tensors and plain values.
     """
     if not path.exists():
-        raise ValueError(f"`path` has to be {FORMATS}, but {path} does not exist.")
+        raise ValueError(f"`path` must be {FORMATS}, but {path} does not exist.")
     try:
         if path.is_dir():
             return read_folder(path)
@@ -98,12 +98,12 @@ def read_header(path: Path) -> Any:
         return read_safetensors(path) if path.suffix == ".safetensors" else read_zip(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"`path` has to be a file of tensors alone, but {path} needs more to be unpickled, which could run any"
+            f"`path` must be a file of tensors alone, but {path} needs more to be unpickled, which could run any"
             f" code: {error}. Where you trust it, save its state dict as .safetensors first."
         ) from error
     except DAMAGED as error:
         raise ValueError(
-            f"`path` has to be a complete .safetensors file, or .pt file in the zip format of `torch.save`, but {path}"
+            f"`path` must be a complete .safetensors file, or .pt file in the zip format of `torch.save`, but {path}"
             f" is truncated or something else: {error}"
         ) from error
 
@@ -116,7 +116,7 @@ def read_folder(folder: Path) -> dict[str, TensorInfo]:
         return read_index(indices[0])
     if not files or indices:
         found = f"{len(indices)} indices and {len(files)} files of safetensors"
-        raise ValueError(f"`path` has to be {FORMATS}, but {folder} is a folder with {found}.")
+        raise ValueError(f"`path` must be {FORMATS}, but {folder} is a folder with {found}.")
     return merge(files)
 
 
@@ -125,7 +125,7 @@ def read_index(path: Path) -> dict[str, TensorInfo]:
     tensors = merge([path.parent / name for name in sorted(set(names.values()))])
     missing = [name for name in names if name not in tensors]
     if missing:
-        raise ValueError(f"`path` has to be complete, but the files of {path} have no {', '.join(missing)}.")
+        raise ValueError(f"`path` must be complete, but the files of {path} have no {', '.join(missing)}.")
     return {name: tensors[name] for name in names}
 
 
@@ -133,7 +133,7 @@ def merge(files: list[Path]) -> dict[str, TensorInfo]:
     tensors = {}
     for file in files:
         if not file.is_file():
-            raise ValueError(f"`path` has to be complete, but {file} does not exist.")
+            raise ValueError(f"`path` must be complete, but {file} does not exist.")
         tensors |= read_safetensors(file)
     return tensors
 
@@ -193,8 +193,8 @@ def check_sums(path: Path) -> None:
             damaged = str(error)
     if damaged is not None:
         raise ValueError(
-            f"`path` has to be whole, but {path} is damaged: checksums do not fit ({damaged}). Download it again; one that"
-            " was saved without checksums has to be saved again."
+            f"`path` must be whole, but {path} is damaged: checksums do not fit ({damaged}). Download it again; one that"
+            " was saved without checksums must be saved again."
         )
 
 

@@ -47,7 +47,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} has to be text in UTF-8, but its byte {error.start} is none.") from error
+        raise ValueError(f"{path} must be text in UTF-8, but its byte {error.start} is none.") from error
 
 
 def read_settings(paths: Sequence[Path]) -> dict:
@@ -63,7 +63,7 @@ def read_settings(paths: Sequence[Path]) -> dict:
             content = json.loads(read_text(path))
             check(isinstance(content, dict), path.name, content, "a JSON object")
         except ValueError as error:
-            raise ValueError(f"{path} has to hold one JSON object of arguments of the call: {error}") from error
+            raise ValueError(f"{path} must hold one JSON object of arguments of the call: {error}") from error
         settings |= content
     return settings
 
@@ -93,7 +93,7 @@ def read_schedule(path: Path) -> dict[int, str]:
         return {int(chunk): prompt for chunk, prompt in json.loads(read_text(path)).items()}
     except (AttributeError, ValueError) as error:
         valid = 'one JSON object of chunks and prompts, {"20": "a green circle"}'
-        raise ValueError(f"{path} has to hold {valid}: {error}") from error
+        raise ValueError(f"{path} must hold {valid}: {error}") from error
 
 
 def read_jobs(
@@ -120,7 +120,7 @@ def read_jobs(
         folder = None if state_dir is None else state_dir / name
         jobs.append(Job(line.strip(), seed + number, out / f"{name}.mp4", settings, folder))
     if not jobs:
-        raise ValueError(f"{prompts} has to hold a prompt on each line, but no line has a word.")
+        raise ValueError(f"{prompts} must hold a prompt on each line, but no line has a word.")
     told = ", ".join(f"{number}" + (f" ({line[:20]!r})" if line else "") for number, line in left_out.items())
     note = f"{prompts}: no video for the lines without a word, counted from 0: {told}" if left_out else None
     return jobs, note

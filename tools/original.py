@@ -39,7 +39,7 @@ class Original:
 def require(ok: bool, name: str, valid: str, given: str) -> None:
     """Raise `ValueError` unless `ok`."""
     if not ok:
-        raise ValueError(f"`{name}` has to be {valid}, but {given}.")
+        raise ValueError(f"`{name}` must be {valid}, but {given}.")
 
 
 def read_original(path: Path, ema: bool | None = None) -> Original:

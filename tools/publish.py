@@ -64,7 +64,7 @@ def publish(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"`repo_id` has to be a name like 'you/name', but is {repo_id!r}: {error}") from error
+        raise ValueError(f"`repo_id` must be a name like 'you/name', but is {repo_id!r}: {error}") from error
     check("/" in repo_id, "repo_id", repo_id, "a name like 'you/name'")
     check_new_folder(out)
     body = None

@@ -13,7 +13,7 @@ from .jobs import Job
 
 
 PIECES, PIECE = 64, 2**16  # of a large file, evenly spaced
-UNCOMPARED = ("checkpoint", "version")  # where it lay, and what made it: neither has to be the same
+UNCOMPARED = ("checkpoint", "version")  # where it lay, and what made it: neither must be the same
 
 
 def fingerprint_folder(checkpoint: Path) -> str:

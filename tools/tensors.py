@@ -50,7 +50,7 @@ class TensorReader:
             with safe_open(path, "pt") as file:
                 return file.get_tensor(self.keys[name])
         except SafetensorError as error:
-            raise ValueError(f"`path` has to be a whole .safetensors file, but {path} is damaged: {error}") from error
+            raise ValueError(f"`path` must be a whole .safetensors file, but {path} is damaged: {error}") from error
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -3,8 +3,8 @@
 
     python -m research.benchmarks.interruptions --kills 20
 
-Whatever happens, a video that is called done has to play to its last frame and hold the bytes of an undisturbed one, and
-the last start has to make all that is missing. The full disk is a tmpfs, which needs the right to mount one.
+Whatever happens, a video that is called done must play to its last frame and hold the bytes of an undisturbed one, and
+the last start must make all that is missing. The full disk is a tmpfs, which needs the right to mount one.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Started:
 
 
 def check_done(out: Path, whole: dict[str, bytes]) -> int:
-    """How many videos are called done; each has to be right."""
+    """How many videos are called done; each must be right."""
     done = sorted(path for path in out.glob("*.mp4") if ".growing." not in path.name)
     for path in done:
         assert play(path) == NUM_FRAMES, f"{path} does not play to its end"

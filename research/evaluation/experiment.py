@@ -69,29 +69,29 @@ class Experiment:
         settings = yaml.safe_load(path.read_text())
         if isinstance(settings, dict) and (base := settings.pop("base", None)) is not None:
             if not (path.parent / base).is_file():
-                raise ValueError(f"{path}: `base` has to be a file beside it, but is {base!r}.")
+                raise ValueError(f"{path}: `base` must be a file beside it, but is {base!r}.")
             settings = {**yaml.safe_load((path.parent / base).read_text()), **settings}
         known = set(cls.__dataclass_fields__) - {"name"}
         if not isinstance(settings, dict) or not settings.get("methods"):
-            raise ValueError(f"{path} has to be a mapping with `methods`, but is {settings!r}.")
+            raise ValueError(f"{path} must be a mapping with `methods`, but is {settings!r}.")
         if unknown := set(settings) - known:
             raise ValueError(f"{path}: unknown settings {sorted(unknown)}; there are {sorted(known)}.")
         experiment = cls(name=path.stem, **settings)
         for name in ("first_seed", "num_seeds", "num_chunks", "batch_size", "defect_chunk"):
             value = getattr(experiment, name)
             if not isinstance(value, int) or value < (0 if name == "first_seed" else 1):
-                raise ValueError(f"{path}: `{name}` has to be a whole number, but is {value!r}.")
+                raise ValueError(f"{path}: `{name}` must be a whole number, but is {value!r}.")
         if experiment.dtype not in DTYPES:
-            raise ValueError(f"{path}: `dtype` has to be one of {', '.join(DTYPES)}, but is {experiment.dtype!r}.")
+            raise ValueError(f"{path}: `dtype` must be one of {', '.join(DTYPES)}, but is {experiment.dtype!r}.")
         for name, valid in (("scenes", SCENES), ("defects", DEFECTS), ("cases", experiment.methods)):
             if unknown := set(getattr(experiment, name) or ()) - set(valid):
                 raise ValueError(f"{path}: unknown {name} {sorted(unknown)}; there are {', '.join(valid)}.")
         if not (ROOT / experiment.checkpoint / "model_index.json").is_file():
-            raise ValueError(f"{path}: `checkpoint` has to be a pipeline's folder, but is {experiment.checkpoint!r}.")
+            raise ValueError(f"{path}: `checkpoint` must be a pipeline's folder, but is {experiment.checkpoint!r}.")
         if experiment.world is not world and (experiment.defects or experiment.scenes != ["static"]):
             raise ValueError(f"{path}: `scenes` and `defects` are of the tiny world alone.")
         if experiment.prompts_file is not None and not experiment.lines:
-            raise ValueError(f"{path}: `prompts_file` has to hold prompts, but {experiment.prompts_file!r} has none.")
+            raise ValueError(f"{path}: `prompts_file` must hold prompts, but {experiment.prompts_file!r} has none.")
         for method in experiment.methods:
             experiment.arguments(method)
         return experiment
@@ -140,7 +140,7 @@ class Experiment:
         return [(method, batch) for batch in batches for method in self.methods]
 
     def fingerprint(self) -> dict:
-        """What a folder of results has to agree on; methods and seeds may be added to it."""
+        """What a folder of results must agree on; methods and seeds may be added to it."""
         free = ("methods", "num_seeds", "name", "cases")
         shared = {name: value for name, value in asdict(self).items() if name not in free}
         return {**shared, "arguments": {method: self.arguments(method) for method in self.methods}}

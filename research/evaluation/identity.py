@@ -3,7 +3,7 @@
 
 An object of this world keeps its outline, its texture and its colours and does not turn, and a background is one
 colour with a linear gradient; so a frame of the first chunk, cut into object and background, says what every later
-frame has to look like but for the object's place, and the place that fits best is searched for.
+frame must look like but for the object's place, and the place that fits best is searched for.
 """
 
 from dataclasses import dataclass

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=5000)
     parser.add_argument("--chunks", type=int, default=14)
     parser.add_argument("--at", type=int, default=4, help="the chunk from which the other prompt serves")
-    parser.add_argument("--hold", type=int, default=3, help="last chunks over which a new colour has to stay")
+    parser.add_argument("--hold", type=int, default=3, help="last chunks over which a new colour must stay")
     parser.add_argument("--blend-chunks", type=int, default=0)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 6.0])
     parser.add_argument("--transitions", nargs="+", default=TRANSITIONS, choices=TRANSITIONS)
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/prompt_change"))
     args = parser.parse_args()
     if args.chunks < args.at + args.hold + 1:
-        parser.error(f"--chunks has to be at least {args.at + args.hold + 1}: the change, and {args.hold} to hold it")
+        parser.error(f"--chunks must be at least {args.at + args.hold + 1}: the change, and {args.hold} to hold it")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     pipe = load_pipeline()

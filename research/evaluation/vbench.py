@@ -50,7 +50,7 @@ def read_prompts(python: Path) -> list[dict]:
         located = subprocess.run([python, "-I", "-c", LOCATE], capture_output=True, text=True)
     if located is None or located.returncode:
         raise FileNotFoundError(
-            f"--python has to be the python of an environment with the package vbench, but '{python}' "
+            f"--python must be the python of an environment with the package vbench, but '{python}' "
             f"{'has no vbench' if located else 'is not there'}. docs/vbench.md says how to make one."
         )
     return json.loads((Path(located.stdout.strip()) / "VBench_full_info.json").read_text())
@@ -80,7 +80,7 @@ def read_methods(files: list[Path]) -> dict[str, dict]:
             if unknown := set(arguments) - set(ARGUMENTS):
                 raise ValueError(f"--methods: {file}: the pipeline's call takes no {', '.join(sorted(unknown))}.")
             if method in methods or "/" in method:
-                raise ValueError(f"--methods: {method!r} of {file} has to be a folder's name, and no other method's.")
+                raise ValueError(f"--methods: {method!r} of {file} must be a folder's name, and no other method's.")
             methods[method] = arguments
     return methods
 
@@ -244,14 +244,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             script = Path("vbench2_beta_long", "eval_long.py")
             if options.repository is None or not (options.repository / script).is_file():
                 parser.error(
-                    f"--repository has to be a clone of https://github.com/Vchitect/VBench for --mode {options.mode} "
+                    f"--repository must be a clone of https://github.com/Vchitect/VBench for --mode {options.mode} "
                     f"(the package comes without VBench-Long's configs), but {options.repository} has no {script}"
                 )
     elif options.task == "generate":
         options.dimensions = options.dimensions or tuple(DIMENSIONS)
         for name in ("prompts", "videos", "num_frames"):
             if (value := getattr(options, name)) is not None and value < 1:
-                parser.error(f"--{name.replace('_', '-')} has to be at least 1, but is {value}")
+                parser.error(f"--{name.replace('_', '-')} must be at least 1, but is {value}")
     return options
 
 

@@ -72,7 +72,7 @@ def read_scores(path: Path) -> list[dict]:
 
 
 def table(paths: list[Path]) -> str:
-    """Markdown, in per cent, a column for each folder or file; below it, what a reader has to know of the scores."""
+    """Markdown, in per cent, a column for each folder or file; below it, what a reader must know of the scores."""
     columns, notes = {}, {}
     for path in paths:
         column, records = path.name if path.is_dir() else path.stem, read_scores(path)

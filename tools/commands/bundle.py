@@ -16,7 +16,7 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     if options.out.suffix != ".py":
-        options.parser.error(f"FILE has to end with .py, but is {str(options.out)!r}")
+        options.parser.error(f"FILE must end with .py, but is {str(options.out)!r}")
     from ..bundle import write_bundle
 
     write_bundle(options.out)

@@ -33,7 +33,7 @@ examples:
 
 def run(options: argparse.Namespace) -> int:
     if options.plot is not None and options.plot.suffix not in (".png", ".pdf", ".svg"):
-        options.parser.error(f"--plot has to end with .png, .pdf or .svg, but is {str(options.plot)!r}")
+        options.parser.error(f"--plot must end with .png, .pdf or .svg, but is {str(options.plot)!r}")
     try:
         from tqdm import tqdm
 

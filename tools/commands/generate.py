@@ -77,7 +77,7 @@ def read_num_frames(text: str) -> int:
     if text == "endless":
         return 0
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"has to be a number of frames, 0 or `endless`, but is {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number of frames, 0 or `endless`, but is {text!r}")
     return int(text)
 
 
@@ -86,14 +86,14 @@ def read_name(text: str) -> str | dict | list:
     try:
         return json.loads(text) if text[:1] in ("{", "[") else text
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"has to be a name or JSON, but is {text!r}: {error}") from error
+        raise argparse.ArgumentTypeError(f"must be a name or JSON, but is {text!r}: {error}") from error
 
 
 def run(options: argparse.Namespace) -> int:
     if options.prompt is not None and options.out is not None and options.out.suffix != ".mp4":
-        options.parser.error(f"--out has to end with .mp4 for one prompt, but is {str(options.out)!r}")
+        options.parser.error(f"--out must end with .mp4 for one prompt, but is {str(options.out)!r}")
     if options.prompts is not None and options.out is not None and options.out.suffix == ".mp4":
-        options.parser.error(f"--out has to be a folder for --prompts, but is {str(options.out)!r}")
+        options.parser.error(f"--out must be a folder for --prompts, but is {str(options.out)!r}")
     options = complete_run(options)
     from ...tokentrim_checks import check_int
     from ...tokentrim_frames.mp4 import check_fps
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         options.parser.error(str(error))
     if isinstance(options.method, str) and options.method not in METHODS:
-        options.parser.error(f"--method has to be one of {', '.join(METHODS)}, but is {options.method!r}")
+        options.parser.error(f"--method must be one of {', '.join(METHODS)}, but is {options.method!r}")
     settings = read_settings(options.config)
     for name in ("method", "layout", "prompt_transition", "blend_chunks"):
         if (value := getattr(options, name)) is not None:
