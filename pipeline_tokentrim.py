@@ -49,6 +49,7 @@ from .tokentrim_files.run_state import (
     check_same,
     check_weights,
     has_state,
+    keep_method,
     load_state,
     recall,
     record_call,
@@ -68,7 +69,7 @@ from .tokentrim_policies.outliers import quantiles
 from .tokentrim_policies.policy import ContextPolicy
 from .tokentrim_policies.quarantine import Quarantine
 from .tokentrim_policies.reanchor import Reanchor
-from .tokentrim_policies.registry import make_method
+from .tokentrim_policies.registry import DEFAULT_METHOD, make_method
 from .tokentrim_policies.stability import token_grid
 from .tokentrim_policies.trim import TokenTrim
 from .tokentrim_scheduler import lift_scheduler
@@ -404,9 +405,11 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             `ValueError`: no whole state, other weights, or other arguments; what differs is in the message.
         """
         state = load_state(state_dir)
-        check_same(state["settings"], settings_of(self))
+        keep_method(state, DEFAULT_METHOD)
+        call = recall(state["call"], objects)
+        check_same(state["settings"], settings_of(self), [name for name in SETTINGS if call[name] is not None])
         check_weights(state["weights"], {"transformer": self.transformer, "vae": self.vae, "preview_vae": preview_vae})
-        run = self.begin(plan_rollout(self, recall(state["call"], objects), may_be_endless=True))
+        run = self.begin(plan_rollout(self, call, may_be_endless=True))
         run.load_state_dict(state["run"])
         decoder = None if state["decoder"] is None else self._make_decoder(preview_vae)
         if decoder is not None:

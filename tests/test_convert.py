@@ -167,6 +167,12 @@ def test_the_rollout_travels_in_the_folder(preset, tmp_path, base):
     assert index["scheduler"] == ["diffusers", "FlowMatchLCMScheduler"]
 
 
+def test_presets_name_the_method_that_was_measured_on_their_weights():
+    measured = {preset for preset, settings in PRESETS.items() if settings["method"] == "tokentrim"}
+    assert measured == {"self_forcing", "rolling_forcing"}
+    assert {settings["method"] for settings in PRESETS.values()} == {"tokentrim", "plain"}
+
+
 @pytest.mark.parametrize("preset", ["self_forcing", "rolling_forcing"])
 def test_presets_are_the_shipped_configs(preset):
     config = json.loads((ROOT / "configs" / f"{preset}.json").read_text())

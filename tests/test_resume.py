@@ -32,7 +32,8 @@ from conftest import ROOT
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, UniPCMultistepScheduler
 
 import tokentrim
-from tokentrim import TokenTrimPipeline, tokentrim_state
+from tokentrim import TokenTrimPipeline
+from tokentrim.tokentrim_files import run_state
 from tokentrim.tokentrim_files.run_state import STATE, TENSORS, load_state, save_state
 
 
@@ -81,7 +82,7 @@ def make_video(folder, save_every=2):
         os.replace(folder / "latents.unfinished", path)
         print("chunk", index, flush=True)
 
-    if tokentrim_state.has_state(run):
+    if run_state.has_state(run):
         stream = pipe.resume(run, on_chunk=on_chunk)
     else:
         stream = pipe.stream(state_dir=run, save_every=save_every, on_chunk=on_chunk, **killed_call())
@@ -92,14 +93,14 @@ def make_video(folder, save_every=2):
 
 def slow_states():
     """In a child: a state takes long to be written, and says so."""
-    sync = tokentrim_state._sync
+    sync = run_state._sync
 
     def slow_sync(path):
         print("writing", path.name, flush=True)
         time.sleep(0.05)
         sync(path)
 
-    tokentrim_state._sync = slow_sync
+    run_state._sync = slow_sync
 
 
 class Child:
@@ -458,7 +459,7 @@ def test_states_are_saved_every_so_often_and_only_the_last_is_kept(tmp_path):
 def test_a_state_that_is_written_again_leaves_the_one_before_until_it_is_whole(tmp_path, monkeypatch):
     save_state(tmp_path, 3, {"value": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(tokentrim_state, "_sync", lambda path: 1 / 0)
+        patch.setattr(run_state, "_sync", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save_state(tmp_path, 3, {"value": 2})
     assert load_state(tmp_path) == {"value": 1}
@@ -468,7 +469,7 @@ def test_a_state_that_is_written_again_leaves_the_one_before_until_it_is_whole(t
 
 
 def test_what_a_killed_process_left_of_a_state_is_swept(tmp_path):
-    for sweep in (lambda: save_state(tmp_path, 3, {}), lambda: tokentrim_state.remove_states(tmp_path)):
+    for sweep in (lambda: save_state(tmp_path, 3, {}), lambda: run_state.remove_states(tmp_path)):
         (tmp_path / ".state-00000002.unfinished").mkdir()
         sweep()
         assert not list(tmp_path.glob(".*"))
@@ -554,7 +555,7 @@ def test_a_state_of_other_code_goes_on_and_is_told(run, caplog):
 
 def test_the_code_knows_the_version_of_its_package():
     setup = (ROOT / "setup.cfg").read_text()
-    assert tokentrim_state.CODE_VERSION == tokentrim.__version__ and f"version = {tokentrim.__version__}\n" in setup
+    assert run_state.CODE_VERSION == tokentrim.__version__ and f"version = {tokentrim.__version__}\n" in setup
 
 
 def test_other_weights_are_refused(run):
@@ -580,6 +581,28 @@ def test_other_settings_of_the_checkpoint_are_refused(run):
     ):
         with pytest.raises(ValueError, match=f"`{name}` must be .*, as the run began"):
             pipe.resume(folder)
+
+
+def test_setting_of_the_checkpoint_that_the_call_overrides_may_change(tmp_path):
+    with full_pipeline(method="plain").stream(PROMPT, state_dir=tmp_path, **settings(4, method="tokentrim")) as stream:
+        next(stream)
+    chunks = list(full_pipeline(method="tokentrim_plus").resume(tmp_path))
+    assert chunks[-1].decisions[0]["reanchored"] is None
+
+
+@pytest.mark.parametrize("before, after", [(None, "tokentrim_plus"), ("tokentrim_plus", "plain"), ("plain", None)])
+def test_run_keeps_the_method_that_its_checkpoint_named(before, after, tmp_path):
+    """Also when it is saved and resumed a second time, by a checkpoint that names another method by then."""
+    call = settings(6, window_size=30) | {"output_type": "latent"}
+    expected = list(full_pipeline(method=before).stream(PROMPT, **call))
+    call = settings(6, window_size=30) | {"output_type": "latent"}
+    with full_pipeline(method=before).stream(PROMPT, state_dir=tmp_path, save_every=1, **call) as stream:
+        next(stream), next(stream)
+    for num_chunks in (2, 3):
+        with full_pipeline(method=after).resume(tmp_path) as stream:
+            for _ in range(num_chunks):
+                chunk = next(stream)
+    assert_same([chunk], expected[chunk.index : chunk.index + 1])
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,12 @@ def test_config_of_a_method_spells_out_the_named_one(name):
         assert [(type(part), vars(part)) for part in ours] == [(type(part), vars(part)) for part in theirs]
 
 
+@pytest.mark.parametrize("world", ["tiny-world", "tiny-world-self-forced", "travelling-world"])
+def test_shipped_worlds_name_the_method_that_was_measured_on_them(world):
+    index = json.loads((ROOT / "checkpoints" / world / "model_index.json").read_text())
+    assert index["method"] == "tokentrim_plus"
+
+
 def test_a_prompt_is_enough_and_the_checkpoint_sets_the_rollout(pipe):
     prompt = "a red circle moving right over a blue background"
     world = json.loads((ROOT / "configs" / "tiny_world.json").read_text())
@@ -148,6 +154,7 @@ def test_rolling_forcing_trims_on_the_world_and_keeps_the_sink(pipe):
     output = pipe(
         sample_prompts(seeds),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        method="tokentrim",
         rollout="rolling_forcing",
         num_inference_steps=4,
         num_frames=36,

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +136,18 @@ def settings_of(pipe: Any) -> dict:
     return json.loads(json.dumps(plain, default=str))
 
 
-def check_same(saved: dict, ours: dict) -> None:
-    """Refuse a checkpoint that says something else than the one that the run began with."""
-    for name in sorted({*saved, *ours}):
+def check_same(saved: dict, ours: dict, given: Iterable[str] = ()) -> None:
+    """Refuse a checkpoint whose settings differ from those that the run began with, but for arguments that the call gave."""
+    for name in sorted({*saved, *ours} - set(given)):
         check(saved.get(name) == ours.get(name), name, ours.get(name), f"{saved.get(name)!r}, as the run began")
+
+
+def keep_method(state: dict, default: str) -> None:
+    """A run keeps the method that it began with, whatever its checkpoint names by now: the one that the checkpoint named
+    then, or `default`, where the call named none. Changes the state."""
+    values = state["call"]["values"]
+    if "method" in values and values["method"] is None:
+        values["method"] = state["settings"].get("method") or default
 
 
 def check_weights(saved: dict[str, str], models: dict[str, torch.nn.Module | None]) -> None:

@@ -21,6 +21,7 @@ METHODS = {
     "paper": {"flowmo": {}, "tokentrim": {}},
     "tokentrim_plus": {"quarantine": {"sensitivity": 6.0}, "reanchor": {"match": "near"}},
 }
+DEFAULT_METHOD = "tokentrim"  # where neither the call nor the checkpoint names one
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def _list_parts(method: Any, trim_settings: dict) -> list[tuple[str | None, Any]
     given = {name: value for name, value in trim_settings.items() if value is not None}
     for name, value in given.items():
         has_trim = any(part == "tokentrim" for part, _ in parts)
-        check(has_trim, name, value, "None for a method without TokenTrim: it is a setting of TokenTrim")
+        valid = f"None for a method without TokenTrim, here {method!r}: pass `method='tokentrim'` with it"
+        check(has_trim, name, value, valid)
     return [
         (name, {**given, **part} if name == "tokentrim" and isinstance(part, dict) else part) for name, part in parts
     ]

@@ -29,7 +29,7 @@ from ..tokentrim_checks import (
     check_tensor,
     plain,
 )
-from ..tokentrim_policies.registry import Method, make_method
+from ..tokentrim_policies.registry import DEFAULT_METHOD, Method, make_method
 from ..tokentrim_policies.stability import token_grid
 from ..tokentrim_views.layout import Layout, WindowLayout
 from ..tokentrim_views.registry import make_layout
@@ -263,7 +263,7 @@ def _complete(pipe: Any, call: dict, may_be_endless: bool, far: bool) -> None:
     _fill_in(pipe, call, "height", 480)
     _fill_in(pipe, call, "width", 832)
     _fill_in(pipe, call, "max_sequence_length", 512)
-    _fill_in(pipe, call, "method", "tokentrim")
+    _fill_in(pipe, call, "method", DEFAULT_METHOD)
     _fill_in(pipe, call, "prompt_transition", "keep")
     _fill_in(pipe, call, "num_frames", None if may_be_endless else 81)
     callback = call["callback_on_step_end"]

@@ -1,5 +1,9 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The rollout, schedule, layout and method that each published model was trained for, or is known to go on with."""
+"""The rollout, schedule, layout and method of each published model.
+
+Self Forcing and Rolling Forcing get `"tokentrim"`: the paper measured it on those weights. Other models run with their
+own layout and `"plain"` until a method has been measured on them.
+"""
 
 from .original import require
 
@@ -8,6 +12,7 @@ CHUNKS = {"rollout": "self_forcing", "num_frames_per_chunk": 3, "num_inference_s
 # Their global attention spans 21 latent frames, the training length.
 WINDOW = {"window_size": 21, "num_sink_frames": 0, "relative_positions": False}
 SELF_FORCING = {**CHUNKS, **WINDOW, "method": "tokentrim"}
+CAUSAL_FORCING = {**SELF_FORCING, "method": "plain"}
 ROLLING_FORCING = {
     **SELF_FORCING,
     "rollout": "rolling_forcing",
@@ -22,22 +27,22 @@ PRESETS = {
         **CHUNKS,
         "layout": {"longlive": {"window_size": 12, "num_sink_frames": 3}},
         "prompt_transition": "recache",
-        "method": "tokentrim",
+        "method": "plain",
     },
-    "causvid": {**SELF_FORCING, "num_inference_steps": 3},
-    "causal_forcing": SELF_FORCING,
-    "causal_forcing_framewise": {**SELF_FORCING, "num_frames_per_chunk": 1},
-    "causal_forcing_long": {**ROLLING_FORCING, "num_inference_steps": 4},
+    "causvid": {**SELF_FORCING, "num_inference_steps": 3, "method": "plain"},
+    "causal_forcing": CAUSAL_FORCING,
+    "causal_forcing_framewise": {**CAUSAL_FORCING, "num_frames_per_chunk": 1},
+    "causal_forcing_long": {**ROLLING_FORCING, "num_inference_steps": 4, "method": "plain"},
     "reward_forcing": {
         **CHUNKS,
         "layout": {"ema_sink": {"window_size": 9, "num_sink_frames": 3}},
-        "method": "tokentrim",
+        "method": "plain",
     },
     # Three frames of context and the chunk.
     "krea_realtime": {
         **CHUNKS,
         "layout": {"attention_bias": {"window_size": 6, "weight": 0.3}},
-        "method": "tokentrim",
+        "method": "plain",
     },
     # Methods of their own on the weights of Self Forcing or Causal Forcing; nothing is added to them.
     "infinity_rope": {

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tokentrim.tokentrim_policies.registry import DEFAULT_METHOD
 from tokentrim.tools.generate import Job, generate_missing
 
 from .experiment import ARGUMENTS, Experiment
@@ -81,7 +82,7 @@ def read_methods(files: list[Path]) -> dict[str, dict]:
                 raise ValueError(f"--methods: {file}: the pipeline's call takes no {', '.join(sorted(unknown))}.")
             if method in methods or "/" in method:
                 raise ValueError(f"--methods: {method!r} of {file} must be a folder's name, and no other method's.")
-            methods[method] = arguments
+            methods[method] = {"method": DEFAULT_METHOD, **arguments}  # whatever the checkpoint names
     return methods
 
 

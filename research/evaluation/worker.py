@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from research.training import world
 from tokentrim import TokenTrimPipeline
+from tokentrim.tokentrim_policies.registry import DEFAULT_METHOD
 from tokentrim.tokentrim_policies.trim import SeverityMonitor
 
 from .controls import LATENT_CORRECTIONS, OTHER_POLICIES, PIXEL_CORRECTIONS
@@ -30,7 +31,7 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
     per_chunk = pipe.config.num_frames_per_chunk
     kinds = [experiment.defects[seed % len(experiment.defects)] if experiment.defects else None for seed in seeds]
     painted = Painted(kinds, seeds, experiment.defect_chunk)
-    arguments = {"method": "tokentrim", **experiment.arguments(method)}
+    arguments = {"method": DEFAULT_METHOD, **experiment.arguments(method)}
     if control in OTHER_POLICIES:
         arguments = OTHER_POLICIES[control](arguments)
     if experiment.defects:

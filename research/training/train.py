@@ -139,6 +139,7 @@ def make_pipeline(
         height=world.SIZE,
         width=world.SIZE,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
+        method="tokentrim_plus",
     )
 
 
