@@ -14,6 +14,7 @@ from .tokentrim_files.run_state import load_state
 from .tokentrim_frames.decode import make_decoder
 from .tokentrim_frames.mp4 import VideoWriter
 from .tokentrim_frames.output import TokenTrimPipelineOutput
+from .tokentrim_frames.pictures import as_rgb
 from .tokentrim_kv.book import take_tokens
 from .tokentrim_kv.cache import RollingKVCache
 from .tokentrim_kv.rewriting import LayerContext

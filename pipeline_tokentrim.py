@@ -58,6 +58,7 @@ from .tokentrim_files.run_state import (
 from .tokentrim_frames.decode import FrameDecoder, decode_all, make_decoder
 from .tokentrim_frames.mp4 import VideoWriter
 from .tokentrim_frames.output import TokenTrimPipelineOutput, concatenated
+from .tokentrim_frames.pictures import as_rgb
 from .tokentrim_kv.book import take_tokens
 from .tokentrim_kv.cache import RollingKVCache
 from .tokentrim_kv.rewriting import LayerContext

@@ -35,6 +35,9 @@ FORMS = {
     "PIL": lambda image: image,
     "with an alpha channel": lambda image: image.convert("RGBA"),
     "array": as_array,
+    "array of uint8": np.asarray,
+    "array of uint16": lambda image: np.asarray(image, np.uint16) * 257,
+    "tensor of uint8": lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1),
     "array, batch": lambda image: as_array(image)[None],
     "tensor": as_tensor,
     "tensor, batch": lambda image: as_tensor(image)[None],
@@ -49,6 +52,32 @@ def test_an_image_is_a_video_of_one_frame(form):
     torch.testing.assert_close(output.frames, expected.frames, atol=1e-4, rtol=0)
     assert output.frames.shape[2] == 6 and len(output.decisions[0]) == 3
     assert full_pipeline().plan(image=picture(), **CALL).chunk_partition == [1, 3, 3]
+
+
+GREY = {
+    "8 bits": lambda levels: PIL.Image.fromarray(levels),
+    "16 bits": lambda levels: PIL.Image.fromarray(levels.astype(np.uint16) * 257),
+    "floats": lambda levels: PIL.Image.fromarray(levels.astype(np.float32) / 255),
+    "palette": lambda levels: PIL.Image.fromarray(levels).quantize(256),
+    "opaque": lambda levels: PIL.Image.fromarray(levels).convert("LA"),
+}
+
+
+@pytest.mark.parametrize("form", GREY)
+def test_grey_images_of_every_mode_keep_their_levels(form):
+    """In `image=` and in every form of `video=`."""
+    levels = np.tile(np.linspace(0, 255, WIDTH).astype(np.uint8), (HEIGHT, 1))
+    image, pipe = GREY[form](levels), full_pipeline()
+    expected = torch.from_numpy(levels / 255).float().expand(1, 1, 3, HEIGHT, WIDTH)
+    for given in ({"image": image}, {"image": [image]}, {"video": [image]}, {"video": [[image]]}):
+        torch.testing.assert_close(pipe.plan(**given, **CALL).call["video"], expected, atol=1e-5, rtol=0)
+
+
+def test_uint16_video_is_scaled_by_its_white():
+    frames = np.asarray(picture(), np.uint16)[None] * 257
+    for video in (frames, torch.from_numpy(frames).permute(0, 3, 1, 2)):
+        expected = torch.from_numpy(frames / 65535).float().permute(0, 3, 1, 2)[None]
+        torch.testing.assert_close(full_pipeline().plan(video=video, **CALL).call["video"], expected)
 
 
 @pytest.mark.parametrize("form", ["PIL", "array", "tensor"])
@@ -106,13 +135,22 @@ def test_anyflow_far_begins_with_a_chunk_of_one_frame():
         ("fox.png", TypeError, "`image` must be a PIL image, an array .*'fox.png'"),
         ([picture(), as_tensor(picture())], TypeError, "`image` must be a PIL image"),
         ([], TypeError, "`image` must be a PIL image"),
-        (np.asarray(picture()), TypeError, r"`image` must be of floats in \[0, 1\], or a PIL image, but is .*uint8"),
+        (
+            np.asarray(picture(), np.int32),
+            TypeError,
+            r"`image` must be of floats in \[0, 1\], uint8 or uint16, but is .*int32",
+        ),
+        (
+            PIL.Image.fromarray(as_array(picture())[..., 0] * 2),
+            ValueError,
+            r"`image` has an image .* must be in \[0, 1\]",
+        ),
         (as_tensor(picture()) * 2 - 1, ValueError, r"`image` must be in \[0, 1\], but is 'in \[-"),
         (as_array(picture())[..., 0], ValueError, "`image` must be a PIL image, an array"),
         (randn(4, 4, 6).sigmoid(), ValueError, "`image` must be a PIL image, an array"),
         ([picture()] * 3, ValueError, "a batch that divides the 1 videos"),
     ],
-    ids=["path", "mixed", "empty", "uint8", "range", "one channel", "four channels", "three for one"],
+    ids=["path", "mixed", "empty", "int32", "floats of PIL", "range", "one channel", "four channels", "three for one"],
 )
 def test_what_is_no_image(image, error, message):
     with pytest.raises(error, match=message):

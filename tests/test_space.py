@@ -4,17 +4,22 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 from research.training.world import COLORS, DIRECTIONS, SHAPES, Scene, parse
+from tokentrim.tokentrim_frames.mp4 import save_video
+from tokentrim.tools.frames import Limits
 
 
 sys.path.insert(0, str(ROOT / "space"))
 
+import measure  # noqa: E402
 import runs  # noqa: E402
 import world  # noqa: E402
 
@@ -142,3 +147,44 @@ def test_words_are_those_of_the_world():
     assert world.COLORS == tuple(COLORS) and world.SHAPES == SHAPES and world.DIRECTIONS == tuple(DIRECTIONS)
     assert world.make_sentence("orange ring", "up", "white") == Scene("orange", "ring", "up", "white").prompt
     assert all(parse(example) for example in world.EXAMPLES)
+
+
+# Measure
+
+
+@pytest.fixture
+def video(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (60, 32, 48, 3), np.uint8)
+    return save_video(tmp_path / "x.mp4", frames, 16)
+
+
+@pytest.mark.parametrize("limit", [{"frames": 59}, {"pixels": 1535}, {"seconds": 1e-6}])
+def test_measuring_ends_at_each_limit(limit, video, tmp_path, monkeypatch):
+    numbers = tmp_path / "drift.json"
+    monkeypatch.setattr(measure, "LIMITS", Limits(**limit))
+    with pytest.raises(ValueError, match="^x.mp4 .*the limit here"):
+        measure.measure(video, numbers)
+    assert not numbers.exists()
+
+
+def test_measuring_ends_with_its_visitor(video, tmp_path, monkeypatch):
+    """Whose folder is removed."""
+    folder, read = tmp_path / "visitor", []
+    folder.mkdir()
+
+    def read_frames(*arguments):
+        for frame in iter_frames(*arguments):
+            read.append(frame)
+            if len(read) == 5:
+                shutil.rmtree(folder)
+            yield frame
+
+    iter_frames = measure.read_frames
+    monkeypatch.setattr(measure, "read_frames", read_frames)
+    with pytest.raises(ValueError, match="The visitor has left"):
+        measure.measure(video, folder / "drift.json")
+    assert len(read) <= 6
+
+
+def test_every_limit_is_set_for_visitors():
+    assert all(vars(measure.LIMITS).values())

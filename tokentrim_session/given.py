@@ -9,26 +9,51 @@ import torch
 from diffusers.video_processor import VideoProcessor
 
 from ..tokentrim_checks import check
+from ..tokentrim_frames.pictures import as_rgb
+
+
+WHITE = {"uint8": 255, "uint16": 65535}  # of integer levels
 
 
 def read_video(video: Any) -> torch.Tensor:
     """Frames to continue in any of the forms that Diffusers' video processor takes: images of PIL, arrays (.., H, W, 3) or
     tensors (.., 3, H, W), of one video or several; (B, T, 3, H, W) in [0, 1]."""
+    video = as_levels("video", video)
     if not (isinstance(video, torch.Tensor) and video.ndim == 5):
         valid = "frames as a tensor, an array, or a list of images, of one video or several"
-        processor = VideoProcessor(do_resize=False, do_normalize=False, do_convert_rgb=True)
+        processor = VideoProcessor(do_resize=False, do_normalize=False)
         try:
             frames = processor.preprocess_video(video).transpose(1, 2)
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):
             frames = None
         check(frames is not None, "video", video, valid, TypeError)
         video = frames
-    return video / 255 if video.dtype == torch.uint8 else video
+    return video
+
+
+def as_levels(name: str, given: Any) -> Any:
+    """
+    Images of PIL as 8-bit RGB, and arrays and tensors of uint8 or uint16 as floats in [0, 1], in lists as they came.
+
+    Raises:
+        `ValueError`: an image's mode does not say which level is white; `name` is the argument.
+    """
+    if isinstance(given, PIL.Image.Image):
+        try:
+            return as_rgb(given)
+        except ValueError as error:
+            raise ValueError(f"`{name}` has an image that cannot be read: {error}") from error
+    if isinstance(given, (list, tuple)):
+        return [as_levels(name, each) for each in given]
+    white = WHITE.get(str(getattr(given, "dtype", "")).removeprefix("torch."))
+    if white is None or not isinstance(given, (np.ndarray, torch.Tensor)):
+        return given
+    return (given.float() if isinstance(given, torch.Tensor) else given.astype(np.float32)) / white
 
 
 def image_as_video(pipe: Any, call: dict) -> torch.Tensor:
     """The image of a call, or its images, as frames to continue, (B, 1, 3, H, W) in [0, 1]."""
-    image = call["image"]
+    image = as_levels("image", call["image"])
     for name in ("video", "video_latents"):
         check(call[name] is None, name, call[name], "None where `image` is given")
     images = list(image) if isinstance(image, (list, tuple)) else [image]
@@ -40,13 +65,12 @@ def image_as_video(pipe: Any, call: dict) -> torch.Tensor:
     for each in images:
         if not isinstance(each, PIL.Image.Image):
             is_float = each.is_floating_point() if isinstance(each, torch.Tensor) else each.dtype.kind == "f"
-            check(is_float, "image", each.dtype, "of floats in [0, 1], or a PIL image", TypeError)
+            check(is_float, "image", each.dtype, "of floats in [0, 1], uint8 or uint16", TypeError)
             color = each.ndim in (3, 4) and each.shape[-3 if isinstance(each, torch.Tensor) else -1] == 3
             check(color, "image", each.shape, valid)
             check(
                 0 <= each.min() and each.max() <= 1, "image", f"in [{each.min():.3g}, {each.max():.3g}]", "in [0, 1]"
             )
-    images = [each.convert("RGB") if isinstance(each, PIL.Image.Image) else each for each in images]
     images = images if isinstance(image, (list, tuple)) else images[0]
     frames = pipe.video_processor.preprocess(images, call["height"], call["width"])  # in [-1, 1]
     return (frames.float() / 2 + 0.5).clamp(0, 1)[:, None]

@@ -2,6 +2,7 @@
 """The figure of `tokentrim drift`: film strips, and every measure over time."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from textwrap import wrap
 
 import matplotlib
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .drift import Drift, group_by_folder, shorten
+from .frames import PLOT_MARK
 from .measures import NUM_ENDS, NUM_SEGMENTS, color_spread
 
 
@@ -26,6 +28,7 @@ STYLE = {
     "axes.grid": True,
     "grid.color": "0.92",
     "axes.axisbelow": True,
+    "text.parse_math": False,  # a dollar in a file's name is a dollar
 }
 TITLES = (
     "colour similarity to the start",
@@ -37,6 +40,12 @@ TITLES = (
 )
 SCALES = (1, 1, 1, 1, 100)  # of the looks
 MIDDLES = 100 * (np.arange(NUM_SEGMENTS) + 0.5) / NUM_SEGMENTS  # of the segments, in percent
+
+
+def write_plot(path: Path, drifts: Sequence[Drift]) -> None:
+    """The figure as a file; a PNG is marked, so that it is never measured as a frame of the folder that it lies in."""
+    metadata = {"Software": PLOT_MARK} if path.suffix.lower() == ".png" else None
+    plot_drift(drifts).savefig(path, dpi=110, metadata=metadata)
 
 
 def plot_drift(drifts: Sequence[Drift]) -> Figure:

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
         from tqdm import tqdm
 
         from ..drift import format_report, measure_video, write_csv, write_json
-        from ..drift_plot import plot_drift
+        from ..drift_plot import write_plot
         from ..frames import find_videos, read_frames
     except ImportError as error:
         raise ImportError(
@@ -54,9 +54,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"tokentrim drift: error: {error}", file=sys.stderr)
     if drifts:
         print(format_report(drifts))
-        for path, write in ((options.json, write_json), (options.csv, write_csv)):
+        for path, write in ((options.json, write_json), (options.csv, write_csv), (options.plot, write_plot)):
             if path is not None:
                 write(path, drifts)
-        if options.plot is not None:
-            plot_drift(drifts).savefig(options.plot, dpi=110)
     return int(len(drifts) < len(videos))
