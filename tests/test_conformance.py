@@ -1,4 +1,4 @@
-"""What users switch on in Diffusers works exactly, or is refused before anything runs: the rows of docs/conformance.md."""
+"""What users switch on in Diffusers works exactly, or is refused before anything runs: the rows of docs/performance.md."""
 
 import pytest
 import torch

@@ -257,8 +257,8 @@ def test_bad_environments_and_methods(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"colour": 1}))
     with pytest.raises(ValueError, match="--methods: .*a.json: the pipeline's call takes no colour"):
         vbench.read_methods([tmp_path / "a.json"])
-    with pytest.raises(ValueError, match="controls.yaml has controls, .*'random tokens'"):
-        vbench.read_methods([ROOT / "research" / "evaluation" / "configs" / "controls.yaml"])
+    with pytest.raises(ValueError, match="plus.yaml has controls, .*'corrected in latents'"):
+        vbench.read_methods([ROOT / "research" / "evaluation" / "configs" / "plus.yaml"])
 
 
 # Tabulating

@@ -159,7 +159,7 @@ def format_report(drifts: Sequence[Drift]) -> str:
                 [folder, *(show(value, "+.1f" if key == "convergence" else ".1f") for key, value in spread.items())]
             )
 
-    colors = [["", "frames", "similarity", "neighbours", "distance", "worst", "at frames", "motion"]]
+    colors = [["", "frames", "similarity", "neighbors", "distance", "worst", "at frames", "motion"]]
     for name, num_frames, measures in rows:
         at_frames = "{worst_first_frame}-{worst_last_frame}".format(**measures) if num_frames else ""
         percents = ("color_similarity", "color_similarity_of_neighbors", "color_distance", "worst_similarity")

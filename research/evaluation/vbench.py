@@ -1,11 +1,11 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """VBench (https://github.com/Vchitect/VBench): videos of its prompts, its scores of them, and its totals.
 
-    python -m research.evaluation.vbench generate --methods research/evaluation/configs/natural.yaml --out runs/vbench
+    python -m research.evaluation.vbench generate --methods research/evaluation/configs/change.yaml --out runs/vbench
     python -m research.evaluation.vbench score runs/vbench/*/
     python -m research.evaluation.vbench table runs/vbench/*/
 
-Scores are the package `vbench`'s own, which lives in an environment of its own: see docs/vbench.md. What is there already
+Scores are the package `vbench`'s own, which lives in an environment of its own: see research/README.md. What is there already
 is neither generated nor scored again. `accelerate launch -m research.evaluation.vbench generate` takes several processes.
 """
 
@@ -52,7 +52,7 @@ def read_prompts(python: Path) -> list[dict]:
     if located is None or located.returncode:
         raise FileNotFoundError(
             f"--python must be the python of an environment with the package vbench, but '{python}' "
-            f"{'has no vbench' if located else 'is not there'}. docs/vbench.md says how to make one."
+            f"{'has no vbench' if located else 'is not there'}. research/README.md says how to make one."
         )
     return json.loads((Path(located.stdout.strip()) / "VBench_full_info.json").read_text())
 
