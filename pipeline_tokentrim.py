@@ -365,6 +365,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         shown = None if output_type == "latent" else chunk_frames
         return TokenTrimPipelineOutput(frames, decisions, stream.grid, shown)
 
+    @torch.no_grad()
     def stream(
         self,
         *args,
@@ -393,6 +394,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         decoder = None if run.plan.call["output_type"] == "latent" else self._make_decoder(preview_vae)
         return Stream(self, run, decoder, state_dir, save_every, record_call(call))
 
+    @torch.no_grad()
     def resume(self, state_dir: str | os.PathLike, preview_vae: Any = None, **objects) -> Stream:
         """
         Go on with the run that a stream saved, to the same bits as if it had not been interrupted.
@@ -418,6 +420,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         saved = [state.get(name) for name in ("save_every", "call", "files", "undecoded")]
         return Stream(self, run, decoder, state_dir, *saved)
 
+    @torch.no_grad()
     def plan(self, *args, **kwargs) -> RolloutPlan:
         """What a call with these arguments would do, completed from the checkpoint and checked; no model runs."""
         return plan_rollout(self, self._bind(*args, **kwargs))
@@ -461,6 +464,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 run.advance(index)  # from here on the run can be saved and resumed
                 yield Chunk(index, run.plan.cut(index, latents), run.policies.close())
 
+    @torch.no_grad()
     def begin(self, plan: RolloutPlan) -> Rollout:
         """The session of a planned call: the prompt is encoded; no step is taken."""
         check_free(self.transformer)

@@ -35,7 +35,9 @@ def shown(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """NumPy's numbers and arrays as Python's, also in dicts, lists and tuples."""
+    """NumPy's numbers and arrays as Python's, and tensors without their graph, also in dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     if type(value) is dict:

@@ -182,4 +182,4 @@ class ContextPolicies:
         name, valid = f"{self._place(policy)}.commit", f"latents of shape {tuple(accepted.shape)}, finite, or None"
         check(isinstance(latents, torch.Tensor), name, latents, valid, TypeError)
         check(latents.shape == accepted.shape and bool(torch.isfinite(latents).all()), name, latents, valid)
-        return latents
+        return latents.detach()

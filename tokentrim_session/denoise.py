@@ -242,7 +242,7 @@ class Denoiser:
                 return self.scheduler.predict_original_sample(flow, latents)
 
             for hook in hooks:
-                latents = hook(chunks[offset].latents, predict_x0, self.backbone.transformer)
+                latents = hook(chunks[offset].latents, predict_x0, self.backbone.transformer).detach()
                 chunks[offset] = InFlight(latents, chunk.step)
         return chunks
 

@@ -76,5 +76,5 @@ class Renoise:
                 noise, name = self.given(chunk, step), f"renoise({chunk}, {step})"
                 check_tensor(name, noise, 5, "(batch, channels, latent frames, height, width)")
                 check(tuple(noise.shape) == shape, name, noise, f"of shape {shape}")
-            self.drawn[chunk, step] = noise.to(self.device, torch.float32)
+            self.drawn[chunk, step] = noise.detach().to(self.device, torch.float32)
         return self.drawn[chunk, step]

@@ -205,8 +205,10 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
 
 
 def read_call(call: dict) -> dict:
-    """Arguments as the rest reads them: numbers and lists of numbers as Python's, frames to continue as a tensor."""
-    call = {name: value if name in TENSOR_ARGUMENTS else plain(value) for name, value in call.items()}
+    """Arguments as the rest reads them: numbers and lists of numbers as Python's, tensors without a graph, frames to
+    continue as a tensor."""
+    arrays = [name for name in TENSOR_ARGUMENTS if not isinstance(call[name], torch.Tensor)]
+    call = {name: value if name in arrays else plain(value) for name, value in call.items()}
     lists = {name: call[name].tolist() for name in LIST_ARGUMENTS if isinstance(call[name], torch.Tensor)}
     return {**call, **lists, "video": None if call["video"] is None else read_video(call["video"])}
 

@@ -131,6 +131,7 @@ class Rollout:
         check_change(change, self.plan.layout, self.plan.is_far)
         self.schedule_change(self.index, change)
 
+    @torch.no_grad()
     def schedule_change(self, index: int, change: PromptChange) -> None:
         """Encode the prompts of a change, which serve from chunk `index` on."""
         rows = encode_change(self.pipe, self.plan, change, self.device)
@@ -220,7 +221,7 @@ class Rollout:
         outputs = call["callback_on_step_end"](self.pipe, step, timestep, wanted)
         check(isinstance(outputs, dict), name, outputs, "a function that returns a dict of tensors", TypeError)
         check(set(outputs) <= set(before), name, list(outputs), f"a function that returns some of {list(before)}")
-        after.update(outputs)
+        after.update({key: each.detach() if isinstance(each, torch.Tensor) else each for key, each in outputs.items()})
         for key, tensor in before.items():
             if tensor is None:
                 check(after[key] is None, f"{name}: {key}", after[key], "None in a call without guidance")
