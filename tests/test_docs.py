@@ -25,6 +25,8 @@ from tokentrim.tools.presets import LARGE, PRESETS, SIZES, count_held_frames
 RESULTS = ROOT / "research" / "RESULTS.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS, RESULTS, ROOT / "research" / "README.md"]
+CARDS = [*ROOT.glob("checkpoints/*/README.md"), *ROOT.glob("*/README.md"), *ROOT.glob("tools/*.md")]
+CARDS += [ROOT / "research" / "training" / "README.md"]
 LINKED = [
     *PAGES,
     *(ROOT / "research" / "results").rglob("*.md"),
@@ -216,7 +218,7 @@ AVOIDED = [
 ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=label)
+@pytest.mark.parametrize("page", dict.fromkeys([*PAGES, *CARDS]), ids=label)
 def test_pages_avoid_phrases_that_are_hard_to_read(page):
     text = re.sub(r"`[^`]*`", "", prose(page))
     found = [(match[0], pattern) for pattern in AVOIDED for match in re.finditer(pattern, text, flags=re.I)]

@@ -74,7 +74,7 @@ def test_cards_have_no_relative_links_and_no_template_left(checkpoint, tmp_path)
         (publish("you/code", tmp_path / "code"), publish("you/both", tmp_path / "both", checkpoint))
     ):
         sections = re.split(r"^## (.*)\n", card.text, flags=re.M)[1:]
-        assert sections[::2] == ["Licence", *(["These weights"] if number else ["Measured results"]), "Limits"]
+        assert sections[::2] == ["License", *(["These weights"] if number else ["Measured results"]), "Limits"]
         assert all(len(text.strip()) > 10 for text in sections[1::2])
         assert not re.search(r"\]\((?!https:)", card.text) and "{{" not in card.text and "{%" not in card.text
         assert "\n\n\n" not in card.text
