@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""`tokentrim generate` as a script for launchers, with the tiny world as its checkpoint unless `--checkpoint` is given.
+"""`tokentrim generate` as a script for launchers. The default checkpoint is the tiny world.
 
     python examples/generate.py "a red circle moving right over a blue background" --out circle.mp4
     accelerate launch examples/generate.py --prompts prompts.txt --out videos

@@ -1,9 +1,9 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Ten minutes of the tiny world with two changes of prompt, streamed to disk; start it again and it goes on.
+"""Ten minutes of the tiny world with two changes of prompt, streamed to disk. Start it again and it resumes.
 
     python examples/long_video.py --out circle.mp4 --state-dir circle
 
-It writes circle.mp4, which plays while it grows, and circle.jsonl, the decision of each chunk on a line.
+It writes circle.mp4, which plays while it grows, and circle.jsonl with the decisions, one chunk per line.
 """
 
 import argparse
@@ -38,12 +38,12 @@ def main() -> None:
     if any(args.state_dir.glob("state-*")):
         stream = pipe.resume(args.state_dir)
     else:
-        chunk = pipe.config.num_frames_per_chunk  # here a latent frame is one frame
+        chunk = pipe.config.num_frames_per_chunk  # in this world, a latent frame is one frame
         num_chunks = max(round(args.minutes * 60 * FPS / chunk), len(PROMPTS))
         changes = [third * num_chunks // len(PROMPTS) for third in range(len(PROMPTS))]
         stream = pipe.stream(
             prompt_schedule=dict(zip(changes, PROMPTS)),
-            prompt_transition="cut",  # this model follows what it has seen: without guidance, only a cut changes much
+            prompt_transition="cut",  # this model follows its past: without guidance, only a cut changes much
             num_frames=num_chunks * chunk,
             method="tokentrim_plus",
             generator=torch.Generator().manual_seed(args.seed),

@@ -324,10 +324,10 @@ def test_table(tmp_path):
     assert "| quality | 82.20 | 82.20 |  |  | 82.20 |" in printed
     assert "| semantic | 73.42 |  | 73.42 |  | 73.42 |" in printed
     assert "| total | 80.44 |  |  |  | 80.44 |" in printed
-    assert "\nquality: no total, since 9 of 16 dimensions have no score." in printed
-    assert "\npartial: temporal_flickering is of 4 of 5 videos, and in no total." in printed
+    assert "\nquality: no total: 9 of 16 dimensions have no score." in printed
+    assert "\npartial: temporal_flickering covers 4 of 5 videos and enters no total." in printed
     assert "\nmixed: scored as long_vbench_standard and vbench_standard, hence no totals." in printed
-    assert "\nunfiltered: temporal_flickering is without the static filter." in printed
+    assert "\nunfiltered: temporal_flickering has no static filter." in printed
 
     (tmp_path / "percent.json").write_text(json.dumps({"color": 92.9}))
     with pytest.raises(ValueError, match="percent.json: 'color' is 92.9; expected: a score in"):

@@ -3,8 +3,8 @@
 
 .venv-app/bin/python -m research.benchmarks.app_runs --runs 50
 
-Each run is a visitor of its own, without a browser. Of three runs one is aborted, in turn by the stop button and by a
-visitor who leaves. Run it after `make app`, whose environment has what it needs.
+Each run is a separate visitor without a browser. One of three runs is aborted, in turn by the stop button and by a visitor
+who leaves. Run it after `make app`, in its environment.
 """
 
 import argparse
@@ -22,7 +22,7 @@ PROMPT = "a red circle moving right over a blue background"
 
 
 def start_server(folder: Path) -> tuple[subprocess.Popen, str]:
-    """The server, once it answers; its temporary files go to `folder`."""
+    """The server, as soon as it answers; its temporary files go to `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -42,7 +42,7 @@ def start_server(folder: Path) -> tuple[subprocess.Popen, str]:
 
 
 def visit(address: str, num_chunks: int, seed: int, end: str) -> int:
-    """One run of one visitor; returns how many chunks were made. `end` is "complete", "stop" or "leave"."""
+    """One run of one visitor; returns the number of finished chunks. `end` is "complete", "stop" or "leave"."""
     from gradio_client import Client
 
     client = Client(address, verbose=False)
@@ -63,7 +63,7 @@ def visit(address: str, num_chunks: int, seed: int, end: str) -> int:
 
 
 def look(pid: int, folder: Path) -> dict:
-    """What the server holds."""
+    """Memory, threads, processes, files and folders of the server."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     children = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     return {
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--chunks", type=int, default=6, help="of each run")
-    parser.add_argument("--every", type=int, default=5, help="runs between two lines")
+    parser.add_argument("--every", type=int, default=5, help="runs between two printed lines")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         process, address = start_server(Path(folder))
@@ -89,7 +89,7 @@ def main() -> None:
                 end = "complete" if run % 3 < 2 else ("stop", "leave")[run // 3 % 2]
                 made = visit(address, options.chunks, run, end)
                 if (run + 1) % options.every == 0 or run == 0:
-                    time.sleep(2)  # a visitor who left is noticed
+                    time.sleep(2)  # time for the server to notice that the visitor left
                     held = look(process.pid, Path(folder))
                     print(
                         f"{run + 1:5}{end:>10}{made:6}{held['MiB']:9.1f}{held['threads']:9}{held['children']:10}"

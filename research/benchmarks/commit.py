@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What re-anchoring and quarantine cost: their share of a rollout's seconds, and their seconds at the size of Wan 1.3B.
+"""Cost of re-anchoring and quarantine: their share of a rollout's seconds, and their seconds at the size of Wan 1.3B.
 
 python -m research.benchmarks.commit
 """

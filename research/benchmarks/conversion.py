@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Memory and seconds of a conversion of 2 GB in eight files, and of `--check` of 10 GB; the originals take no room.
+"""Memory and seconds of a conversion of 2 GB in eight files, and of `--check` of 10 GB; the originals are sparse files.
 
 python -m research.benchmarks.conversion
 """
@@ -26,7 +26,7 @@ NUM_FILES = 8
 
 
 def write_sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], code: str = "F32", size: int = 4) -> None:
-    """A complete safetensors file of zeros that takes no room on the disk."""
+    """A complete safetensors file of zeros that occupies no space on disk."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + prod(shape) * size
@@ -38,7 +38,7 @@ def write_sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], code: str = 
 
 
 def write_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]], num_files: int) -> Path:
-    """The same in several files; returns their index."""
+    """The same, split into several files; returns their index."""
     names, weight_map = list(shapes), {}
     folder.mkdir()
     for number in range(num_files):
@@ -51,7 +51,7 @@ def write_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]], num_files:
 
 
 def run(*command: str) -> tuple[str, float, float]:
-    """What a command of Python prints, its seconds, and the largest memory of all commands so far, in MB."""
+    """Output and seconds of a Python command, and the largest memory of all commands so far, in MB."""
     start = time.perf_counter()
     process = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     seconds = time.perf_counter() - start

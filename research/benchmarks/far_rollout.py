@@ -1,12 +1,11 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""AnyFlow-FAR rollouts of this pipeline (gate shut) and of Diffusers' own: same weights, same noise, taking turns.
+"""AnyFlow-FAR rollouts of this pipeline (gate shut) and of Diffusers' pipeline, on the same weights and noise, in turns.
 
 python -m research.benchmarks.far_rollout
 
-Four contestants: upstream; ours; ours with upstream's flex attention, which tells what the incremental context is worth
-by itself; and ours with a window. A run of each that is not timed comes first, since torch traces
-upstream's attention for every new shape. Ratios are upstream's seconds, and its tokens that go through the transformer,
-over the contestant's.
+Four contestants: upstream; ours; ours with upstream's flex attention, which isolates the effect of the incremental context;
+and ours with a window. Each first runs once untimed, because torch traces upstream's attention for every new shape. Ratios
+are upstream's seconds, or tokens in its forwards, divided by the contestant's.
 """
 
 import argparse
@@ -28,8 +27,8 @@ from tokentrim import TokenTrimPipeline
 
 
 STEPS = 4
-PARTITION = (1, 3, 3, 3, 3, 3, 3, 2)  # of the released checkpoints, 81 frames
-WINDOW = 21  # latent frames, of the contestant with a window
+PARTITION = (1, 3, 3, 3, 3, 3, 3, 2)  # partition of the released checkpoints, 81 frames
+WINDOW = 21  # latent frames in the contestant with a window
 CONTESTANTS = ("upstream", "ours", "ours, flex", "ours, window")
 
 
@@ -55,21 +54,21 @@ def build(pipeline_class: type, transformer: AnyFlowFARTransformer3DModel):
 
 
 def partition(num_frames: int) -> list[int]:
-    """The checkpoint's partition, longer: one latent frame, then three each."""
+    """The checkpoint's partition, extended: one latent frame, then three per chunk."""
     num_latent_frames = (num_frames - 1) // 4 + 1
     num_chunks, rest = divmod(num_latent_frames - 1, 3)
     return [1] + [3] * num_chunks + [rest] * (rest > 0)
 
 
 class PeakMemory:
-    """Highest memory in bytes above what it was before: allocated on a GPU, else resident (Linux)."""
+    """Peak memory in bytes above the start: allocated on a GPU, otherwise resident (Linux)."""
 
     def __init__(self, device: str):
         self.on_gpu = torch.device(device).type == "cuda"
 
     @staticmethod
     def resident(name: str) -> int:
-        """`VmRSS`, as it is, or `VmHWM`, at its highest."""
+        """`VmRSS`, the current value, or `VmHWM`, the peak."""
         return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
     def __enter__(self):
@@ -78,8 +77,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back
-            Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # return free memory to the system
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current value
             self.before = self.resident("VmRSS")
         return self
 
@@ -90,7 +89,7 @@ class PeakMemory:
 
 @contextmanager
 def counted_tokens(transformer: AnyFlowFARTransformer3DModel) -> Iterator[list[int]]:
-    """Gives the tokens that go through the blocks inside, forward by forward."""
+    """A list of the tokens in each forward inside the block."""
     tokens = []
     hook = transformer.blocks[0].register_forward_pre_hook(lambda module, args: tokens.append(args[0].shape[1]))
     yield tokens
@@ -98,7 +97,7 @@ def counted_tokens(transformer: AnyFlowFARTransformer3DModel) -> Iterator[list[i
 
 
 def roll_out(transformer, contestant: str, latents: torch.Tensor, text: torch.Tensor, sizes: list[int]):
-    """Latents, and when each chunk was finished, in seconds from the start."""
+    """Latents, and the time at which each chunk was finished, in seconds from the start."""
     finished = []
 
     def callback(pipe, step, timestep, tensors):
@@ -134,7 +133,7 @@ def roll_out(transformer, contestant: str, latents: torch.Tensor, text: torch.Te
 
 
 def compare(transformer, num_frames: int, size: tuple[int, int], repeats: int, device: str) -> dict[str, dict]:
-    """What a length costs each contestant."""
+    """Cost of a length for each contestant."""
     sizes = partition(num_frames)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 16, sum(sizes), *size, generator=generator).to(device)
@@ -153,7 +152,7 @@ def compare(transformer, num_frames: int, size: tuple[int, int], repeats: int, d
     for result in results.values():
         result["seconds"] = statistics.median(finished[-1] for finished in result["finished"])
         by_chunk = zip(*([b - a for a, b in zip([0.0, *finished], finished)] for finished in result["finished"]))
-        result["chunk_seconds"] = [min(seconds) for seconds in by_chunk]  # what else the machine does only adds
+        result["chunk_seconds"] = [min(seconds) for seconds in by_chunk]  # other work on the machine only adds seconds
         result["difference"] = (result["frames"] - results["upstream"]["frames"]).abs().max().item()
     return results
 
@@ -200,7 +199,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = False
-    torch._dynamo.config.recompile_limit = 1000  # upstream shall not fall back for want of recompilations
+    torch._dynamo.config.recompile_limit = 1000  # enough recompilations, so that upstream does not fall back
     print(
         f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {args.layers} layers of",
         end=" ",

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What FlowMo on the first chunk of the tiny world does to its objective, and what it costs in time and memory.
+"""Effect of FlowMo on its objective in the first chunk of the tiny world, and its cost in time and memory.
 
 python -m research.benchmarks.flowmo
 """
@@ -38,7 +38,7 @@ def first_chunk(pipe: TokenTrimPipeline, prompts: list[str], *hooks: FlowMo) -> 
 
 
 def stored_bytes(pipe: TokenTrimPipeline, prompts: list[str], checkpoint: bool) -> int:
-    """Bytes that one gradient step keeps for its backward pass, the transformer's weights not counted."""
+    """Bytes that one gradient step keeps for its backward pass, without the transformer's weights."""
     weights = {parameter.data_ptr() for parameter in pipe.transformer.parameters()}
     kept = {}
 

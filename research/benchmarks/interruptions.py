@@ -3,8 +3,8 @@
 
     python -m research.benchmarks.interruptions --kills 20
 
-Whatever happens, a video that is called done must play to its last frame and hold the bytes of an undisturbed one, and
-the last start must make all that is missing. The full disk is a tmpfs, which needs the right to mount one.
+In every case, a finished video must play to its last frame and equal an undisturbed one byte by byte, and the last start
+must make all missing videos. The full disk is a tmpfs; mounting it needs root rights.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from tokentrim.tools.generate import play
 
 WORLD = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny-world"
 PROMPTS = ("a red circle moving right over a blue background", "a green square moving left over a yellow background")
-NUM_FRAMES = 9  # of the tiny world: three chunks
+NUM_FRAMES = 9  # three chunks of the tiny world
 
 
 class Started:
-    """The command in a process of its own, forked: the seconds that its imports take are spent once."""
+    """The command in a forked process, so that its imports load only once."""
 
     def __init__(self, out: Path):
         options = [
@@ -54,8 +54,8 @@ class Started:
                 os._exit(code)
 
     def kill(self) -> bool:
-        """Whether it was still running."""
-        os.kill(self.pid, signal.SIGKILL)  # it has not been waited for: its id is its own
+        """Kill the process; returns whether it was still running."""
+        os.kill(self.pid, signal.SIGKILL)  # not waited for yet, so its id is still valid
         return self.wait() == -signal.SIGKILL
 
     def wait(self) -> int:
@@ -65,7 +65,7 @@ class Started:
 
 
 def check_done(out: Path, whole: dict[str, bytes]) -> int:
-    """How many videos are called done; each must be right."""
+    """Check the finished videos; returns their number."""
     done = sorted(path for path in out.glob("*.mp4") if ".growing." not in path.name)
     for path in done:
         assert play(path) == NUM_FRAMES, f"{path} does not play to its end"
@@ -75,7 +75,7 @@ def check_done(out: Path, whole: dict[str, bytes]) -> int:
 
 
 def check_all(out: Path, whole: dict[str, bytes]) -> None:
-    """The next start makes what is missing, and leaves nothing else."""
+    """The next start makes the missing videos and leaves no other file."""
     assert Started(out).wait() == 0
     assert check_done(out, whole) == len(PROMPTS)
     assert len(list(out.iterdir())) == 3 * len(PROMPTS), sorted(path.name for path in out.iterdir())
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     time.sleep(rng.uniform(0, 1) * seconds)
                     kills += running[0].kill()
                     codes = [process.wait() for process in running]
-                    assert codes[1:] == [0] * (processes - 1), codes  # the other one makes all
+                    assert codes[1:] == [0] * (processes - 1), codes  # the other process makes all videos
                     begun = check_done(out, whole)
                 check_all(out, whole)
                 done += 1
@@ -116,7 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         disk = folder / "disk"
         disk.mkdir()
-        room = sum(map(len, whole.values())) // 2 // 2**12 * 2**12 + 2**15  # for one video and a part
+        room = (
+            sum(map(len, whole.values())) // 2 // 2**12 * 2**12 + 2**15
+        )  # space for one video and a part of the next
         if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", disk]).returncode:
             print("full disk: not tried, no tmpfs can be mounted")
             return
@@ -129,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             assert code == 1
             subprocess.run(["mount", "-o", "remount,size=64M", disk], check=True)
             check_all(disk / "out", whole)
-            print("room again: all made at the next start")
+            print("space again: the next start made all videos")
         finally:
             subprocess.run(["umount", disk], check=True)
 

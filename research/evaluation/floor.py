@@ -1,6 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What the measures say of rendered clips of the world, in which nothing drifts, and of the same through the VAE: their
-floor, and the motion that the model was trained on.
+"""The floor of the measures: their values for rendered clips, in which nothing drifts, directly and through the VAE.
 
 python -m research.evaluation.floor
 """

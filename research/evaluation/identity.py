@@ -1,9 +1,9 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Identity error: how far each frame of a tiny-world video is from its own first chunk, drawn where its object is now.
+"""Identity error: the distance of each frame to a rendering of the video's first chunk at the object's current place.
 
-An object of this world keeps its outline, its texture and its colours and does not turn, and a background is one
-colour with a linear gradient; so a frame of the first chunk, cut into object and background, says what every later
-frame must look like but for the object's place, and the place that fits best is searched for.
+An object of the tiny world keeps its outline, texture and colors and does not turn. A background is one color with a
+linear gradient. A frame of the first chunk, cut into object and background, therefore predicts every later frame except
+for the place of the object, and a search finds the place that fits best.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from scipy.ndimage import binary_dilation, binary_erosion, shift
 from scipy.signal import fftconvolve
 
 
-MARGIN = 2  # pixels that an object may stand out of the picture
+MARGIN = 2  # an object may extend beyond the picture by this many pixels
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Appearance:
 
     @classmethod
     def of(cls, frames: np.ndarray, mask: np.ndarray) -> "Appearance":
-        """Cut the middle frame of a chunk, (frames, H, W, 3) in [0, 1], into layers that compose to it again.
+        """Cut the middle frame of a chunk, (frames, H, W, 3) in [0, 1], into layers that compose to the same frame.
 
         Args:
             frames (`np.ndarray`): of one chunk.
@@ -58,9 +58,9 @@ class Appearance:
         )
 
     def place(self, frame: np.ndarray) -> tuple[tuple[float, float], float]:
-        """The offset (y, x) whose rendering is nearest to `frame`, (H, W, 3), to half a pixel, and its RMSE.
+        """Find the offset (y, x) whose rendering is nearest to `frame`, (H, W, 3), to half a pixel, and its RMSE.
 
-        The object stays in the picture, as it does in this world: one that is lost does not fit anywhere.
+        The object must stay in the picture, as it does in this world: a lost object fits nowhere.
         """
         # The squared error of every whole offset d at once: with r = frame - background, o and c the moved layers,
         # sum (r - o + c b)^2 = sum r^2 + o^2 + c^2 b^2 - 2 r o + 2 r b c - 2 b o c, each a correlation.
@@ -80,7 +80,7 @@ class Appearance:
         )
         inside = np.argwhere(self.coverage > 0.5) if (self.coverage > 0.5).any() else np.zeros((1, 2), int)
         lowest, highest = -inside.min(axis=0) - MARGIN, np.array(frame.shape[:2]) - 1 - inside.max(axis=0) + MARGIN
-        zero = np.array(frame.shape[:2]) - 1  # where the correlation has the offset 0
+        zero = np.array(frame.shape[:2]) - 1  # index of offset 0 in the correlation
         allowed = error[tuple(slice(low, high + 1) for low, high in zip(lowest + zero, highest + zero))]
         y, x = (int(each) for each in np.unravel_index(allowed.argmin(), allowed.shape) + lowest)
         offsets = [(y + half_y, x + half_x) for half_y in (-0.5, 0, 0.5) for half_x in (-0.5, 0, 0.5)]

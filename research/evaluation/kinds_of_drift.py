@@ -1,9 +1,10 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""How plain rollouts drift: how fast, in which direction, whether they stop, and whether videos do it alike.
+"""How plain rollouts drift: how fast, in which direction, whether they stop, and whether videos drift alike.
 
-python -m research.evaluation.kinds_of_drift research/runs/long research/runs/travelling_200
+python -m research.evaluation.kinds_of_drift research/runs/plus research/runs/travelling_200
 
-Reads what `research.evaluation.run` wrote. Colour is the mean CIELAB of a chunk, distances are CIE76, medians over videos.
+Reads the folders of `research.evaluation.run`. Color is the mean CIELAB of a chunk; distances are CIE76, medians over
+videos.
 """
 
 import argparse
@@ -20,14 +21,14 @@ CHUNKS = (5, 20, 50, 100)
 
 
 def load_colors(out: Path, method: str) -> np.ndarray:
-    """Mean colours, (videos, chunks, 3)."""
+    """Mean colors, (videos, chunks, 3)."""
     table = pd.read_csv(out / "table.csv.gz")
     rows = table[table["method"] == method].sort_values(["seed", "chunk"])
     return rows[MEAN_COLOR].to_numpy().reshape(rows["seed"].nunique(), -1, 3)
 
 
 def describe(colors: np.ndarray) -> dict[str, float | str]:
-    """The table's row of some videos' colours, (videos, chunks, 3)."""
+    """A row of the table, from the colors of videos, (videos, chunks, 3)."""
     middle = colors.shape[1] // 2
     moved = np.linalg.norm(colors - colors[:, :1], axis=-1)
     first, second = colors[:, middle] - colors[:, 0], colors[:, -1] - colors[:, middle]
@@ -49,7 +50,7 @@ def describe(colors: np.ndarray) -> dict[str, float | str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders that evaluation.run wrote")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders written by research.evaluation.run")
     parser.add_argument("--method", default="plain")
     args = parser.parse_args()
     rows = {out.name: describe(load_colors(out, args.method)) for out in args.runs}

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What a tiny-world video looks like over time, measured from its frames and its prompt alone."""
+"""How a tiny-world video looks over time, measured from its frames and its prompt."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,14 @@ from .identity import Appearance
 
 @dataclass
 class Colors:
-    """Object and background of each chunk of a video, as CIELAB medians, with the object's place.
+    """Object and background of each chunk, as CIELAB medians, and the place of the object.
 
     Args:
-        object (`np.ndarray`): (chunks, 3) CIELAB; NaN where no pixel looks like the object.
+        object (`np.ndarray`): (chunks, 3) CIELAB; NaN if no pixel looks like the object.
         background (`np.ndarray`): (chunks, 3) CIELAB.
         area (`np.ndarray`): (frames,) share of the pixels that look like the object.
-        center (`np.ndarray`): (frames, 2) mean place (y, x) of those pixels; NaN where there are none.
-        mask (`np.ndarray`): (frames, H, W), which pixels those are.
+        center (`np.ndarray`): (frames, 2) mean place (y, x) of those pixels; NaN if none exist.
+        mask (`np.ndarray`): (frames, H, W), marks those pixels.
     """
 
     object: np.ndarray
@@ -34,15 +34,15 @@ class Colors:
 
 
 def difference(lab: np.ndarray, color: np.ndarray) -> np.ndarray:
-    """CIEDE2000 of CIELAB (..., 3) to one colour (3,)."""
+    """CIEDE2000 distance of CIELAB colors (..., 3) to one color (3,)."""
     return deltaE_ciede2000(lab, np.broadcast_to(color, lab.shape))
 
 
 def track_colors(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> Colors:
     """Follow object and background through a video, (frames, H, W, 3) in [0, 1].
 
-    A pixel belongs to the colour that it is nearer to (CIEDE2000), the object's or the background's. Both start as
-    the prompt names them and are set to the medians of their pixels after each chunk, so that slow change is followed.
+    A pixel belongs to the nearer color (CIEDE2000), the object's or the background's. Both colors start as the prompt
+    names them. After each chunk they become the medians of their pixels, so they follow slow change.
     """
     scene = parse(prompt)
     names = np.array([COLORS[scene.color], COLORS[scene.background]])
@@ -64,36 +64,36 @@ def track_colors(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> 
 
 
 def name_shape(mask: np.ndarray) -> str | None:
-    """Which shape of the world a mask, (H, W), looks like: by its hole, or by its share of its bounding box; None where
-    nothing is."""
+    """The shape of the world that a mask, (H, W), looks like, by its hole or its share of the bounding box; None if the
+    mask is empty."""
     parts = regionprops(label(mask))
     if not parts:
         return None
     largest = max(parts, key=lambda part: part.area)
     if largest.area_filled > 1.05 * largest.area:
         return "ring"
-    # A square fills its box, a circle pi / 4 of it, a triangle half; what the model draws has rounded corners.
+    # A square fills its box, a circle pi / 4 of it, a triangle half; the model rounds corners.
     return "square" if largest.extent > 0.84 else "circle" if largest.extent > 0.66 else "triangle"
 
 
 def scattered(mask: np.ndarray) -> float:
-    """Share of a mask's pixels, (H, W), that are not connected with its largest part: an object in pieces."""
+    """Share of a mask's pixels, (H, W), outside its largest connected part: large if the object is in pieces."""
     sizes = [part.area for part in regionprops(label(mask))]
     return float(1 - max(sizes) / sum(sizes)) if sizes else float("nan")
 
 
 def color_drift(colors: np.ndarray) -> np.ndarray:
-    """CIEDE2000 of each chunk's colour to the first chunk's, (chunks, 3) -> (chunks,)."""
+    """CIEDE2000 distance of each chunk's color to the first chunk's, (chunks, 3) -> (chunks,)."""
     return difference(colors, colors[0])
 
 
 def as_rgb(colors: np.ndarray) -> np.ndarray:
-    """CIELAB (chunks, 3) as sRGB in [0, 1]; grey where there is none."""
+    """CIELAB (chunks, 3) as sRGB in [0, 1]; gray for NaN."""
     return np.where(np.isnan(colors), 0.5, lab2rgb(np.nan_to_num(colors)[None])[0])
 
 
 def present_mean(values: np.ndarray) -> float:
-    """Mean without the NaNs; NaN where there is nothing else."""
+    """Mean without the NaNs; NaN if all values are NaN."""
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
@@ -103,7 +103,7 @@ def motion(colors: Colors) -> float:
 
 
 def summarize_drift(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) -> dict[str, float]:
-    """Drift of a video: the mean over its last half of each colour's distance to the first chunk's, and motion."""
+    """Drift of a video: distance of each color to the first chunk, mean over the last half, and motion."""
     colors = track_colors(frames, prompt, num_frames_per_chunk)
     half = len(colors.background) // 2
     return {
@@ -122,7 +122,7 @@ def flow_amplitude(frames: np.ndarray) -> float:
 
 
 def frame_look(frames: np.ndarray) -> dict[str, float]:
-    """M of a chunk, (frames, H, W, 3) in [0, 1]: what needs neither prompt nor pretrained model."""
+    """M of a chunk, (frames, H, W, 3) in [0, 1]: measures that need neither prompt nor pretrained model."""
     lab, grey = rgb2lab(frames), rgb2gray(frames)
     means, spreads = lab.mean(axis=(0, 1, 2)), lab.std(axis=(0, 1, 2))
     return {

@@ -30,7 +30,7 @@ def enlarge(frames: np.ndarray, factor: int = 4) -> np.ndarray:
 
 
 def side_by_side(videos: dict[str, np.ndarray]) -> np.ndarray:
-    """uint8 (frames, H, W, 3) by name -> one video, a titled column each."""
+    """uint8 (frames, H, W, 3) by name -> one video with a titled column for each."""
     columns = []
     for name, frames in videos.items():
         header = Image.new("RGB", (frames.shape[2], 24), "white")
@@ -44,13 +44,13 @@ def side_by_side(videos: dict[str, np.ndarray]) -> np.ndarray:
 def film_strip(
     videos: dict[str, np.ndarray], decisions: dict[str, list[dict]], grid: tuple[int, int], columns: int = 14
 ) -> Figure:
-    """A row for each video, a column for each of some chunks (evenly spaced, and the triggered ones).
+    """A row for each video, a column for each shown chunk: evenly spaced ones and the triggered ones.
 
     Args:
-        videos (`dict[str, np.ndarray]`): (frames, H, W, 3) in [0, 1] by name, all as long.
+        videos (`dict[str, np.ndarray]`): (frames, H, W, 3) in [0, 1] by name, of equal length.
         decisions (`dict[str, list[dict]]`): their decisions, one for each chunk.
         grid (`tuple[int, int]`): tokens of a latent frame (height, width), to outline the evicted ones.
-        columns (`int`): how many chunks at most.
+        columns (`int`): largest number of chunks.
     """
     num_chunks = len(next(iter(decisions.values())))
     per_chunk = len(next(iter(videos.values()))) // num_chunks
@@ -86,7 +86,7 @@ def drift_plot(
     swatches: dict[str, dict[str, np.ndarray]],
     drifts: dict[str, dict[str, np.ndarray]],
 ) -> Figure:
-    """Severity, threshold and triggers of each chunk; colours of object and background over time, seen and measured.
+    """Plot severity, threshold and triggers of each chunk, and the colors of object and background over time.
 
     Args:
         decisions (`dict[str, list[dict]]`): by method, one for each chunk.
@@ -106,7 +106,7 @@ def drift_plot(
         strip, axis = axes.pop(0), axes.pop(0)
         colors = np.stack([method_colors[part] for method_colors in swatches.values()])  # (methods, chunks, 3)
         strip.imshow(colors.clip(0, 1), aspect="auto", extent=(-0.5, colors.shape[1] - 0.5, len(colors), 0))
-        strip.set(yticks=np.arange(len(colors)) + 0.5, yticklabels=list(swatches), title=f"colour of the {part}")
+        strip.set(yticks=np.arange(len(colors)) + 0.5, yticklabels=list(swatches), title=f"color of the {part}")
         for name, method_drifts in drifts.items():
             axis.plot(method_drifts[part], label=name)
         axis.set_ylabel("CIEDE2000\nto chunk 0")

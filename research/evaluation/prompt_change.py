@@ -1,13 +1,13 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Does a new prompt show? Measured on the frames of the shipped world, for each transition.
+"""Does a new prompt show? Measured on the frames of the tiny world, for each transition.
 
 python -m research.evaluation.prompt_change --seeds 4
 
-Half of the videos are asked for another background, half for another colour of the object. Without guidance the model
-is told the new prompt alone; with it, `negative_prompt` is the old one. For every way to change the prompt it prints
-the CIEDE2000 distance of the part that is to change from the colour that is asked for (before the change, one and three
-chunks into it, and at the end), how many videos end nearest to that colour of the eight that the world knows, after how
-many chunks, how far the other part has moved at the end, and how far the new colour moved in the last `--hold` chunks.
+Half of the prompts ask for another background, half for another color of the object. With guidance, `negative_prompt` is
+the old prompt. For each way to change the prompt, it prints: the CIEDE2000 distance of the changing part to the requested
+color (before the change, one and three chunks into it, and at the end), how many videos end nearest to that color of the
+world's eight, after how many chunks, how far the other part has moved at the end, and how far the new color moved in the
+last `--hold` chunks.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LABS = {name: rgb2lab(np.array(color)[None, None])[0, 0] for name, color in COLO
 
 
 def other_prompt(prompt: str, seed: int) -> tuple[str, str, str]:
-    """Another prompt that changes one part, the part, and the colour that is asked of it."""
+    """A prompt that changes one part, the name of that part, and its requested color."""
     scene = parse(prompt)
     free = [name for name in COLORS if name not in (scene.color, scene.background)]
     color = free[seed * 5 % len(free)]
@@ -45,14 +45,14 @@ def other_prompt(prompt: str, seed: int) -> tuple[str, str, str]:
 
 
 def nearest(lab: np.ndarray) -> str | None:
-    """The colour of the world that a colour is nearest to."""
+    """The nearest color of the world."""
     return None if np.isnan(lab).any() else min(LABS, key=lambda name: difference(lab, LABS[name]))
 
 
 def measure(
     frames: np.ndarray, prompt: str, changed: str, part: str, color: str, at: int, size: int, hold: int
 ) -> dict:
-    """Of one video, (frames, H, W, 3): chunks of `size` frames, of which `at` is the first under the other prompt."""
+    """Measure one video, (frames, H, W, 3), with chunks of `size` frames; chunk `at` is the first under the new prompt."""
     before, after = track_colors(frames[: at * size], prompt, size), track_colors(frames[at * size :], changed, size)
     other = "object" if part == "background" else "background"
     distances = difference(getattr(after, part), LABS[color])
@@ -85,7 +85,7 @@ def row(results: Sequence[dict]) -> list[str]:
 
 
 def strip(videos: dict[str, np.ndarray], at: int, size: int) -> Image.Image:
-    """A row for each video, (frames, H, W, 3): the middle frame of every chunk, a line where the prompt changes."""
+    """A row for each video, (frames, H, W, 3): the middle frame of every chunk, and a line at the change."""
     rows = []
     for name, frames in videos.items():
         middles = enlarge(frames[size // 2 :: size], 1)
@@ -103,8 +103,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8, help="videos of each way")
     parser.add_argument("--first-seed", type=int, default=5000)
     parser.add_argument("--chunks", type=int, default=14)
-    parser.add_argument("--at", type=int, default=4, help="the chunk from which the other prompt serves")
-    parser.add_argument("--hold", type=int, default=3, help="last chunks over which a new colour must stay")
+    parser.add_argument("--at", type=int, default=4, help="first chunk under the new prompt")
+    parser.add_argument("--hold", type=int, default=3, help="last chunks over which a new color must stay")
     parser.add_argument("--blend-chunks", type=int, default=0)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 6.0])
     parser.add_argument("--transitions", nargs="+", default=TRANSITIONS, choices=TRANSITIONS)

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""From the tidy table of an experiment to its Markdown report and plots."""
+"""Turn the table of an experiment into its Markdown report and plots."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ BASE_CHUNKS = slice(1, 4)  # the chunk that the others are compared with comes b
 CONTRASTS = ("L_mean", "a_mean", "b_mean", "L_spread", "saturation", "contrast", "sharpness", "flicker")
 MEAN_COLOR = ["L_mean", "a_mean", "b_mean"]  # CIELAB
 RECOVERY = 8  # chunks after a defect
-RIVALS = ("sink", "corrected afterwards")  # what the others are compared with too, where an experiment has them
+RIVALS = ("sink", "corrected afterwards")  # further references, if an experiment has them
 CASES = "The five videos whose {} falls most and the five where it falls least, each below its reference:"
 OVERVIEW, VIDEOS = "All methods, seed", "Up to ten videos, from seed"
 RIVALRY = ("excess_drift", "shape_right")
-RELEASING, HELD = "tokentrim_plus", "held for good"  # the same rollout until a video is released
+RELEASING, HELD = "tokentrim_plus", "held for good"  # equals `tokentrim_plus` until a video is released
 SUMMARY = {
     "background CIEDE2000": ("background_error", "{:.2f}"),
     "object CIEDE2000": ("object_error", "{:.2f}"),
@@ -31,7 +31,7 @@ SUMMARY = {
 
 
 def bootstrap(values: np.ndarray, num_samples: int = 10_000) -> tuple[float, float]:
-    """95% interval of the mean, by resampling videos; without one where all are the same."""
+    """95% bootstrap interval of the mean; the value itself if all are equal."""
     if np.ptp(values) == 0:
         return values[0], values[0]
     generator = np.random.default_rng(0)
@@ -71,13 +71,13 @@ def video_table(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
 
 
 def color_drift(video: pd.DataFrame) -> float:
-    """CIE76 from the first chunk's mean colour to that of the last half's."""
+    """CIE76 distance between the mean colors of the first chunk and of the last half."""
     colors = video[MEAN_COLOR].to_numpy()
     return float(np.linalg.norm(colors[len(colors) // 2 :].mean(axis=0) - colors[0]))
 
 
 def object_row(video: pd.DataFrame) -> dict[str, float]:
-    """What the tiny world's checker saw in one video."""
+    """Measures of the tiny world's checker for one video."""
     half, error = len(video) // 2, video["identity_error"].to_numpy()
     return {
         "excess_drift": error[half:].mean() - error[BASE_CHUNKS].mean(),
@@ -94,14 +94,14 @@ def object_row(video: pd.DataFrame) -> dict[str, float]:
 
 
 def paired(videos: pd.DataFrame, measure: str, method: str, reference: str) -> np.ndarray:
-    """Differences video by video; those without a value on either side are left out."""
+    """Differences video by video, without videos that lack a value."""
     by_method = {name: videos[videos["method"] == name].set_index("seed")[measure] for name in (method, reference)}
     return (by_method[method] - by_method[reference]).dropna().to_numpy()
 
 
 def summary(table: pd.DataFrame, videos: pd.DataFrame, methods: list[str], reference: str) -> str:
-    """A Markdown table of what the tiny world's checker saw and what it cost, a row for each method. Peak motion is that of
-    the chunk in which all videos together move most."""
+    """A Markdown table of the tiny world's measures and costs, a row for each method. Peak motion is the motion in the
+    chunk in which all videos together move most."""
     names = ["excess drift", f"against {reference} [95%]", *SUMMARY, "peak motion, chunk", "frames a query", "calls"]
     lines = [f"| | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
     means = videos.groupby("method").mean(numeric_only=True)
@@ -145,8 +145,8 @@ def comparison(videos: pd.DataFrame, measure: str, methods: list[str], reference
 
 
 def releases(videos: pd.DataFrame, measure: str, reference: str) -> str:
-    """A Markdown table of one measure, over the videos that `RELEASING` has released and over those that it held: there it
-    is the same video as `HELD`."""
+    """A Markdown table of one measure, separately for videos that `RELEASING` released and for those that it held, which
+    equal the videos of `HELD`."""
     by_method = {name: videos[videos["method"] == name].set_index("seed") for name in (reference, RELEASING, HELD)}
     released = by_method[RELEASING]["color_drift"] != by_method[HELD]["color_drift"]
     lines = [f"| {measure.replace('_', ' ')} | videos | {' | '.join(by_method)} |", "| --- " * 5 + "|"]
@@ -157,14 +157,14 @@ def releases(videos: pd.DataFrame, measure: str, reference: str) -> str:
 
 
 def area_under_curve(signal: np.ndarray, bad: np.ndarray) -> float:
-    """Probability that a bad chunk has the larger signal than a good one, ties counted half."""
+    """Probability that a bad chunk has a larger signal than a good one; ties count half."""
     ranks = stats.rankdata(signal)
     return (ranks[bad].sum() - bad.sum() * (bad.sum() + 1) / 2) / (bad.sum() * (~bad).sum())
 
 
 def detectors(table: pd.DataFrame, method: str, experiment: Experiment) -> str:
-    """How well each signal tells bad chunks, on the rollouts of one method: those whose identity error is above twice
-    what it was in chunks 1 to 3 of their video, or the painted ones among the chunks up to then."""
+    """How well each signal detects bad chunks in the rollouts of one method. Bad chunks have an identity error above
+    twice that of chunks 1 to 3 of their video, or are the painted ones among the chunks up to then."""
     chunks = table[(table["method"] == method) & (table["chunk"] > 0)]
     if experiment.defects:
         chunks = chunks[chunks["chunk"] <= experiment.defect_chunk]
@@ -188,7 +188,7 @@ def detectors(table: pd.DataFrame, method: str, experiment: Experiment) -> str:
 
 
 def write_report(table: pd.DataFrame, experiment: Experiment, out: Path) -> str:
-    """`report.md`, `videos.csv`, `curves.png` and film strips in `out`; returns the report."""
+    """Write `report.md`, `videos.csv`, `curves.png` and film strips to `out`. Returns the report."""
     methods, reference = list(experiment.methods), next(iter(experiment.methods))
     videos = video_table(table, experiment)
     videos.to_csv(out / "videos.csv", index=False, float_format="%.5g")
@@ -248,7 +248,7 @@ def alarms(table: pd.DataFrame, experiment: Experiment) -> str:
 
 
 def areas_by_defect(table: pd.DataFrame, experiment: Experiment) -> str:
-    """Area under the identity error over the chunks after each kind of defect."""
+    """Area under the identity error in the chunks after each kind of defect."""
     lines = [f"| area, {RECOVERY} chunks | " + " | ".join(experiment.defects) + " |"]
     lines.append("| --- " * (len(experiment.defects) + 1) + "|")
     since = table["chunk"] - experiment.defect_chunk
@@ -260,7 +260,7 @@ def areas_by_defect(table: pd.DataFrame, experiment: Experiment) -> str:
 
 
 def cost(table: pd.DataFrame, videos: pd.DataFrame, methods: list[str], reference: str) -> str:
-    """Triggers, and what a rollout costs against the reference's."""
+    """Triggers, and the cost of a rollout relative to the reference."""
     lines = [
         "| cost | chunks trimmed | videos trimmed | chunks quarantined | transformer calls | frames a query | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -14,7 +14,7 @@ from .experiment import Experiment, part
 
 
 def curves(table: pd.DataFrame, measures: dict[str, str]) -> Figure:
-    """Mean over videos of some measures, chunk by chunk, a line for each method."""
+    """Plot measures by chunk, mean over videos, a line for each method."""
     figure = Figure(figsize=(11, 2.6 * len(measures)), layout="constrained")
     axes = np.atleast_1d(figure.subplots(len(measures), 1, sharex=True))
     for axis, (measure, title) in zip(axes, measures.items()):
@@ -56,7 +56,7 @@ def strips(rows: list[tuple[str, np.ndarray]], columns: int = 12) -> Figure:
 
 
 def overview(experiment: Experiment, out: Path) -> Figure:
-    """The first video of each method; of a single method, its first ten."""
+    """The first video of each method; the first ten of a single method."""
     methods = list(experiment.methods)
     several, count = len(methods) > 1, min(10, experiment.num_seeds)
     seeds = range(experiment.first_seed, experiment.first_seed + (1 if several else count))
@@ -79,5 +79,5 @@ def cases(videos: pd.DataFrame, experiment: Experiment, out: Path, method: str, 
 
 
 def drift_measure(videos: pd.DataFrame) -> str:
-    """What tells drift best in a world: identity where it is known, else colour."""
+    """The best measure of drift in a world: identity if it is known, otherwise color."""
     return "excess_drift" if "excess_drift" in videos else "color_drift"

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The ways to roll out that the demo compares, and one paired run of them."""
+"""The methods that the demo compares, and one paired run of them."""
 
 import json
 import time
@@ -18,20 +18,20 @@ from tokentrim.tokentrim_kv.cache import RollingKVCache
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "checkpoints" / "tiny-world"
-PROMPTS = {  # an example for each checkpoint that is shipped
+PROMPTS = {  # an example for each shipped checkpoint
     "tiny-world": "a red circle moving right over a blue background",
     "tiny-world-self-forced": "a red circle moving right over a blue background",
     "travelling-world": "a fast journey right over hills by noon",
 }
 CONFIGS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "configs").glob("*.json")}
 WORLD = CONFIGS["tiny_world"]
-# Without FlowMo, trimming is paired with the plain rollout: equal up to the first trigger.
+# Without FlowMo, a trimmed rollout equals the plain one up to the first trigger.
 METHODS = ("plain", "tokentrim", "tokentrim_plus")
 
 
 @dataclass
 class Run:
-    """Videos of one method, (B, frames, H, W, 3) in [0, 1], with their decisions and what they cost."""
+    """Videos of one method, (B, frames, H, W, 3) in [0, 1], with decisions and cost."""
 
     frames: np.ndarray
     decisions: list[list[dict]]
@@ -46,7 +46,7 @@ def load_pipeline(checkpoint: Path = CHECKPOINT) -> TokenTrimPipeline:
 
 @contextmanager
 def counted_calls(pipe: TokenTrimPipeline) -> Iterator[list]:
-    """A list that grows by one for each call of the transformer inside."""
+    """A list that grows by one for each transformer call inside the block."""
     calls = []
     hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(None))
     try:
@@ -57,7 +57,7 @@ def counted_calls(pipe: TokenTrimPipeline) -> Iterator[list]:
 
 @contextmanager
 def counted_keys() -> Iterator[list[int]]:
-    """A list that grows by the keys that a query reads, for each pass through each layer inside."""
+    """A list that grows by the number of keys per query, for each pass through each layer inside the block."""
     counts, update = [], RollingKVCache.update
 
     def counted(*args):
@@ -70,7 +70,7 @@ def counted_keys() -> Iterator[list[int]]:
 
 
 def draw_noise(pipe: TokenTrimPipeline, seeds: list[int], num_frames: int) -> torch.Tensor:
-    """Initial noise of whole videos, (B, C, T, H, W), drawn at once: the published results are of this noise."""
+    """Initial noise of whole videos, (B, C, T, H, W), drawn at once, as for the published results."""
     size = [pipe.config.height // pipe.vae_scale_factor_spatial, pipe.config.width // pipe.vae_scale_factor_spatial]
     shape = (pipe.transformer.config.in_channels, (num_frames - 1) // pipe.vae_scale_factor_temporal + 1, *size)
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

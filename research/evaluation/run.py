@@ -1,7 +1,7 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Run an experiment, in parallel processes, and report it: `python -m research.evaluation.run --config research/evaluation/configs/x.yaml`.
 
-What is there is not computed again: start it a second time after an interrupt, or after adding methods or seeds.
+Finished results are kept: start it again after an interrupt, or after adding methods or seeds.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from .rollouts import ROOT
 
 
 def check_folder(out: Path, experiment: Experiment) -> None:
-    """Refuse results of another experiment; note this one's settings beside the results."""
+    """Refuse results of another experiment, and write the settings beside the results."""
     path, ours = out / "experiment.json", experiment.fingerprint()
     theirs = json.loads(path.read_text()) if path.exists() else {"arguments": {}}
     different = [name for name in ours if name != "arguments" and theirs.get(name, ours[name]) != ours[name]]
@@ -38,12 +38,12 @@ def check_folder(out: Path, experiment: Experiment) -> None:
 
 
 def run_workers(config: Path, out: Path, experiment: Experiment, num_processes: int) -> None:
-    """All jobs whose results are missing, over processes of `accelerate launch`."""
+    """Run all jobs without results, in processes of `accelerate launch`."""
     jobs = [part(out, *job) for job in experiment.jobs()]
     missing = [path for path in jobs if not path.exists()]
     if not missing:
         return
-    # `accelerate launch` starts a single process where there is no GPU; torchrun, which it wraps, starts them all.
+    # Without a GPU, `accelerate launch` starts a single process; torchrun, which it wraps, starts all.
     launcher = ["accelerate.commands.launch", "--multi_gpu", f"--num_processes={num_processes}"]
     if torch.cuda.device_count() < 2:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
@@ -71,14 +71,14 @@ def run_workers(config: Path, out: Path, experiment: Experiment, num_processes: 
     if left := sum(not path.exists() for path in jobs):
         raise RuntimeError(
             f"{left} of {len(jobs)} batches have no result, the workers ended with {workers.returncode}: "
-            f"see {out / 'workers.log'}. What is finished is kept; start again to go on."
+            f"see {out / 'workers.log'}. Finished results are kept; start again to continue."
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="an experiment, research/evaluation/configs/*.yaml")
-    parser.add_argument("--out", type=Path, help="by default research/runs/<name of the experiment>")
+    parser.add_argument("--out", type=Path, help="default: research/runs/<name of the experiment>")
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or os.cpu_count())
     args = parser.parse_args()
     experiment = Experiment.load(args.config)

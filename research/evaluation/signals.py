@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Drift signals: what a gate could look at, for each chunk of latents, to be compared with the true error."""
+"""Drift signals: values of each chunk of latents that a gate could use, for comparison with the true error."""
 
 from collections.abc import Callable
 
@@ -14,20 +14,20 @@ def _summaries(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) ->
 
 
 def _over_pairs(measure: Callable, latents: list[torch.Tensor], references: list[torch.Tensor]) -> torch.Tensor:
-    """A measure of two chunks of one video, for each video and pair, (B, chunks)."""
+    """Apply a measure of two chunks to each video and pair, (B, chunks)."""
     pairs = [list(zip(chunk, reference)) for chunk, reference in zip(latents, references)]
     return torch.tensor([[measure(*pair) for pair in chunk_pairs] for chunk_pairs in pairs]).T
 
 
 def paper_severity(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
-    """D_t of the paper with p = 0.1: mean drift of the tenth that moved most, against the chunk before (eq. 6)."""
+    """D_t of the paper with p = 0.1: mean drift of the tenth of tokens that moved most since the chunk before (eq. 6)."""
     summaries = _summaries(latents, patch_size)
     drifts = [token_drift(now, before) for now, before in zip(summaries, [summaries[0], *summaries])]
     return torch.stack([severity(drift, unstable_tokens(drift, 0.1)) for drift in drifts], dim=1)
 
 
 def reference_severity(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
-    """The same against the first chunk."""
+    """The same, since the first chunk."""
     first, *_ = summaries = _summaries(latents, patch_size)
     drifts = [token_drift(now, first) for now in summaries]
     return torch.stack([severity(drift, unstable_tokens(drift, 0.1)) for drift in drifts], dim=1)
@@ -47,8 +47,8 @@ def previous_median(latents: list[torch.Tensor], patch_size: tuple[int, int, int
 
 
 def nearest_reference(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
-    """Mean distance of the tenth of tokens that are farthest from their nearest token of the first chunk, wherever
-    that is, the chunk's offset in mean taken away."""
+    """Mean distance of the tenth of tokens that are farthest from their nearest token of the first chunk, at any place,
+    after the chunk's mean offset is removed."""
     first = summarize(latents[0], patch_size)
     values = []
     for chunk in latents:
@@ -60,18 +60,18 @@ def nearest_reference(latents: list[torch.Tensor], patch_size: tuple[int, int, i
 
 
 def previous_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
-    """Quarantine's signal: how far the distributions of values are from the chunk before."""
+    """Quarantine's signal: distance of the value distributions to the chunk before."""
     first, *_ = values = [quantiles(chunk) for chunk in latents]
     return _over_pairs(jump, values, [first, *values])
 
 
 def reference_offset(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
-    """Re-anchoring's signal: distance of the channels' means to the first chunk's, in its standard deviations."""
+    """Re-anchoring's signal: distance of the channel means to the first chunk's, in its standard deviations."""
     return _over_pairs(lambda *pair: magnitude(mean_offsets(*pair)), latents, [latents[0]] * len(latents))
 
 
 def reference_jump(latents: list[torch.Tensor], patch_size: tuple[int, int, int]) -> torch.Tensor:
-    """How far the distributions of values are from the first chunk."""
+    """Distance of the value distributions to the first chunk."""
     first, *_ = values = [quantiles(chunk) for chunk in latents]
     return _over_pairs(jump, values, [first] * len(values))
 

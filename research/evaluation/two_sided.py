@@ -1,8 +1,8 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Infidelity and life of an experiment's videos: `python -m research.evaluation.two_sided --config research/evaluation/configs/x.yaml`.
 
-Reads what `research.evaluation.run` wrote, renders true videos of the same prompts (twice: the second set is the floor, what true
-videos get), and writes two_sided.md, two_sided.json and two_sided.png beside it.
+Reads the folder of `research.evaluation.run`, renders true videos of the same prompts (twice: the second set gives the
+floor), and writes two_sided.md, two_sided.json and two_sided.png to it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from .worlds import STILL_ROWS, render_chunks
 
 
 FLOOR = "true videos"
-HIDDEN_SEEDS = (1_000_000, 2_000_000)  # added to a video's seed: what the prompt does not tell of the true ones
+HIDDEN_SEEDS = (1_000_000, 2_000_000)  # added to a video's seed, for the hidden rest of true videos
 FRAMES_PER_CHUNK = 3  # of every world
 MEASURES = {
     "growth": "growth of infidelity",
@@ -51,8 +51,8 @@ def render_true(experiment: Experiment, hidden_seed: int) -> np.ndarray:
 
 
 def measure(videos: dict[str, np.ndarray], true: np.ndarray) -> dict:
-    """For each kind of look and each method: infidelity over time, its growth and life with intervals, and the growth as a
-    share of the first method's. Frames are (videos, chunks, H, W, 3), those of true videos too."""
+    """For each kind of look and each method: infidelity over time, its growth, life with intervals, and growth as a share
+    of the first method's. Frames, also of true videos, are (videos, chunks, H, W, 3)."""
     results = {}
     for kind, look in LOOKS.items():
         of_true = look(true)
@@ -72,7 +72,7 @@ def measure(videos: dict[str, np.ndarray], true: np.ndarray) -> dict:
 
 
 def motions(experiment: Experiment, out: Path, true: np.ndarray) -> dict[str, float]:
-    """Optical flow from frame to frame over the last half, over the true videos'."""
+    """Optical flow from frame to frame over the last half, relative to true videos."""
     half = experiment.num_chunks // 2
     of_true = np.mean([flow_amplitude(pair / 255) for video in true for pair in video[half:]])
     table = pd.concat([pd.read_csv(part(out, *job)) for job in experiment.jobs()])
@@ -81,7 +81,7 @@ def motions(experiment: Experiment, out: Path, true: np.ndarray) -> dict[str, fl
 
 
 def skies(experiment: Experiment, videos: dict[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
-    """How far the sky has moved over the last half (CIEDE2000), with its interval, in a world that has one."""
+    """CIEDE2000 distance of the sky over the last half, with its interval, in a world with a sky."""
     rows, sky = STILL_ROWS.get(experiment.world), {}
     for method, frames in videos.items() if rows else ():
         errors = still_error(frames, rows)
@@ -97,7 +97,7 @@ def report(experiment: Experiment, results: dict, motion: dict[str, float], sky:
         f"# {experiment.name}: fidelity and life",
         f"{experiment.num_seeds} videos of {experiment.num_chunks} chunks, checkpoint `{experiment.checkpoint}`. Growth of "
         "infidelity: of the last half over the first eighth. Motion: over the last half, 1 is the world's."
-        + (" Sky: CIEDE2000 of its colour to the first chunk's, over the last half." if sky else ""),
+        + (" Sky: CIEDE2000 distance of its color to the first chunk, over the last half." if sky else ""),
         "",
         "| method | motion | "
         + ("sky | " if sky else "")
@@ -113,7 +113,7 @@ def report(experiment: Experiment, results: dict, motion: dict[str, float], sky:
 
 
 def plot(results: dict) -> Figure:
-    """Infidelity and life over time, a column for each kind of look."""
+    """Plot infidelity and life over time, a column for each kind of look."""
     figure = Figure(figsize=(5 * len(results), 5), layout="constrained")
     axes = figure.subplots(2, len(results), sharex=True, squeeze=False)
     for (top, bottom), (kind, methods) in zip(axes.T, results.items()):
@@ -133,8 +133,8 @@ def plot(results: dict) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="an experiment, research/evaluation/configs/*.yaml")
-    parser.add_argument("--out", type=Path, help="where evaluation.run wrote, research/runs/<name> by default")
-    parser.add_argument("--methods", nargs="+", help="some of the experiment's; shares are of the first")
+    parser.add_argument("--out", type=Path, help="folder of research.evaluation.run; default: research/runs/<name>")
+    parser.add_argument("--methods", nargs="+", help="methods of the experiment; shares refer to the first")
     args = parser.parse_args()
     experiment = Experiment.load(args.config)
     if unknown := set(args.methods or ()) - set(experiment.methods):
@@ -142,7 +142,7 @@ def main() -> None:
     chosen = {name: experiment.methods[name] for name in args.methods or experiment.methods}
     experiment = replace(experiment, methods=chosen)
     if experiment.world is None:
-        parser.error("there are no true videos of a `prompts_file`: `tokentrim drift` measures without them")
+        parser.error("a `prompts_file` has no true videos; `tokentrim drift` measures without them")
     out = (args.out or ROOT / "research" / "runs" / experiment.name).resolve()
     true, again = (render_true(experiment, hidden_seed) for hidden_seed in HIDDEN_SEEDS)
     videos = load_videos(experiment, out) | {FLOOR: again[:, :, 0]}

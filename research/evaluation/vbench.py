@@ -1,12 +1,12 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""VBench (https://github.com/Vchitect/VBench): videos of its prompts, its scores of them, and its totals.
+"""VBench (https://github.com/Vchitect/VBench): generate videos of its prompts, score them, and compute its totals.
 
     python -m research.evaluation.vbench generate --methods research/evaluation/configs/change.yaml --out runs/vbench
     python -m research.evaluation.vbench score runs/vbench/*/
     python -m research.evaluation.vbench table runs/vbench/*/
 
-Scores are the package `vbench`'s own, which lives in an environment of its own: see research/README.md. What is there already
-is neither generated nor scored again. `accelerate launch -m research.evaluation.vbench generate` takes several processes.
+Scores come from the package `vbench` in another environment: see research/README.md. Finished videos and scores are kept.
+`accelerate launch -m research.evaluation.vbench generate` uses several processes.
 """
 
 import argparse
@@ -28,15 +28,15 @@ from .vbench_scores import DIMENSIONS, QUALITY, table
 
 MODES = ("vbench_standard", "custom_input", "long_vbench_standard", "long_custom_input")  # as VBench calls them
 CUSTOM = tuple(QUALITY)  # do not ask for VBench's prompts; all but temporal_flickering are documented as such
-# What the other python is asked. `vbench evaluate` does the same as SCORE, on GPUs alone.
+# Programs for the other python. `vbench evaluate` does the same as SCORE, but only on GPUs.
 LOCATE = "from importlib.util import find_spec; print(find_spec('vbench').submodule_search_locations[0])"
 FILTER = "from vbench.cli.vbench import main; main()"
 SCORE = (
     "import sys, torch, vbench; device, info, out, videos, dimension, mode = sys.argv[1:]; "
     "vbench.VBench(torch.device(device), info, out).evaluate(videos, dimension, dimension_list=[dimension], mode=mode)"
 )
-# VBench-Long takes the ending of its videos from what os.listdir names first, and finds none if that is the folder of
-# its clips: here videos come first.
+# VBench-Long takes the ending of its videos from the first entry of os.listdir, which may be the folder of its clips:
+# sort videos first.
 LONG = (
     "import os, runpy, sys; listdir = os.listdir; sys.argv = sys.argv[1:]; "
     "os.listdir = lambda path='.': sorted(listdir(path), key=lambda name: not str(name).endswith('.mp4')); "
@@ -45,7 +45,7 @@ LONG = (
 
 
 def read_prompts(python: Path) -> list[dict]:
-    """VBench's prompts and the dimensions of each, from the package that `python` has."""
+    """Read VBench's prompts and their dimensions from the package of `python`."""
     located = None
     if python.is_file():
         located = subprocess.run([python, "-I", "-c", LOCATE], capture_output=True, text=True)
@@ -67,7 +67,8 @@ def write_whole(path: Path, content: dict) -> None:
 
 
 def read_methods(files: list[Path]) -> dict[str, dict]:
-    """Arguments of the call by method: a JSON file is one, called as the file; a YAML experiment has several."""
+    """Read the arguments of the call by method: a JSON file is one method with the file's name; a YAML experiment has
+    several."""
     methods = {}
     for file in files:
         if file.suffix == ".json":
@@ -82,12 +83,12 @@ def read_methods(files: list[Path]) -> dict[str, dict]:
                 raise ValueError(f"--methods: {file}: the pipeline's call takes no {', '.join(sorted(unknown))}.")
             if method in methods or "/" in method:
                 raise ValueError(f"--methods: {method!r} of {file} must be a folder's name, and no other method's.")
-            methods[method] = {"method": DEFAULT_METHOD, **arguments}  # whatever the checkpoint names
+            methods[method] = {"method": DEFAULT_METHOD, **arguments}  # overrides the checkpoint's method
     return methods
 
 
 def list_jobs(options: argparse.Namespace, prompts: list[dict], methods: dict[str, dict]) -> list[Job]:
-    """Video by video, with one seed for all methods, whatever part of the videos is asked for."""
+    """Generate video by video. A video has the same seed in all methods, whatever part of the videos is selected."""
     texts = [prompt["prompt_en"] for prompt in prompts]
     if options.rewritten is not None:
         texts = options.rewritten.read_text().splitlines()
@@ -131,7 +132,7 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def commands(work: Path, dimension: str, filtered: bool, options: argparse.Namespace) -> list[list]:
-    """Command lines that leave VBench's scores of `work/videos` in `work/results`."""
+    """Command lines that write VBench's scores of `work/videos` to `work/results`."""
     python, videos = options.python.absolute(), work / "videos"
     if options.mode.startswith("long"):  # as VBench's evaluate_long.sh does it
         script = options.repository.resolve() / "vbench2_beta_long" / "eval_long.py"
@@ -147,11 +148,11 @@ def commands(work: Path, dimension: str, filtered: bool, options: argparse.Names
 
 
 def score_dimension(folder: Path, dimension: str, prompts: list[dict], options: argparse.Namespace) -> None:
-    """The score, the videos that it is of and VBench's result for each, as `vbench/<dimension>.json` in the folder."""
+    """Write the score, its videos and VBench's result for each to `vbench/<dimension>.json` in the folder."""
     custom, long = "custom" in options.mode, options.mode.startswith("long")
     filtered = dimension == "temporal_flickering" and options.static_filter and not custom
     prompts = [] if custom else [prompt for prompt in prompts if dimension in prompt["dimension"]]
-    indices = range(25 if filtered and not long else 5)  # VBench keeps the first 5 that hold still
+    indices = range(25 if filtered and not long else 5)  # VBench keeps the first 5 still ones
     names = dict.fromkeys(f"{prompt['prompt_en']}-{index}.mp4" for prompt in prompts for index in indices)
     names = sorted(path.name for path in folder.glob("*.mp4")) if custom else list(names)
     there = [name for name in names if (folder / name).is_file()]
@@ -167,11 +168,11 @@ def score_dimension(folder: Path, dimension: str, prompts: list[dict], options: 
         return
     path.parent.mkdir(exist_ok=True)
     log = path.with_suffix(".log")
-    # VBench wants a folder of videos and nothing else, and VBench-Long leaves its clips there.
+    # VBench needs a folder with videos only, and VBench-Long leaves its clips in it.
     with tempfile.TemporaryDirectory(prefix=".", dir=path.parent.resolve()) as work, log.open("w") as output:
         work = Path(work)
         (work / "videos").mkdir()
-        for number, name in enumerate(there):  # VBench-Long takes names apart at underscores
+        for number, name in enumerate(there):  # VBench-Long splits names at underscores
             (work / "videos" / (f"{number:05}.mp4" if custom else name)).symlink_to((folder / name).resolve())
         (work / "info.json").write_text(json.dumps(prompts))
         environment = {**os.environ, "PYTHONPATH": str(options.repository.resolve())} if long else None
@@ -184,8 +185,8 @@ def score_dimension(folder: Path, dimension: str, prompts: list[dict], options: 
         last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "")
         raise RuntimeError(
             f"{dimension}: no score of {folder}. vbench ended with {ended.returncode}, and {log} with {last!r}. The "
-            f"weights of this dimension: {DIMENSIONS[dimension].needs}. vbench downloads what is not there, to "
-            "~/.cache/vbench ($VBENCH_CACHE_DIR) if no other place is named; without a network, put it there."
+            f"weights of this dimension: {DIMENSIONS[dimension].needs}. vbench downloads missing files to "
+            "~/.cache/vbench ($VBENCH_CACHE_DIR) by default; without a network, put them there."
         )
     value, results = found[0][:2]
     write_whole(path, {"dimension": dimension, "score": value, **request, "names": there, "results": results})
@@ -197,7 +198,7 @@ def score(options: argparse.Namespace) -> int:
         for dimension in options.dimensions:
             try:
                 score_dimension(folder, dimension, prompts, options)
-            except (OSError, RuntimeError) as error:  # the other dimensions are worth their scores
+            except (OSError, RuntimeError) as error:  # score the other dimensions
                 failures += 1
                 print(error, file=sys.stderr)
     return failures
@@ -208,17 +209,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     tasks = parser.add_subparsers(dest="task", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
-        "--python", type=Path, default=ROOT / ".venv-vbench/bin/python", help="of VBench's environment"
+        "--python", type=Path, default=ROOT / ".venv-vbench/bin/python", help="python of VBench's environment"
     )
     shared.add_argument("--dimensions", nargs="+", choices=DIMENSIONS, help="all by default", metavar="DIMENSION")
 
     task = tasks.add_parser("generate", parents=[shared], help="videos of VBench's prompts")
     task.add_argument("--methods", nargs="+", type=Path, required=True, metavar="FILE", help=read_methods.__doc__)
-    task.add_argument("--out", type=Path, required=True, help="a folder, with one for each method in it")
+    task.add_argument("--out", type=Path, required=True, help="output folder, with a folder for each method")
     task.add_argument("--checkpoint", default=str(CHECKPOINT), help="folder or Hub id")
     task.add_argument("--prompts", type=int, help="only the first ones of each dimension")
     task.add_argument("--videos", type=int, help="of each prompt (default: 5, and 25 for temporal_flickering)")
-    task.add_argument("--rewritten", type=Path, help="a line to generate from for each prompt; names stay VBench's")
+    task.add_argument(
+        "--rewritten", type=Path, help="a file with a longer text for each prompt, one per line; names stay VBench's"
+    )
     task.add_argument("--num-frames", type=int, help="of each video (default: the method's, or 81)")
     task.add_argument("--seed", type=int, default=0)
     task.add_argument("--fps", type=float, default=16)
@@ -228,7 +231,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     task.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     task.add_argument("--mode", default=MODES[0], choices=MODES, help="custom: any videos; long: from 5 seconds on")
     task.add_argument("--repository", type=Path, help="clone of VBench, for the long modes")
-    task.add_argument("--partial", action="store_true", help="score what is there of the videos; it enters no total")
+    task.add_argument("--partial", action="store_true", help="score a part of the videos; it enters no total")
     task.add_argument("--no-static-filter", dest="static_filter", action="store_false", help="for temporal_flickering")
     task.add_argument("--device", default="cuda")
 

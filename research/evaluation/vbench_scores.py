@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What VBench's scores add up to: its 16 dimensions, its published aggregation, and a table of both."""
+"""VBench's 16 dimensions, its published aggregation, and a table of both."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 
 class Dimension(NamedTuple):
-    low: float  # the score that counts as 0 in the totals
-    high: float  # and as 1
+    low: float  # this score counts as 0 in the totals
+    high: float  # this score counts as 1
     weight: float
-    needs: str  # what vbench 0.1.5 downloads for it
+    needs: str  # downloads of vbench 0.1.5
 
 
 CLIP = "CLIP ViT-B/32 (~/.cache/clip/ViT-B-32.pt)"
@@ -18,8 +18,8 @@ AESTHETIC = "CLIP ViT-L/14 (~/.cache/clip/ViT-L-14.pt), aesthetic_model/emb_read
 RAFT = "raft_model/models/raft-things.pth"
 GRIT = "grit_model/grit_b_densecap_objectdet.pth, bert-base-uncased from the Hub, and the package detectron2"
 VICLIP = "ViCLIP/ViClip-InternVid-10M-FLT.pth"
-# The numbers are scripts/constant.py's in https://github.com/Vchitect/VBench; what it needs, vbench/utils.py and the
-# modules of the dimensions say.
+# Ranges are from scripts/constant.py of https://github.com/Vchitect/VBench, downloads from vbench/utils.py and the modules
+# of the dimensions.
 QUALITY = {
     "subject_consistency": Dimension(0.1462, 1, 1, "DINO ViT-B/16 (torch.hub, facebookresearch/dino)"),
     "background_consistency": Dimension(0.2615, 1, 1, CLIP),
@@ -45,13 +45,13 @@ QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4, 1
 
 
 def weighted_mean(scores: dict[str, float], dimensions: dict[str, Dimension]) -> float:
-    """Mean of the scores, each moved from [low, high] to [0, 1]."""
+    """Mean of the scores, each scaled from [low, high] to [0, 1]."""
     shares = [each.weight * (scores[name] - each.low) / (each.high - each.low) for name, each in dimensions.items()]
     return sum(shares) / sum(each.weight for each in dimensions.values())
 
 
 def totals(scores: dict[str, float]) -> dict[str, float]:
-    """VBench's quality, semantic and total score, each only where all of its dimensions are there."""
+    """VBench's quality, semantic and total score; each needs all of its dimensions."""
     parts = {"quality": QUALITY, "semantic": SEMANTIC}
     found = {name: weighted_mean(scores, part) for name, part in parts.items() if part.keys() <= scores.keys()}
     if len(found) == 2:
@@ -61,7 +61,7 @@ def totals(scores: dict[str, float]) -> dict[str, float]:
 
 
 def read_scores(path: Path) -> list[dict]:
-    """A record for each dimension: of a folder that was scored here, or of a JSON file.
+    """A record for each dimension, from a scored folder or a JSON file.
 
     The file is `{dimension: score}`, or VBench's own `{dimension: [score, ...]}`.
     """
@@ -72,7 +72,7 @@ def read_scores(path: Path) -> list[dict]:
 
 
 def table(paths: list[Path]) -> str:
-    """Markdown, in per cent, a column for each folder or file; below it, what a reader must know of the scores."""
+    """A Markdown table in percent, a column for each folder or file, with notes on the scores below."""
     columns, notes = {}, {}
     for path in paths:
         column, records = path.name if path.is_dir() else path.stem, read_scores(path)
@@ -86,16 +86,16 @@ def table(paths: list[Path]) -> str:
         columns[column] = {**scores, **totals(whole)}
 
         said = [
-            f"{each['dimension']} is of {each['videos']} of {each['of']} videos, and in no total"
+            f"{each['dimension']} covers {each['videos']} of {each['of']} videos and enters no total"
             for each in records
             if each["dimension"] in partial
         ]
         if not all(each.get("static_filter", True) for each in records if each["dimension"] == "temporal_flickering"):
-            said.append("temporal_flickering is without the static filter")
+            said.append("temporal_flickering has no static filter")
         if modes not in ([], ["vbench_standard"]):
             said.append(f"scored as {' and '.join(modes)}{', hence no totals' * (len(modes) > 1)}")
         if missing := [name for name in DIMENSIONS if name not in scores]:
-            said.append(f"no total, since {len(missing)} of {len(DIMENSIONS)} dimensions have no score")
+            said.append(f"no total: {len(missing)} of {len(DIMENSIONS)} dimensions have no score")
         for note in said:
             notes.setdefault(note, []).append(column)
     lines = [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]

@@ -35,7 +35,7 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
     if control in OTHER_POLICIES:
         arguments = OTHER_POLICIES[control](arguments)
     if experiment.defects:
-        arguments["method"] = [painted, SeverityMonitor(), arguments["method"]]  # severities are of painted chunks
+        arguments["method"] = [painted, SeverityMonitor(), arguments["method"]]  # severities come from painted chunks
 
     start = time.perf_counter()
     with counted_calls(pipe) as calls, counted_keys() as keys:
@@ -83,7 +83,7 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
 
 
 def measure(experiment: Experiment, frames: np.ndarray, prompt: str, per_chunk: int) -> list[dict[str, float]]:
-    """Of each chunk of a video, (frames, H, W, 3): what can be told of the tiny world, or of any."""
+    """Measure each chunk of a video, (frames, H, W, 3): with the tiny world's measures, or with those for any video."""
     if experiment.world is world:
         return measure_chunks(frames, prompt, per_chunk)
     return [frame_look(chunk) for chunk in np.split(frames, len(frames) // per_chunk)]

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The worlds that checkpoints were trained on: prompts in any number, and what a true video of a prompt looks like."""
+"""The worlds of the checkpoints: any number of prompts, and true videos of a prompt."""
 
 from types import ModuleType
 
@@ -16,9 +16,7 @@ WORLDS = {  # by folder of checkpoints/
 }
 
 
-STILL_ROWS = {
-    travelling: slice(1, 12)
-}  # where a true video never changes, but for a sun or moon in a part of them: the sky
+STILL_ROWS = {travelling: slice(1, 12)}  # the sky: it never changes in a true video, except for a sun or moon in some
 
 
 def render_chunks(of: ModuleType, prompt: str, seed: int, num_chunks: int, num_frames_per_chunk: int) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""The autoencoder: 64x64 pixels to 16x16x4 latents, every frame by itself.
+"""The autoencoder: 64x64 pixels to 16x16x4 latents, each frame separately.
 
-It is an `AutoencoderKLWan` whose causal kernels end up zero wherever they look back in time: trained on single frames,
-three times as fast, and right for clips of any length.
+It is an `AutoencoderKLWan` whose causal kernels are zero wherever they look back in time. It trains on single frames, three
+times as fast, and works for clips of any length.
 """
 
 from functools import partial
@@ -20,13 +20,13 @@ from .loop import fit, make_optimizers, mixed_precision, write_atomically
 
 
 KL_WEIGHT = 2e-4  # per latent element
-BATCH_SIZE = 16  # frames, each of another video
+BATCH_SIZE = 16  # frames, each from another video
 
 
 def make_autoencoder() -> AutoencoderKLWan:
     """A small Wan 2.2 autoencoder: 2x2 pixels become channels, one more level halves the grid.
 
-    Every residual branch starts at zero, so that the pixel (un)shuffling shortcuts alone carry the first steps.
+    Every residual branch starts at zero, so the first steps use only the pixel (un)shuffling shortcuts.
     """
     vae = AutoencoderKLWan(
         base_dim=32,
@@ -53,7 +53,7 @@ def make_autoencoder() -> AutoencoderKLWan:
 
 
 class FrameConv3d(WanCausalConv3d):
-    """A causal convolution of clips of one frame as the 2D convolution that it is: two thirds of it read padding."""
+    """A causal convolution on clips of one frame, as a 2D convolution: the other two thirds read padding."""
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         frame = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], self._padding[2::-2])
@@ -61,7 +61,7 @@ class FrameConv3d(WanCausalConv3d):
 
 
 def as_frames(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """Turns `vae` into one for clips of one frame, faster; no kernel looks back in time any more."""
+    """Turn `vae` into a faster one for clips of one frame, in which no kernel looks back in time."""
     for module in vae.modules():
         if isinstance(module, WanCausalConv3d):
             module.__class__ = FrameConv3d
@@ -73,14 +73,14 @@ def as_frames(vae: AutoencoderKLWan) -> AutoencoderKLWan:
 def encode(vae: nn.Module, frames: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log variance of the latents, each (N, 4, 1, H / 4, W / 4), of frames (N, 3, 1, H, W) in [-1, 1].
 
-    Without temporal resampling one pass over a clip of any length equals `vae.encode`, which goes by groups of frames.
+    Without temporal resampling, one pass over a clip of any length equals `vae.encode`, which encodes groups of frames.
     """
     mean, log_variance = vae.quant_conv(vae.encoder(patchify(frames, 2))).float().chunk(2, dim=1)
     return mean, log_variance.clamp(-20, 10)
 
 
 def decode(vae: nn.Module, latents: Tensor) -> Tensor:
-    """The frames, (N, 3, 1, H, W), not clamped to [-1, 1], of latents as `encode` gives them."""
+    """Frames, (N, 3, 1, H, W), not clamped to [-1, 1], from latents of `encode`."""
     return unpatchify(vae.decoder(vae.post_quant_conv(latents)), 2).float()
 
 
@@ -104,7 +104,7 @@ def autoencoder_loss(world: ModuleType, vae: nn.Module, generator: torch.Generat
 
 @torch.no_grad()
 def measure_psnr(world: ModuleType, vae: nn.Module, num_frames: int = 128, seed: int = 10_000) -> float:
-    """Peak signal to noise ratio in dB, averaged over frames that training never draws."""
+    """Peak signal-to-noise ratio in dB, averaged over held-out frames."""
     frames = sample_batch(world, torch.Generator().manual_seed(seed), num_frames)
     error = (decode(vae, encode(vae, frames)[0]).clamp(-1, 1) - frames) / 2
     return -10 * error.square().mean(dim=(1, 2, 3, 4)).log10().mean().item()
@@ -133,9 +133,9 @@ def save_reconstructions(world: ModuleType, vae: nn.Module, path: Path, num_rows
 def train_autoencoder(
     world: ModuleType, folder: Path, minutes: float, seed: int, start: AutoencoderKLWan | None = None
 ) -> AutoencoderKLWan:
-    """Trains for `minutes` (less what earlier runs already trained) and returns the moving average of the weights.
+    """Train for `minutes` in total, earlier runs included. Returns the moving average of the weights.
 
-    With `start`, the weights of that autoencoder are trained further.
+    `start` is an autoencoder whose weights are trained further.
     """
     torch.manual_seed(seed)
     vae = as_frames(make_autoencoder())

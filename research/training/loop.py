@@ -18,26 +18,26 @@ from torch import Tensor, nn
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` on a temporary name beside `path`, then renames it: a reader never sees half a file."""
+    """Call `write` with a temporary name beside `path`, then rename it, so that a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     write(temporary)
     os.replace(temporary, path)
 
 
-HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # without it, its products are twelve times slower than fp32's
+HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # without it, bfloat16 products are twelve times slower than fp32
 
 
 def mixed_precision() -> torch.autocast:
-    """Matrix products in bfloat16 where the processor has them."""
+    """Matrix products in bfloat16 if the processor has them."""
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=HAS_BFLOAT16)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by five Newton-Schulz steps; matrices of one shape go through them as one batch.
+    """Momentum, orthogonalized by five Newton-Schulz steps; matrices of one shape form one batch.
 
     Weights of more than two dimensions count as matrices (out, rest). The update has AdamW's usual root mean square
-    (0.2, after Liu et al., arXiv 2502.16982), so that both optimisers share one learning rate.
+    (0.2, after Liu et al., arXiv 2502.16982), so that both optimizers share one learning rate.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Tensor, num_steps: int = 5) -> Tensor:
-    """Moves the singular values of a batch of matrices, (N, rows, columns), towards 1."""
+    """Move the singular values of a batch of matrices, (N, rows, columns), towards 1."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).to(torch.bfloat16 if HAS_BFLOAT16 else torch.float32)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -95,12 +95,12 @@ def fit(
     warmup_steps: int = 100,
     save_minutes: float = 3.0,
 ) -> nn.Module:
-    """Trains `model` until `minutes` of training have passed in all its runs; returns its moving average.
+    """Train `model` for `minutes` in total, earlier runs included; returns its moving average.
 
-    Time is this thread's on its processor, so that a busy machine does not shorten the training.
-    `loss(model, generator)` draws a batch and gives a scalar. `on_save(ema, step, minutes)` is called every
-    `save_minutes`, beside the state to resume from. The learning rate warms up, stays, and falls to 0 over the last
-    60% of the time.
+    Time is processor time of this thread, so a busy machine does not shorten the training.
+    `loss(model, generator)` draws a batch and returns a scalar. `on_save(ema, step, minutes)` is called every
+    `save_minutes`, when the state is saved. The learning rate warms up, stays constant, and falls to 0 over the
+    last 60% of the time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
@@ -172,7 +172,7 @@ def fit(
 
 
 def plot_loss(log_path: Path) -> None:
-    """Draws `loss.png` beside `loss.csv` (columns: step, seconds, loss, learning rate)."""
+    """Draw `loss.png` beside `loss.csv` (columns: step, seconds, loss, learning rate)."""
     if not log_path.exists():
         return
     rows = [[float(cell) for cell in row] for row in csv.reader(log_path.open())]

@@ -1,12 +1,12 @@
 """Self Forcing (arXiv 2506.08009): a student of few steps, distilled on its own rollouts.
 
-The student generates a short video chunk by chunk, each on the context of its own chunks before (algorithm 1). Its
-distribution is matched to the teacher's (DMD, arXiv 2311.18828): a critic learns the flow of the student's videos, and
-the student follows the difference between the critic's and the teacher's x0 predictions. No video of the world is used.
+The student generates a short video chunk by chunk, each on the context of its own earlier chunks (algorithm 1). Its
+distribution is matched to the teacher's (DMD, arXiv 2311.18828): a critic learns the flow of the student's videos, and the
+student follows the difference between the x0 predictions of critic and teacher. Training uses no video of the world.
 
-The teacher is the chunk-causal model that the student starts from, where the paper has a bidirectional one: teacher and
-critic judge each noised chunk behind the student's clean chunks before it, and the divergences of the chunks add up to
-that of the video, by the chain rule.
+The paper's teacher is bidirectional. Here it is the chunk-causal model from which the student starts: teacher and critic
+judge each noised chunk behind the student's earlier clean chunks, and by the chain rule the divergences of the chunks add
+up to that of the video.
 """
 
 from collections.abc import Callable
@@ -38,14 +38,14 @@ from .transformer import (
 
 NUM_STEPS = 4
 SIGMAS = shift_sigmas(torch.linspace(1, 0, NUM_STEPS + 1)[:-1], SHIFT)  # 1, 0.9, 0.75, 0.5
-GUIDANCE_SCALE = 3.0  # of the teacher, classifier-free
-NUM_VIDEOS = 2  # of a batch
-STUDENT_SHARE = 0.5  # of the steps that train the student; all of them train the critic
+GUIDANCE_SCALE = 3.0  # classifier-free guidance of the teacher
+NUM_VIDEOS = 2  # videos of a batch
+STUDENT_SHARE = 0.5  # share of the steps that train the student; all steps train the critic
 STUDENT_LR, CRITIC_LR = 3e-4, 6e-4
 
 
 class RolloutProcessor:
-    """Self-attention of a chunk to [context, chunk]; a context pass adds its keys and values, without gradient."""
+    """Self-attention of a chunk to [context, chunk]; a context pass appends its keys and values without gradient."""
 
     def __init__(self, transformer: WanTransformer3DModel):
         self.cos, self.sin = position_table(transformer)
@@ -66,7 +66,7 @@ class RolloutProcessor:
 
 
 class StudentAndCritic(nn.Module):
-    """Both start as the teacher; the text encoder, which they share with it, stays as it is."""
+    """Student and critic, which start as the teacher and share its frozen text encoder."""
 
     def __init__(self, teacher: WorldModel, tokenizer: PreTrainedTokenizerFast):
         super().__init__()
@@ -82,9 +82,9 @@ def add_noise(clean: Tensor, sigma: Tensor, generator: torch.Generator) -> Tenso
 
 
 def roll_out(student: WorldModel, words: tuple[Tensor, Tensor], num_steps: int, generator: torch.Generator) -> Tensor:
-    """Algorithm 1: a video of the student, (B, chunks, 4, T, H, W), each chunk after `num_steps` of its steps.
+    """Algorithm 1: a video of the student, (B, chunks, 4, T, H, W), each chunk after `num_steps` steps.
 
-    Gradients flow through the last of these steps only, and not into the context.
+    Gradients flow only through the last of these steps, and not into the context.
     """
     transformer, processor = student.transformer, RolloutProcessor(student.transformer)
     for block in transformer.blocks:
@@ -138,7 +138,7 @@ class SelfForcing:
         return (flow - (noise - video)).square().mean()
 
     def student_loss(self, critic: WorldModel, video: Tensor, words, generator: torch.Generator) -> Tensor:
-        """Its gradient with respect to `video` is DMD's (eq. 7 and 8)."""
+        """A loss whose gradient with respect to `video` is DMD's (eq. 7 and 8)."""
         with torch.no_grad():
             clean = video.detach()
             sigma = sample_sigmas((len(video), 1), SHIFT, generator).clamp(0.02, 0.98).expand(video.shape[:2])
@@ -159,7 +159,7 @@ class SelfForcing:
 def train_student(
     loss: SelfForcing, folder: Path, minutes: float, seed: int, on_save: Callable[[WorldModel, int, float], None]
 ) -> WorldModel:
-    """Trains for `minutes` (less what earlier runs already trained) and returns the student's moving average."""
+    """Train for `minutes` in total, earlier runs included. Returns the student's moving average."""
     models = StudentAndCritic(loss.teacher, loss.tokenizer)
     optimizers = [
         *make_optimizers(models.student, is_matrix, STUDENT_LR),

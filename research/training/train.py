@@ -1,11 +1,11 @@
-"""Trains a world from nothing: autoencoder, latents, transformer, checkpoint; or distils one on its own rollouts.
+"""Train a world from nothing: autoencoder, latents, transformer, checkpoint. Or distill one on its own rollouts.
 
     python -m research.training.train --world tiny
     python -m research.training.train --world travelling
     python -m research.training.train --world tiny --recipe self-forcing
 
-Stop it at any time and run it again: every stage continues where it stood. With an empty `--work` and a checkpoint in
-`--out`, that checkpoint is trained further; `--out` an empty folder trains from nothing, or from `--start`.
+You can stop it at any time and run it again: every stage resumes. If `--work` is empty and `--out` holds a checkpoint, that
+checkpoint is trained further. If `--out` is empty too, training starts from nothing, or from `--start`.
 """
 
 import argparse
@@ -60,7 +60,7 @@ WORLDS = {"tiny": world, "travelling": travelling}
 NUM_INFERENCE_STEPS = 8
 CLIPS_PER_SHARD = 50
 STATISTICS_FRAMES = 31  # of each clip
-EARLY_MINUTES = 25.0  # of training, after which a weaker model is kept
+EARLY_MINUTES = 25.0  # minutes of training after which a weaker model is kept
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def encode_shard(world: ModuleType, vae: torch.nn.Module, seed: int) -> dict:
 
 
 def encode_videos(world: ModuleType, vae: torch.nn.Module, folder: Path, num_clips: int, seed: int) -> None:
-    """Writes the latents of `num_clips` videos as shards; those that exist already are kept."""
+    """Write the latents of `num_clips` videos as shards; existing shards are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     start, num_shards, num_encoded = time.perf_counter(), -(-num_clips // CLIPS_PER_SHARD), 0
     for index in range(num_shards):
@@ -95,7 +95,7 @@ def encode_videos(world: ModuleType, vae: torch.nn.Module, folder: Path, num_cli
 def finished_autoencoder(
     world: ModuleType, work: Path, start: Path | None, minutes: float, num_clips: int, seed: int
 ) -> AutoencoderKLWan:
-    """The trained autoencoder with the statistics of its latents, from disk where it is there already."""
+    """The trained autoencoder with the statistics of its latents, loaded from disk if it exists."""
     folder, latents = work / "vae", work / "latents"
     if not folder.exists():
         first = AutoencoderKLWan.from_pretrained(start / "vae") if start else None
@@ -122,7 +122,7 @@ def make_pipeline(
     num_inference_steps: int = NUM_INFERENCE_STEPS,
     num_frames_per_chunk: int = FRAMES_PER_CHUNK,
 ) -> TokenTrimPipeline:
-    """The pipeline around a trained model; the transformer is a copy with the stock attention processors."""
+    """The pipeline of a trained model, with a copy of the transformer that has the stock attention processors."""
     transformer = make_transformer()
     transformer.load_state_dict(model.transformer.state_dict())
     return TokenTrimPipeline(
@@ -144,7 +144,7 @@ def make_pipeline(
 
 
 def export(pipe: TokenTrimPipeline, out: Path) -> None:
-    """Writes the checkpoint folder; every file is renamed into its place, so that readers see whole files only."""
+    """Write the checkpoint folder. Each file is renamed at the end, so that readers see whole files only."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         pipe.save_pretrained(temporary)
@@ -166,7 +166,7 @@ def generate(pipe: TokenTrimPipeline, prompts: list[str], num_frames: int, **arg
 def save_samples(
     world: ModuleType, pipe: TokenTrimPipeline, path: Path, num_videos: int = 8, num_frames: int = 30, seed: int = 7
 ) -> None:
-    """A film strip of `num_videos` plain rollouts of prompts that are always the same, with the prompts beside it."""
+    """A film strip of `num_videos` plain rollouts of fixed prompts, with the prompts beside it."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [world.Scene.sample(generator).prompt for _ in range(num_videos)]
     save_strip(list(generate(pipe, prompts, num_frames).transpose(1, 2)), path, stride=max(num_frames // 10, 1))
@@ -174,7 +174,7 @@ def save_samples(
 
 
 def load_world_model(world: ModuleType, checkpoint: Path) -> WorldModel:
-    """The weights of an exported checkpoint; its text encoder stays behind if it reads another grammar."""
+    """Load the weights of an exported checkpoint, without its text encoder if that reads another grammar."""
     model = WorldModel(make_tokenizer(world))
     transformer = WanTransformer3DModel.from_pretrained(checkpoint / "transformer")
     text_encoder = UMT5EncoderModel.from_pretrained(checkpoint / "text_encoder")
@@ -185,9 +185,9 @@ def load_world_model(world: ModuleType, checkpoint: Path) -> WorldModel:
 
 
 def teacher_forcing(arguments: argparse.Namespace) -> None:
-    """Autoencoder, latents, single frames, videos: `--out` is exported at every save of the last stage."""
+    """Run all stages: autoencoder, latents, single frames, videos. Every save of the last stage exports `--out`."""
     world, work, out, seed = WORLDS[arguments.world], arguments.work, arguments.out, arguments.seed
-    if (out / "vae").exists() and not (work / "vae").exists():  # no states, but a checkpoint: train that further
+    if (out / "vae").exists() and not (work / "vae").exists():  # no states, but a checkpoint: train it further
         write_atomically(work / "vae", lambda temporary: shutil.copytree(out / "vae", temporary))
     vae = finished_autoencoder(world, work, arguments.start, arguments.minutes_vae, arguments.clips, seed)
     clips = LatentClips(work / "latents", vae.config.latents_mean, vae.config.latents_std)
@@ -218,7 +218,7 @@ def teacher_forcing(arguments: argparse.Namespace) -> None:
 
 
 def self_forcing(arguments: argparse.Namespace) -> None:
-    """Distils the checkpoint `--start` into one of `NUM_STEPS` steps: `--out` is exported at every save."""
+    """Distill the checkpoint `--start` into one of `NUM_STEPS` steps. Every save exports `--out`."""
     world, work, out, start = WORLDS[arguments.world], arguments.work, arguments.out, arguments.start
     vae = AutoencoderKLWan.from_pretrained(start / "vae").eval()
     scheduler = FlowMatchLCMScheduler(shift=SHIFT)
@@ -246,12 +246,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=WORLDS, default="tiny")
     parser.add_argument("--recipe", choices=RECIPES, default="teacher-forcing")
-    parser.add_argument("--out", type=Path, help="the checkpoint's folder, by default in checkpoints/")
-    parser.add_argument("--work", type=Path, help="states, latents, logs, samples, by default in runs/")
+    parser.add_argument("--out", type=Path, help="folder of the checkpoint; default: in checkpoints/")
+    parser.add_argument("--work", type=Path, help="states, latents, logs, samples; default: in runs/")
     parser.add_argument("--start", type=Path, help="a checkpoint to start from; the teacher of self-forcing")
-    parser.add_argument("--minutes-vae", type=float, default=10.0, help="training time of the autoencoder")
-    parser.add_argument("--minutes-images", type=float, default=25.0, help="of the transformer, on single frames")
-    parser.add_argument("--minutes-transformer", type=float, default=50.0, help="of the transformer, on videos")
+    parser.add_argument("--minutes-vae", type=float, default=10.0, help="minutes for the autoencoder")
+    parser.add_argument(
+        "--minutes-images", type=float, default=25.0, help="minutes for the transformer on single frames"
+    )
+    parser.add_argument(
+        "--minutes-transformer", type=float, default=50.0, help="minutes for the transformer on videos"
+    )
     parser.add_argument("--minutes-student", type=float, default=60.0, help="of self-forcing")
     parser.add_argument("--clips", type=int, default=5000, help="videos to encode for the transformer")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")

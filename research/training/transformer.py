@@ -1,8 +1,8 @@
 """The world model: a chunk-causal video transformer, its text encoder, and teacher forcing.
 
-Every clip goes through the transformer once as clean chunks at t = 0 (the context, as a rollout's context pass writes
-it) and once as noised chunks. Noised chunk i attends to clean chunks 0 .. i - 1 and to itself: exactly what a rollout
-attends to. The stock transformer does this with another attention processor and other positions, nothing else.
+Every clip passes through the transformer once as clean chunks at t = 0 (the context, as a rollout's context pass writes it)
+and once as noised chunks. Noised chunk i attends to clean chunks 0 .. i - 1 and to itself, exactly as in a rollout. The
+stock transformer needs only another attention processor and other positions for this.
 """
 
 import math
@@ -24,20 +24,20 @@ NUM_FRAMES = NUM_CHUNKS * FRAMES_PER_CHUNK
 LATENT_SIZE = 16  # height and width
 MAX_SEQUENCE_LENGTH = 16
 TEXT_DIM = 64
-SHIFT = 3.0  # of the noise levels, in training and in the exported scheduler
-NUM_IMAGES = 24  # of a batch of the first stage
-NUM_CLIPS = 2  # of a batch of the second stage
-NUM_FIRST_CHUNKS = 12  # of other videos, besides: there the prompt is all that there is to read
-FIRST_CHUNK_SHARE = 0.5  # of the loss
-FIRST_CHUNK_SHIFT = 6.0  # of their noise levels: the prompt decides where there is much noise
-PROMPT_DROPOUT = 0.1  # for classifier-free guidance
+SHIFT = 3.0  # shift of the noise levels, in training and in the exported scheduler
+NUM_IMAGES = 24  # batch of the first stage
+NUM_CLIPS = 2  # batch of the second stage
+NUM_FIRST_CHUNKS = 12  # additional first chunks of other videos, which can read only the prompt
+FIRST_CHUNK_SHARE = 0.5  # share of the loss
+FIRST_CHUNK_SHIFT = 6.0  # shift of their noise levels: the prompt decides at high noise
+PROMPT_DROPOUT = 0.1  # share of dropped prompts, for classifier-free guidance
 
 
 def make_tokenizer(world: ModuleType) -> PreTrainedTokenizerFast:
     """A tokenizer of a world's prompt grammar; every prompt ends with </s>.
 
-    Words, but where a word means something else by its place ("blue background", "turns blue") the two are one token:
-    a text encoder this small, trained this briefly, otherwise reads a prompt as a bag of words and swaps colours.
+    Tokens are words, but a color with its place ("blue background", "turns blue") is one token: a text encoder this
+    small, trained this briefly, otherwise reads a prompt as a bag of words and swaps colors.
     """
     tokens = ["<pad>", "</s>", "<unk>", *sorted(world.WORDS), *sorted(world.PAIRS)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -106,7 +106,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention as plain matrix products: on a processor, the backward pass of PyTorch's fused kernel is slower.
 
-    The softmax is written out, or else the compiler finds the pattern and calls that kernel.
+    The softmax is written out, because the compiler would otherwise replace the pattern with that kernel.
     """
     scores = (query @ key.mT).float() / math.sqrt(query.shape[-1])
     return (scores - scores.logsumexp(dim=-1, keepdim=True)).exp().type_as(value) @ value
@@ -126,7 +126,7 @@ class CrossAttentionProcessor:
 class TeacherForcingProcessor:
     """Self-attention over [clean chunks 0 .. n - 2, noised chunks 0 .. n - 1], chunk-causal.
 
-    Every chunk is a row of the batch, so that it has one timestep; the 2 n - 1 rows of a clip stand one after another.
+    Every chunk is a row of the batch and has one timestep; the 2 n - 1 rows of a clip are consecutive.
     """
 
     def __init__(self, transformer: WanTransformer3DModel):
@@ -142,7 +142,7 @@ class TeacherForcingProcessor:
         query = attn.norm_q(attn.to_q(hidden_states)).reshape(shape)
         key = attn.norm_k(attn.to_k(hidden_states)).reshape(shape)
         value = attn.to_v(hidden_states).reshape(shape).transpose(1, 2)
-        # A noised chunk stands at the same place in time as its clean copy.
+        # A noised chunk has the same position in time as its clean copy.
         cos, sin = (torch.cat([x[:, :num_clean], x[:, : num_chunks * size]], dim=1) for x in (self.cos, self.sin))
         query = rotate(query, cos, sin).type_as(value).transpose(1, 2)  # (B, heads, seq, head_dim)
         key = rotate(key, cos, sin).type_as(value).transpose(1, 2)
@@ -181,7 +181,7 @@ class WorldModel(nn.Module):
     def forward(self, clean: Tensor, noised: Tensor, timestep: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         """The flow of every noised chunk, (B, chunks, 4, T, H, W).
 
-        `clean` and `noised` are normalised latents (B, chunks, 4, T, H, W), `timestep` (B, chunks) in [0, 1000],
+        `clean` and `noised` are normalized latents (B, chunks, 4, T, H, W), `timestep` (B, chunks) in [0, 1000],
         `input_ids` and `mask` (B, words). Chunk i reads the clean chunks before it.
         """
         num_chunks = self.attention.num_chunks = clean.shape[1]
@@ -194,7 +194,7 @@ class WorldModel(nn.Module):
 
 
 class LatentClips:
-    """Videos as normalised latents, cropped at random: half of the clips start where their video starts."""
+    """Videos as normalized latents, cropped at random: half of the clips start at the start of their video."""
 
     def __init__(self, folder: Path, mean: list[float], std: list[float]):
         shards = [torch.load(path, weights_only=True) for path in sorted(folder.glob("shard-*.pt"))]
@@ -206,7 +206,7 @@ class LatentClips:
     def draw(
         self, num_clips: int, num_chunks: int, num_frames: int, first_share: float, generator: torch.Generator
     ) -> tuple[list[str], Tensor]:
-        """Prompts and clips (B, chunks, 4, frames, H, W); `first_share` of them start where their video starts."""
+        """Prompts and clips (B, chunks, 4, frames, H, W); `first_share` of them start at the start of their video."""
         first = torch.rand(num_clips, generator=generator) < first_share
         length, prompts, clips = num_chunks * num_frames, [], []
         for index, at_start in zip(torch.randint(len(self.prompts), (num_clips,), generator=generator), first):
@@ -224,7 +224,7 @@ def sample_sigmas(shape: tuple[int, ...], shift: float, generator: torch.Generat
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
-    """Moves noise levels in [0, 1] towards 1 as a scheduler shifts its schedule."""
+    """Move noise levels in [0, 1] towards 1, as a scheduler shifts its schedule."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
@@ -235,12 +235,12 @@ class FlowMatching:
         self.clips, self.tokenizer = clips, tokenizer
 
     def images(self, model: WorldModel, generator: torch.Generator) -> Tensor:
-        """Single frames: shapes, colours and textures, at a third of the price."""
+        """Single frames: they teach shapes, colors and textures at a third of the cost."""
         prompts, images = self.clips.draw(NUM_IMAGES, 1, 1, 0.5, generator)
         return self.errors(model, prompts, images, SHIFT, generator).mean()
 
     def videos(self, model: WorldModel, generator: torch.Generator) -> Tensor:
-        """First chunks of many videos beside a few long clips, whose first chunks do not count."""
+        """First chunks of many videos, and a few long clips whose first chunks do not count."""
         prompts, clips = self.clips.draw(NUM_CLIPS, NUM_CHUNKS, FRAMES_PER_CHUNK, 0.5, generator)
         later = self.errors(model, prompts, clips, SHIFT, generator)[:, 1:].mean()
         prompts, chunks = self.clips.draw(NUM_FIRST_CHUNKS, 1, FRAMES_PER_CHUNK, 1.0, generator)
@@ -263,12 +263,12 @@ class FlowMatching:
 
 
 def is_matrix(name: str, param: Tensor) -> bool:
-    """Whether Muon trains a parameter: the matrices of the transformer's blocks."""
+    """Whether Muon trains a parameter: true for the matrices of the transformer's blocks."""
     return "transformer.blocks" in name and param.ndim == 2
 
 
 def train_world_model(model: WorldModel, loss, folder: Path, minutes: float, seed: int, on_save) -> WorldModel:
-    """Trains for `minutes` (less what earlier runs already trained) and returns the moving average of the weights."""
+    """Train for `minutes` in total, earlier runs included. Returns the moving average of the weights."""
     optimizers = make_optimizers(model, is_matrix, lr=2e-3)
     model.transformer.compile_repeated_blocks(dynamic=False)
     return fit(model, loss, optimizers, folder, minutes, seed, on_save, ema_decay=0.9985)

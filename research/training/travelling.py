@@ -1,7 +1,7 @@
-"""The travelling world: a camera that travels along a landscape whose regions and objects enter and leave.
+"""The travelling world: a camera travels along a landscape whose regions and objects enter and leave.
 
-A `Scene` holds what the prompt tells: pace, direction, ground and light. A `Landscape` holds what it does not: regions
-with colours of their own and the objects that stand in them, so that new content enters in every frame.
+A `Scene` holds what the prompt says: pace, direction, ground and light. A `Landscape` holds the hidden rest: regions with
+their colors and objects, so that new content enters in every frame.
 """
 
 import math
@@ -22,7 +22,7 @@ LIGHTS = {  # sky at the top and at the horizon, disc of sun or moon as RGB; lig
     "dusk": ((0.42, 0.20, 0.50), (1.00, 0.50, 0.20), (1.00, 0.85, 0.35), 0.75),
     "night": ((0.03, 0.04, 0.14), (0.12, 0.14, 0.34), (0.93, 0.93, 0.85), 0.55),
 }
-REGIONS = {  # what stands in a region; the colour of its ground
+REGIONS = {  # objects of a region; color of its ground
     "meadow": ("tree", (0.42, 0.72, 0.22)),
     "desert": ("cactus", (0.93, 0.78, 0.42)),
     "tundra": ("fir", (0.92, 0.95, 0.98)),
@@ -39,7 +39,7 @@ _GRAMMAR = re.compile(r"a (?P<pace>\w+) journey (?P<direction>\w+) over (?P<grou
 
 @dataclass(frozen=True)
 class Scene:
-    """What the prompt tells: keys of `PACES`, `DIRECTIONS`, `GROUNDS` and `LIGHTS`."""
+    """What the prompt says: keys of `PACES`, `DIRECTIONS`, `GROUNDS` and `LIGHTS`."""
 
     pace: str
     direction: str
@@ -56,7 +56,7 @@ class Scene:
 
 
 def parse(prompt: str) -> Scene:
-    """The inverse of `Scene.prompt`; raises ValueError where `prompt` is not a sentence of the grammar."""
+    """The inverse of `Scene.prompt`; raises ValueError if `prompt` is not a sentence of the grammar."""
     match = _GRAMMAR.fullmatch(" ".join(prompt.lower().split()))
     scene = Scene(**match.groupdict()) if match else None
     if scene is None or not (
@@ -82,7 +82,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Thing:
-    """An object that stands at `place` pixels along the way; `size` is its height in pixels."""
+    """An object at `place` pixels along the way; `size` is its height in pixels."""
 
     kind: str
     place: float
@@ -105,7 +105,7 @@ def _jitter(color: tuple[float, float, float], amount: float, generator: torch.G
 
 @dataclass(frozen=True)
 class Landscape:
-    """What the prompt does not tell. The way is a ring, `length` pixels round: at a fast pace over 600 frames.
+    """The hidden rest. The way is a ring, `length` pixels round: over 600 frames at a fast pace.
 
     `slopes` are (waves per round, phase, share); `disc` is the sun's or moon's (x, y, radius) on the screen.
     """
@@ -156,7 +156,7 @@ class Landscape:
         return self.regions[-1].start + self.regions[-1].width
 
     def offset(self, x: torch.Tensor, place: float) -> torch.Tensor:
-        """How far x lies beyond `place`, the shorter way round the ring."""
+        """Distance of x beyond `place`, the shorter way round the ring."""
         return torch.remainder(x - place + self.length / 2, self.length) - self.length / 2
 
     def skyline(self, x: torch.Tensor, height: float) -> torch.Tensor:
@@ -168,7 +168,7 @@ class Landscape:
         return self.horizon - height * slopes * (1 - level)
 
     def share(self, x: torch.Tensor, region: Region, border: float) -> torch.Tensor:
-        """How much of `region` is at x, in [0, 1]; its borders fade over `border` pixels."""
+        """Share of `region` at x, in [0, 1]; its borders fade over `border` pixels."""
         distance = region.width / 2 - self.offset(x, region.start + region.width / 2).abs()
         return (0.5 + distance / border).clamp(0, 1)
 
@@ -190,7 +190,7 @@ def _triangle(x: torch.Tensor, y: torch.Tensor, half: float, top: float, bottom:
 
 
 def _parts(thing: Thing, x: torch.Tensor, y: torch.Tensor) -> list[tuple[tuple[float, float, float], torch.Tensor]]:
-    """Colour and signed distance of each part of an object, back to front; x, y in pixels from its foot, y down."""
+    """Color and signed distance of each part of an object, back to front; x, y in pixels from its foot, y down."""
     size, color = thing.size, thing.color
     wood = (0.36, 0.22, 0.12)
     if thing.kind == "tree":
@@ -218,7 +218,7 @@ def _rgb(color: tuple[float, float, float]) -> torch.Tensor:
 
 
 def render(scene: Scene, landscape: Landscape, num_frames: int, first_frame: int = 0) -> torch.Tensor:
-    """Draws frames `first_frame` ... of a video, anti-aliased: (T, 3, H, W) in [0, 1], float32."""
+    """Draw frames `first_frame` ... of a video, anti-aliased: (T, 3, H, W) in [0, 1], float32."""
     pixel = torch.arange(SIZE) + 0.5
     grid_y, grid_x = pixel[:, None], pixel[None, :]
     time = torch.arange(first_frame, first_frame + num_frames, dtype=torch.float64)
@@ -251,12 +251,12 @@ def render(scene: Scene, landscape: Landscape, num_frames: int, first_frame: int
     return video.clamp(0, 1)
 
 
-HIDDEN = Landscape  # what a prompt does not tell, by one name in every world
+HIDDEN = Landscape  # the hidden rest, with the same name in every world
 
 
 def sample_clip(
     generator: torch.Generator, num_frames: int = CLIP_FRAMES, first_frame: int = 0
 ) -> tuple[str, torch.Tensor]:
-    """A random prompt and its video, (T, 3, H, W) in [0, 1]; by default as long as training needs it."""
+    """A random prompt and its video, (T, 3, H, W) in [0, 1]; by default of the length for training."""
     scene = Scene.sample(generator)
     return scene.prompt, render(scene, Landscape.sample(scene, generator), num_frames, first_frame)

@@ -1,7 +1,7 @@
-"""The tiny world: a prompt grammar, and a renderer that draws what a prompt says plus what it does not say.
+"""The tiny world: a prompt grammar, and a renderer of prompts and their hidden rest.
 
-A `Scene` holds the attributes that its prompt names; an `Appearance` holds the hidden ones (exact colours, gradient,
-texture, size, speed, place), which a video model can only take from the frames that it has already seen.
+A `Scene` holds the attributes that its prompt names; an `Appearance` holds the hidden ones (exact colors, gradient,
+texture, size, speed, place), which a video model can only learn from earlier frames.
 """
 
 import math
@@ -26,11 +26,11 @@ SHAPES = ("circle", "square", "triangle", "ring")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "diagonally": (1, 1)}
 CHANGES = ("turn", "fade", "pan left", "pan right")
 TEXTURES = ("stripes", "checks", "dots")
-CHANGE_SHARE = 0.3  # of the scenes change on purpose
-STEADY_FRAMES, CHANGING_FRAMES = 31, 55  # of a training clip: a change ends by frame 40
+CHANGE_SHARE = 0.3  # share of scenes that change on purpose
+STEADY_FRAMES, CHANGING_FRAMES = 31, 55  # frames of a training clip: a change ends by frame 40
 SENTENCE = "a an moving over background while the turns light fades camera pans left right".split()
 WORDS = {*SENTENCE, *COLORS, *SHAPES, *DIRECTIONS}
-PAIRS = (  # one token each: words that mean something else by their place
+PAIRS = (  # pairs that form one token: words whose meaning depends on their place
     *(f"{color} background" for color in COLORS),
     *(f"turns {color}" for color in COLORS),
     "pans left",
@@ -54,7 +54,7 @@ def draw_uniform(low: float, high: float, generator: torch.Generator) -> float:
 
 @dataclass(frozen=True)
 class Scene:
-    """What the prompt tells. `change` is None or one of `CHANGES`; `turned` is the new background of a "turn"."""
+    """What the prompt says. `change` is None or one of `CHANGES`; `turned` is the new background of a "turn"."""
 
     color: str
     shape: str
@@ -65,7 +65,7 @@ class Scene:
 
     @classmethod
     def sample(cls, generator: torch.Generator) -> "Scene":
-        """Draws a scene; object and backgrounds have three different colours, and 30% of the scenes change."""
+        """Draw a scene; object and backgrounds have three different colors, and 30% of the scenes change."""
         color = choose(COLORS, generator)
         background = choose([name for name in COLORS if name != color], generator)
         turned = choose([name for name in COLORS if name not in (color, background)], generator)
@@ -88,7 +88,7 @@ class Scene:
 
 
 def parse(prompt: str) -> Scene:
-    """The inverse of `Scene.prompt`; raises ValueError where `prompt` is not a sentence of the grammar."""
+    """The inverse of `Scene.prompt`; raises ValueError if `prompt` is not a sentence of the grammar."""
     match = _GRAMMAR.fullmatch(" ".join(prompt.lower().split()))
     words = match.groupdict() if match else {}
     if not match or not (
@@ -109,7 +109,7 @@ _EXAMPLE = Scene("red", "circle", "right", "blue")
 
 @dataclass(frozen=True)
 class Texture:
-    """A periodic pattern that darkens what it lies on; `period` and `phase` in pixels, `angle` in radians."""
+    """A periodic pattern that darkens the surface below it; `period` and `phase` in pixels, `angle` in radians."""
 
     kind: str
     angle: float
@@ -136,21 +136,21 @@ class Texture:
 
 @dataclass(frozen=True)
 class Appearance:
-    """What the prompt does not tell: colours as RGB in [0, 1], lengths in pixels, angles in radians, time in frames."""
+    """The hidden rest: colors as RGB in [0, 1], lengths in pixels, angles in radians, time in frames."""
 
     object_color: tuple[float, float, float]
     background_color: tuple[float, float, float]
     turned_color: tuple[float, float, float]
     object_texture: Texture
-    background_texture: Texture  # drawn where the camera pans
+    background_texture: Texture  # drawn if the camera pans
     gradient_angle: float
     gradient_strength: float
     radius: float
-    velocity: tuple[float, float]  # of frame 0, pixels per frame
-    position: tuple[float, float]  # of frame 0, the centre
+    velocity: tuple[float, float]  # at frame 0, pixels per frame
+    position: tuple[float, float]  # center at frame 0
     change_start: float
     change_frames: float
-    change_amount: float  # of light left by a fade; pixels panned per frame at most
+    change_amount: float  # share of light left by a fade; largest pan in pixels per frame
 
     @classmethod
     def sample(cls, scene: Scene, generator: torch.Generator) -> "Appearance":
@@ -188,14 +188,14 @@ def _bounce(start: float, velocity: float, radius: float, time: torch.Tensor) ->
 
 
 def centers(appearance: Appearance, num_frames: int, first_frame: int = 0) -> torch.Tensor:
-    """The object's centre in pixels, (T, 2) as (x, y)."""
+    """The object's center in pixels, (T, 2) as (x, y)."""
     time = torch.arange(first_frame, first_frame + num_frames, dtype=torch.float32)
     axes = zip(appearance.position, appearance.velocity)
     return torch.stack([_bounce(start, velocity, appearance.radius, time) for start, velocity in axes], dim=1)
 
 
 def _distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: float) -> torch.Tensor:
-    """Signed distance in pixels (negative inside) to the outline of a shape centred at the origin; y points down."""
+    """Signed distance in pixels (negative inside) to the outline of a shape centered at the origin; y points down."""
     if shape == "circle":
         return torch.hypot(x, y) - radius
     if shape == "ring":
@@ -207,14 +207,14 @@ def _distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: float) -> to
 
 
 def progress(appearance: Appearance, num_frames: int, first_frame: int = 0) -> torch.Tensor:
-    """How far the change has come, (T,) in [0, 1], eased at both ends."""
+    """Progress of the change, (T,) in [0, 1], eased at both ends."""
     time = torch.arange(first_frame, first_frame + num_frames, dtype=torch.float32)
     fraction = ((time - appearance.change_start) / appearance.change_frames).clamp(0, 1)
     return fraction**2 * (3 - 2 * fraction)
 
 
 def render(scene: Scene, appearance: Appearance, num_frames: int, first_frame: int = 0) -> torch.Tensor:
-    """Draws frames `first_frame` ... of a video, anti-aliased: (T, 3, H, W) in [0, 1], float32."""
+    """Draw frames `first_frame` ... of a video, anti-aliased: (T, 3, H, W) in [0, 1], float32."""
     pixel = torch.arange(SIZE) + 0.5
     grid_y, grid_x = pixel[:, None], pixel[None, :]
     done = progress(appearance, num_frames, first_frame)[:, None, None]  # (T, 1, 1)
@@ -242,13 +242,13 @@ def render(scene: Scene, appearance: Appearance, num_frames: int, first_frame: i
     return video
 
 
-HIDDEN = Appearance  # what a prompt does not tell, by one name in every world
+HIDDEN = Appearance  # the hidden rest, with the same name in every world
 
 
 def sample_clip(
     generator: torch.Generator, num_frames: int | None = None, first_frame: int = 0
 ) -> tuple[str, torch.Tensor]:
-    """A random prompt and its video, (T, 3, H, W) in [0, 1]; by default as long as training needs it."""
+    """A random prompt and its video, (T, 3, H, W) in [0, 1]; by default of the length for training."""
     scene = Scene.sample(generator)
     if num_frames is None:
         num_frames = CHANGING_FRAMES if scene.change else STEADY_FRAMES

@@ -1,14 +1,14 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What stands between a user and the denoiser's own arithmetic: rollouts against the same forwards alone.
+"""The overhead of rollouts over their forwards.
 
 python -m research.benchmarks.overhead
 
-The floor is the same forwards of the same token counts against a context that is allocated before: projections, norms,
-rotary embedding and attention, nothing else. Contestants take turns chunk by chunk in one process, on the same weights.
-A ratio is of one chunk's seconds to the same chunk's of the same repetition (of twelve chunks together, where one of them
-triggers); printed is the median of all such pairs with its 95% interval of order statistics, and no ratio of fewer than
-six pairs or whose interval holds 1. On a CPU seconds are this process's own, since those of the clock,
-printed beside them, contain what else the machine does.
+The floor is the same forwards with the same token counts against a preallocated context: projections, norms, rotary
+embedding and attention, nothing else. Contestants take turns chunk by chunk in one process, on the same weights. A ratio
+compares one chunk's seconds with those of the same chunk in the same repetition (twelve chunks together if one of them
+triggers). The tables print the median of all pairs with its 95% interval of order statistics; the interval alone if it
+contains 1; and nothing for fewer than six pairs. On a CPU, ratios use the seconds of this process; clock seconds, printed
+beside them, include other work on the machine.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--tables", choices=TABLES, nargs="+", default=["floor"])
     parser.add_argument("--size", choices=SIZES, default="mid")
     parser.add_argument("--window", type=int, nargs="+", default=[12, 21])
-    parser.add_argument("--chunks", type=int, help="of a run, in the place of a table's own number")
+    parser.add_argument("--chunks", type=int, help="chunks of a run, instead of each table's default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

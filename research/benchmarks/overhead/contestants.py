@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Who takes part: the floor, and rollouts of this project at one commit or another."""
+"""The contestants: the floor, and rollouts of this project at a commit."""
 
 import copy
 import importlib.util
@@ -24,7 +24,7 @@ PERIOD = 12  # chunks between two triggers: 8%
 
 @dataclass(frozen=True)
 class Size:
-    """A random model and what it makes: latents of `latent` (height, width) at 4 tokens of patch 1 x 2 x 2."""
+    """A random model and the size of its latents, `latent` (height, width), with patches of 1 x 2 x 2."""
 
     heads: int
     head_dim: int
@@ -60,12 +60,12 @@ SIZES = {
 
 
 class Floor:
-    """The forwards of a plain rollout, chunk by chunk, against a context that is allocated before.
+    """The forwards of a plain rollout, chunk by chunk, against a preallocated context.
 
     Args:
-        transformer (`WanTransformer3DModel`): gets processors of its own while it iterates.
-        size ([`Size`]), window (`int`): of the model, and latent frames that attention spans.
-        latents (`torch.Tensor`), text (`torch.Tensor`): as the rollout has them.
+        transformer (`WanTransformer3DModel`): uses other processors during the iteration.
+        size ([`Size`]), window (`int`): size of the model, and latent frames that attention spans.
+        latents (`torch.Tensor`), text (`torch.Tensor`): those of the rollout.
     """
 
     def __init__(self, transformer, size: Size, window: int, latents: torch.Tensor, text: torch.Tensor):
@@ -133,7 +133,7 @@ def rollout(
     vae: AutoencoderKLWan | None = None,
     **call,
 ) -> Iterator[None]:
-    """A stream of `package`, this project's code at one commit; `between` two chunks, something happens to it."""
+    """A stream of `package`, this project's code at a commit; `between` is called between two chunks."""
     scheduler = package.TokenTrimFlowMatchEulerDiscreteScheduler(shift=5.0)
     pipe = package.TokenTrimPipeline(None, None, transformer, vae, scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -145,7 +145,7 @@ def rollout(
 
 
 class EveryTwelfth(SeverityMonitor):
-    """Measures as the gate does, and trims one chunk of each `PERIOD`, whatever was measured."""
+    """Measures as the gate does, and trims one chunk of each `PERIOD`, whatever it measured."""
 
     num_chunks = 0
 
@@ -164,7 +164,7 @@ def small_vae() -> AutoencoderKLWan:
 
 
 def load_checkout(folder: Path):
-    """This project as it is in another checkout."""
+    """This project from another checkout."""
     spec = importlib.util.spec_from_file_location(
         "before", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -174,5 +174,5 @@ def load_checkout(folder: Path):
 
 
 def shared(transformer):
-    """Another module of the same weights: a rollout owns its transformer."""
+    """Another module with the same weights, because a rollout owns its transformer."""
     return copy.deepcopy(transformer, {id(each): each for each in (*transformer.parameters(), *transformer.buffers())})

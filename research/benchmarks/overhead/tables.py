@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The tables, each by its name on the command line."""
+"""The tables, by their names on the command line."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -31,13 +31,13 @@ from .timing import Seconds, ratio, shown, table, take_turns
 
 @dataclass(frozen=True)
 class Bench:
-    """What all tables have in common.
+    """Settings that all tables share.
 
     Args:
         transformer (`WanTransformer3DModel`), size ([`Size`]), device (`str`): the model.
         repeats (`int`): runs of each contestant.
-        chunks (`int`, *optional*): of a run, where a table is to have others than its own.
-        windows (`Sequence[int]`): of the table `floor`; the other tables have the last of them.
+        chunks (`int`, *optional*): chunks of a run, instead of each table's default.
+        windows (`Sequence[int]`): windows of the table `floor`; the other tables use the last one.
         before (`Path`, *optional*): another checkout.
     """
 
@@ -56,7 +56,7 @@ class Bench:
         return latents.to(self.device), torch.randn(batch, *self.size.text, generator=generator).to(self.device)
 
     def full_window(self) -> tuple[int, int]:
-        """The first chunk that reads the last window in full, and chunks of a run of which six are such."""
+        """The first chunk that reads the whole last window, and the chunks of a run with six of these."""
         first = self.windows[-1] // CHUNK + 1
         return first, self.chunks or first + 6
 
@@ -68,7 +68,7 @@ class Bench:
         transformer: WanTransformer3DModel | None = None,
         **call,
     ) -> Callable:
-        """What starts a rollout; plain, in the last window and of a model of its own, unless told otherwise."""
+        """A function that starts a rollout; by default plain, in the last window, on a separate model."""
         size = {"height": 8 * self.size.latent[0], "width": 8 * self.size.latent[1]}
         window = {} if "layout" in call else {"window_size": self.windows[-1]}
         model = shared(self.transformer) if transformer is None else transformer
@@ -94,7 +94,7 @@ class Bench:
 
 
 def floor(bench: Bench) -> None:
-    """The plain rollout against its forwards alone, and against another commit."""
+    """The plain rollout against its forwards, and against another commit."""
     num_chunks = bench.chunks or 9
     for window in bench.windows:
         inputs = bench.inputs(num_chunks)
@@ -107,7 +107,7 @@ def floor(bench: Bench) -> None:
 
 
 def gate(bench: Bench) -> None:
-    """What the gate costs, and what one trigger in `PERIOD` chunks does."""
+    """The cost of the gate, and of one trigger in `PERIOD` chunks."""
     first = PERIOD // 2
     num_chunks = bench.chunks or first + 2 * PERIOD
     contestants = {"shut": bench.contestant(num_chunks)}
@@ -119,7 +119,7 @@ def gate(bench: Bench) -> None:
 
 
 def plus(bench: Bench) -> None:
-    """`tokentrim_plus`."""
+    """`tokentrim_plus` against plain."""
     first, num_chunks = bench.full_window()
     contestants = {name: bench.contestant(num_chunks, method=name) for name in ("plain", "tokentrim_plus")}
     bench.run(f"window {bench.windows[-1]}", contestants, num_chunks, first, ["plain"])
@@ -130,14 +130,14 @@ def layouts(bench: Bench) -> None:
     first, num_chunks = bench.full_window()
     contestants = {"plain": bench.contestant(num_chunks)}
     for name in LAYOUTS:
-        if name != "window":  # which plain is
+        if name != "window":  # plain already runs
             contestants[name] = bench.contestant(num_chunks, layout=name)
     title = f"plain in window {bench.windows[-1]}, layouts in their own"
     bench.run(title, contestants, num_chunks, first, ["plain"])
 
 
 def long(bench: Bench) -> None:
-    """Whether a chunk late in a video costs what an early one does, in time and in memory."""
+    """Time and memory of a chunk late in a video against an early one."""
     num_chunks, span = bench.chunks or 400, 40
     memory: dict[str, list[float]] = {}
 
@@ -160,14 +160,14 @@ def long(bench: Bench) -> None:
 
 
 def batch(bench: Bench) -> None:
-    """Videos at once."""
+    """Several videos in a batch."""
     num_chunks = bench.chunks or 9
     contestants = {f"batch {size}": bench.contestant(num_chunks, batch=size) for size in (1, 2, 4)}
     bench.run("batches", contestants, num_chunks, 3, ["batch 1"])
 
 
 def keys(bench: Bench) -> None:
-    """A part of the past evicted, the same grid tokens of all latent frames."""
+    """A part of the past evicted: the same grid tokens of all latent frames."""
     first, num_chunks = bench.full_window()
     order = torch.randperm(bench.size.grid[0] * bench.size.grid[1], generator=torch.Generator().manual_seed(0))
 
@@ -182,7 +182,7 @@ def keys(bench: Bench) -> None:
 
 
 def compiled(bench: Bench) -> None:
-    """Blocks compiled by Inductor, all graphs made before the chunks that count."""
+    """Blocks compiled by Inductor, with all graphs made before the measured chunks."""
     first, num_chunks = bench.full_window()
     model = shared(bench.transformer)
     model.compile_repeated_blocks(fullgraph=True)
@@ -191,7 +191,7 @@ def compiled(bench: Bench) -> None:
 
 
 def far(bench: Bench) -> None:
-    """AnyFlow-FAR against upstream; `research.benchmarks.far_rollout` has more of it."""
+    """AnyFlow-FAR against upstream; see `research.benchmarks.far_rollout` for more."""
     transformer, num_frames = far_rollout.random_model(4, 4, bench.device), 81
     results = far_rollout.compare(transformer, num_frames, (16, 16), bench.repeats, bench.device)
     upstream = [finished[-1] for finished in results["upstream"]["finished"]]
@@ -204,7 +204,7 @@ def far(bench: Bench) -> None:
 
 
 def decoding(bench: Bench) -> None:
-    """Latents alone, and frames decoded chunk by chunk, after each chunk: nothing overlaps."""
+    """Latents only, against frames decoded after each chunk; nothing overlaps."""
     num_chunks = bench.chunks or 6
     contestants = {
         "latents": bench.contestant(num_chunks),

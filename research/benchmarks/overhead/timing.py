@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What is measured, and what may be said of it."""
+"""Measured seconds, and ratios with intervals."""
 
 import math
 import platform
@@ -12,22 +12,22 @@ from pathlib import Path
 import torch
 
 
-FEWEST = 6  # pairs: all of fewer lie on one side of the median more often than 5%
+FEWEST = 6  # pairs: fewer lie on one side of the median with more than 5% probability
 
 
 @dataclass
 class Seconds:
-    """Of each chunk that counts, in order: of the CPU, and of the clock."""
+    """Seconds of each measured chunk, in order: of the CPU, and of the clock."""
 
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
 
     def of(self, device: str) -> list[float]:
-        """Those that ratios are of: on a GPU the clock's."""
+        """The seconds for ratios: the clock's on a GPU."""
         return self.cpu if device == "cpu" else self.wall
 
     def summed(self, num_chunks: int) -> "Seconds":
-        """Of as many chunks together."""
+        """Sums over groups of this many chunks."""
         starts = range(0, len(self.cpu) - num_chunks + 1, num_chunks)
         return Seconds(
             *([sum(each[start : start + num_chunks]) for start in starts] for each in (self.cpu, self.wall))
@@ -35,7 +35,7 @@ class Seconds:
 
 
 def take_turns(contestants: dict[str, Callable], repeats: int, first: int) -> dict[str, Seconds]:
-    """Run all contestants `repeats` times, chunk by chunk in turn; chunks from `first` on count."""
+    """Run all contestants `repeats` times, chunk by chunk in turn; measure the chunks from `first` on."""
     results = {name: Seconds() for name in contestants}
     for repeat in range(repeats):
         running = {name: iter(start()) for name, start in contestants.items()}
@@ -60,7 +60,7 @@ def take_turns(contestants: dict[str, Callable], repeats: int, first: int) -> di
 
 
 def ratio(times: list[float], to: list[float]) -> tuple[float, float, float] | None:
-    """Median of paired ratios, and its 95% interval; `None` of fewer pairs than such an interval takes."""
+    """Median of paired ratios and its 95% interval; `None` for too few pairs."""
     if len(times) < FEWEST:
         return None
     ratios = sorted(ours / theirs for ours, theirs in zip(times, to))
@@ -69,7 +69,7 @@ def ratio(times: list[float], to: list[float]) -> tuple[float, float, float] | N
 
 
 def shown(measured: tuple[float, float, float] | None) -> str:
-    """A ratio with its interval; where it does not differ from 1, the interval alone."""
+    """A ratio with its interval; the interval alone if it contains 1."""
     if measured is None:
         return f"(fewer than {FEWEST} pairs)"
     median, low, high = measured
@@ -87,7 +87,7 @@ def machine(device: str) -> str:
 
 
 def table(results: dict[str, Seconds], device: str, references: Sequence[str]) -> str:
-    """Seconds of a chunk, and the ratios to those of `references` that come before it."""
+    """Print the seconds of a chunk, and the ratios to the `references` above it."""
     width = max(24, 2 + max(map(len, results)))
     lines, names = [f"{'':{width}}{'CPU s':>9}{'clock s':>9}"], list(results)
     for place, (name, seconds) in enumerate(results.items()):
