@@ -1,21 +1,21 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""A page on which a plain rollout drifts beside one that is held, while both are made.
+"""The web page: a plain rollout drifts beside one that is held, while both are made.
 
     make app          # or `tokentrim app`, or `python app.py` in a Space
 
-Set by the environment: `TOKENTRIM_CHECKPOINT`, a folder or Hub id; `TOKENTRIM_MAX_CHUNKS` of a run; `TOKENTRIM_FPS`;
-Gradio's own `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`.
+Environment variables: `TOKENTRIM_CHECKPOINT` (a folder or Hub id), `TOKENTRIM_MAX_CHUNKS`, `TOKENTRIM_FPS`, and Gradio's
+`GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`.
 """
 
 import logging
 import os
 
 
-# Nothing leaves the machine. Libraries read these when they are imported.
+# Nothing leaves the machine. Libraries read these variables at import.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 try:
-    import spaces  # on the Hub's shared GPUs; before PyTorch is imported
+    import spaces  # on the Hub's shared GPUs; import it before PyTorch
 except ImportError:
     spaces = None
 
@@ -41,7 +41,7 @@ from tokentrim.tokentrim_views.registry import LAYOUTS
 
 logger = logging.getLogger("tokentrim.app")
 HERE = Path(__file__).resolve().parent
-MISTAKES = (TypeError, ValueError, RuntimeError, OSError)  # their messages are sentences
+MISTAKES = (TypeError, ValueError, RuntimeError, OSError)  # errors whose messages are sentences
 METHODS = [
     ("plain: as it was published", "plain"),
     ("TokenTrim: the paper", "tokentrim"),
@@ -60,8 +60,8 @@ CSS = """
 WELCOME = """\
 # TokenTrim, live
 
-A causal video model makes a film chunk by chunk and reads its own past, so small errors add up and the picture drifts.
-Press the button: one model makes the same film twice from the same noise, **left** as it was published and **right**
+A causal video model makes a video chunk by chunk and reads its own past, so small errors add up and the picture drifts.
+Press the button: one model makes the same video twice from the same noise, **left** as it was published and **right**
 with a method against drift.
 """
 
@@ -76,11 +76,11 @@ class Visit:
 
 
 class App:
-    """What the page's buttons do. Every visitor has one run at most, in a folder of its own.
+    """Actions of the page's buttons. Every visitor has at most one run, in a separate folder.
 
     Args:
-        studio ([`Studio`], *optional*): `None` where the checkpoint could not be loaded.
-        complaint (`str`): why not.
+        studio ([`Studio`], *optional*): `None` if the checkpoint could not be loaded.
+        complaint (`str`): the reason.
     """
 
     def __init__(self, studio: Studio | None, complaint: str = ""):
@@ -97,7 +97,7 @@ class App:
     def prepare(
         self, prompt, seed, left, right, layout, num_chunks, next_prompt, next_chunk, transition, request: gr.Request
     ) -> None:
-        """Check what a visitor asks for, before it waits for its turn."""
+        """Check a visitor's request before it waits in the queue."""
         with sentences():
             self.require_studio()
             whole = all(isinstance(number, (int, float)) and number == int(number) for number in (seed, num_chunks))
@@ -115,7 +115,7 @@ class App:
             self.visits[request.session_hash] = Visit(folder, settings)
 
     def watch(self, request: gr.Request) -> Iterator[dict]:
-        """The videos of the visitor whose turn it is, as the page shows them."""
+        """Make the videos of the visitor whose turn it is, and show them."""
         visit = self.visits.get(request.session_hash)
         if visit is None or not visit.folder.exists():
             return
@@ -126,17 +126,17 @@ class App:
                     visit.made = state["made"]
                     yield self.publish(state, visit.folder)
         except gr.Error:
-            if visit.folder.exists():  # otherwise the visitor has left, and nobody is there to read it
+            if visit.folder.exists():  # otherwise the visitor has left
                 raise
         finally:
             self.in_model_thread(states.close)
 
     def in_model_thread(self, function: Callable, *arguments) -> Any:
-        """The server's threads come and go, and the memory that each of them once had stays: one makes all videos."""
+        """A single thread makes all videos, because the memory of the server's own threads stays after they end."""
         return self.thread.submit(contextvars.copy_context().run, function, *arguments).result()
 
     def publish(self, state: dict, folder: Path) -> dict:
-        """The state with addresses in the place of files."""
+        """The state, with URLs instead of files."""
 
         def address(name: str) -> str:
             return f"gradio_api/file={folder / name}"
@@ -150,22 +150,22 @@ class App:
             ask_to_stop(visit.folder)
 
     def leave(self, request: gr.Request) -> None:
-        """A visitor begins anew, or is gone: its run ends with its folder."""
+        """A visitor starts again or has left: end the run and delete its folder."""
         if visit := self.visits.pop(request.session_hash, None):
             shutil.rmtree(visit.folder, ignore_errors=True)
 
     # Direct
 
     def change(self, prompt, chunk, transition, request: gr.Request) -> str:
-        """Another prompt for the visitor's own run."""
+        """Change the prompt of the visitor's run."""
         with sentences():
             self.require_studio()
             visit = self.visits.get(request.session_hash)
             if visit is None or is_over(visit.folder) or visit.made >= visit.settings.num_chunks:
-                raise ValueError("No video of yours is being made: press the button first.")
+                raise ValueError("No video of yours is running: press the button first.")
             change = read_change(prompt, chunk, transition)
             if change.chunk is not None and change.chunk < visit.made:
-                raise ValueError(f"Chunk {change.chunk} is made already: {visit.made} chunks are.")
+                raise ValueError(f"Chunk {change.chunk} is already finished: {visit.made} chunks are.")
             self.studio.check(visit.settings, change)
             ask_to_change(visit.folder, change)
         at = "the next chunk" if change.chunk is None else f"chunk {change.chunk}"
@@ -174,17 +174,17 @@ class App:
     # Measure
 
     def measure(self, path: str | None, request: gr.Request) -> tuple:
-        """Report, figure and numbers of a visitor's file."""
+        """Report, figure and numbers for a visitor's file."""
         with sentences():
             if path is None:
-                raise ValueError("No video is there yet: drop one first.")
+                raise ValueError("No video yet: drop one first.")
             folder = self.reports.setdefault(request.session_hash, self.runs / uuid.uuid4().hex)
             folder.mkdir(exist_ok=True)
             text, figure = measure(Path(path), folder / "drift.json")
         return text, figure, gr.DownloadButton(value=folder / "drift.json", visible=True)
 
     def forget(self, request: gr.Request) -> None:
-        """A visitor is gone: its run ends, and nothing of it stays."""
+        """A visitor has left: end the run and delete its files."""
         self.leave(request)
         if folder := self.reports.pop(request.session_hash, None):
             shutil.rmtree(folder, ignore_errors=True)
@@ -195,7 +195,7 @@ class App:
 
 
 class sentences:
-    """What goes wrong inside is told on the page in a sentence, and in the log with a traceback."""
+    """Report an error as a sentence on the page, and with a traceback in the log."""
 
     def __enter__(self):
         pass
@@ -206,7 +206,7 @@ class sentences:
         if issubclass(kind, MISTAKES):
             raise gr.Error(str(error), print_exception=False) from error
         logger.error("unexpected", exc_info=error)
-        raise gr.Error("Something is wrong on the server; its log says what.", print_exception=False) from error
+        raise gr.Error("Something went wrong on the server; see its log.", print_exception=False) from error
 
 
 def read_change(prompt: str, chunk: float | None, transition: str) -> Change:
@@ -214,7 +214,7 @@ def read_change(prompt: str, chunk: float | None, transition: str) -> Change:
 
 
 def build(app: App) -> gr.Blocks:
-    """The page."""
+    """Build the page."""
     studio = app.studio
     limit = studio.max_chunks if studio else 200
     speaks_tiny = studio is None or studio.is_tiny_world
@@ -248,13 +248,13 @@ def build(app: App) -> gr.Blocks:
                         next_chunk = gr.Number(0, label="From chunk (0: the next)", precision=0, min_width=120)
                     change = gr.Button("Change the prompt", elem_id="change")
                     told = gr.Markdown(
-                        "A chunk that is filled in before the start changes the prompt there by itself.",
+                        "If you set a chunk before the start, the prompt changes there automatically.",
                         elem_id="told",
                     )
                 with gr.Accordion("More settings", open=False):
                     left = gr.Dropdown(METHODS, value="plain", label="Left")
                     right = gr.Dropdown(METHODS, value="tokentrim_plus", label="Right")
-                    layout = gr.Dropdown(LAYOUT_CHOICES, value="", label="Layout: what is read of the past")
+                    layout = gr.Dropdown(LAYOUT_CHOICES, value="", label="Layout: which past frames are read")
                     num_chunks = gr.Slider(2, limit, value=min(40, limit), step=1, label="Length in chunks")
                     seed = gr.Number(0, label="Seed", precision=0)
                 if speaks_tiny:
@@ -269,7 +269,7 @@ def build(app: App) -> gr.Blocks:
                     elem_id="stage",
                 )
         with gr.Tab("Measure"):
-            gr.Markdown("Drop a video of any model: how much it drifts is measured from its frames alone.")
+            gr.Markdown("Drop a video of any model. The report measures its drift from the frames alone.")
             with gr.Row(equal_height=False):
                 with gr.Column(scale=4, min_width=330):
                     video = gr.File(label="Video", file_types=[".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif"])
@@ -279,7 +279,7 @@ def build(app: App) -> gr.Blocks:
                     figure = gr.Plot(show_label=False, elem_id="figure")
                     numbers = gr.DownloadButton("drift.json", visible=False)
 
-        # Errors are shown of events in the queue alone; those that do not use the model never wait in it.
+        # Gradio shows errors of queued events only; events that do not use the model never wait.
         asked = [prompt, seed, left, right, layout, num_chunks, next_prompt, next_chunk, transition]
         buttons = [begin, stop]
         ready = begin.click(app.prepare, asked, None, concurrency_limit=None, api_name="prepare")
@@ -301,7 +301,7 @@ def set_buttons(is_running: bool) -> tuple:
 
 
 def load_app() -> App:
-    """With the checkpoint that the environment names, or the tiny world that ships with the project."""
+    """Build the app with the checkpoint of the environment, or with the shipped tiny world."""
     beside = [folder / TINY_WORLD for folder in (HERE, HERE.parent)]  # in a Space, and in a clone
     checkpoint, name = os.environ.get("TOKENTRIM_CHECKPOINT"), None
     if not checkpoint and (found := [folder for folder in beside if folder.exists()]):
@@ -312,7 +312,7 @@ def load_app() -> App:
             raise ValueError("TOKENTRIM_CHECKPOINT must name a folder or a Hub id")
         limit = int(os.environ.get("TOKENTRIM_MAX_CHUNKS", 200))
         studio = Studio(checkpoint, limit, float(fps) if fps else None, name)
-    except Exception as error:  # whatever it is, the page says it, and videos can be measured
+    except Exception as error:  # the page reports the error and still measures videos
         logger.error("the checkpoint could not be loaded", exc_info=error)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return App(None, f"The checkpoint {checkpoint!r} could not be loaded: {reason}.")
@@ -320,7 +320,7 @@ def load_app() -> App:
 
 
 def launch(app: App, **options) -> tuple:
-    """Serve the page: no share link, and fonts of the visitor's own system."""
+    """Serve the page, without a share link and with system fonts."""
     sans = ["Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
     mono = ["Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)

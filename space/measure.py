@@ -13,12 +13,12 @@ from tokentrim.tools.drift_plot import plot_drift
 from tokentrim.tools.frames import Limits, read_frames
 
 
-LIMITS = Limits(frames=20_000, seconds=60)  # of one visitor: others wait meanwhile
+LIMITS = Limits(frames=20_000, seconds=60)  # for one visitor, because others wait
 
-ROWS = (  # name of the measure, what it is, digits, what it is without drift
-    ("color_similarity", "Colours in common, end with start", "{:.1f}%", "100%"),
-    ("color_distance", "Distance of the colours, end from start", "{:.1f}%", "0"),
-    ("worst_similarity", "Colours in common, worst twentieth with start", "{:.1f}%", "100%"),
+ROWS = (  # name of the measure, title, digits, value without drift
+    ("color_similarity", "Colors in common, end with start", "{:.1f}%", "100%"),
+    ("color_distance", "Distance of the colors, end from start", "{:.1f}%", "0"),
+    ("worst_similarity", "Colors in common, worst twentieth with start", "{:.1f}%", "100%"),
     ("brightness_slope", "Change of brightness", "{:+.3f}", "0"),
     ("contrast_slope", "Change of contrast", "{:+.3f}", "0"),
     ("saturation_slope", "Change of saturation", "{:+.3f}", "0"),
@@ -29,11 +29,11 @@ ROWS = (  # name of the measure, what it is, digits, what it is without drift
 
 def measure(path: Path, numbers: Path) -> tuple[str, Any]:
     """
-    Report in Markdown, and figure; all numbers are written to a file of JSON.
+    Measure a video. Returns the report in Markdown and the figure; writes all numbers to a JSON file.
 
     Raises:
-        `ValueError`: it is no video, has fewer than 21 frames, or goes beyond [`LIMITS`]; or the folder of `numbers` is
-            removed meanwhile. In a sentence.
+        `ValueError`: the file is not a video, has fewer than 21 frames, or exceeds [`LIMITS`]; or the folder of
+            `numbers` was removed meanwhile. The message is a sentence for the page.
     """
     try:
         with closing(read_frames(path, LIMITS)) as frames:
@@ -45,13 +45,13 @@ def measure(path: Path, numbers: Path) -> tuple[str, Any]:
     for name, title, form, neutral in ROWS:
         value = "-" if measures[name] is None else form.format(measures[name])
         lines.append(f"| {title} | {value} | {neutral} |")
-    lines += ["", "A sunset that the prompt asks for counts as drift, and a frozen picture does not: docs/drift.md."]
+    lines += ["", "An intended change such as a sunset counts as drift, and a frozen picture does not: docs/drift.md."]
     write_json(numbers, [drift])
     return "\n".join(lines), plot_drift([drift])
 
 
 def while_folder_exists(frames: Iterator[np.ndarray], folder: Path) -> Iterator[np.ndarray]:
-    """The same frames; reading ends when the visitor leaves, whose folder is removed then."""
+    """The same frames; stop when the visitor leaves, which removes the folder."""
     for frame in frames:
         if not folder.exists():
             raise ValueError("The visitor has left.")

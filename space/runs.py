@@ -1,9 +1,9 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Two videos from one noise, chunk by chunk, into a folder of one visitor. No Gradio here.
+"""Two videos from one noise, chunk by chunk, in a visitor's folder. This module does not use Gradio.
 
-A run lives as long as its folder, which holds all that passes between the page and the run, so that the run may be in
-another process: `left.mp4` and `right.mp4` grow in it, `stop` ends it, lines of `changes.jsonl` change its prompt, and
-without the folder there is no run.
+A run lives as long as its folder. Page and run communicate through the folder only, so the run may be in another process:
+`left.mp4` and `right.mp4` grow in it, a file `stop` ends the run, lines of `changes.jsonl` change its prompt, and removing
+the folder ends it.
 """
 
 import copy
@@ -33,7 +33,7 @@ STOP, CHANGES = "stop", "changes.jsonl"
 
 @dataclass(frozen=True)
 class Change:
-    """Another prompt, from `chunk` on; `None` is the next one."""
+    """A new prompt from `chunk` on; `None` is the next chunk."""
 
     prompt: str
     chunk: int | None
@@ -42,7 +42,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a visitor asks for."""
+    """The request of a visitor."""
 
     prompt: str
     seed: int
@@ -53,16 +53,16 @@ class Settings:
 
 
 class Studio:
-    """A checkpoint, twice: the weights are shared, but a transformer serves one run at a time.
+    """A checkpoint, loaded as two pipelines that share weights, because a transformer serves one run at a time.
 
     Args:
         checkpoint (`str`): folder or Hub id, in Diffusers format.
-        max_chunks (`int`): of a run.
-        fps (`float`, *optional*): frames per second; by default 8 for the tiny world, and 16, Wan's.
-        name (`str`, *optional*): what the scripts for visitors call the checkpoint.
+        max_chunks (`int`): limit of a run.
+        fps (`float`, *optional*): frames per second; by default 8 for the tiny world, otherwise Wan's 16.
+        name (`str`, *optional*): name of the checkpoint in the scripts for visitors.
 
     Raises:
-        `OSError`, `ValueError`: the checkpoint is none.
+        `OSError`, `ValueError`: not a checkpoint.
     """
 
     def __init__(self, checkpoint: str, max_chunks: int, fps: float | None = None, name: str | None = None):
@@ -73,29 +73,29 @@ class Studio:
         self.pipes = {"left": pipe, "right": make_twin(pipe)}
         for each in self.pipes.values():
             each.set_progress_bar_config(disable=True)
-        self.pool = ThreadPoolExecutor(len(SIDES))  # of calls of ffmpeg
+        self.pool = ThreadPoolExecutor(len(SIDES))  # options of ffmpeg
         self.is_tiny_world = is_tiny_world(pipe.tokenizer)
         self.fps = fps or (8 if self.is_tiny_world else 16)
         if self.is_tiny_world:
-            torch.set_num_threads(1)  # the model is tiny: threads would only wait for each other
+            torch.set_num_threads(1)  # more threads slow down a model this small
 
     def check_prompt(self, prompt: str) -> str:
-        """The prompt without needless space; raises `ValueError` with a sentence for the page."""
+        """Strip the prompt; raises `ValueError` with a sentence for the page."""
         prompt = " ".join((prompt or "").split())
         if not prompt:
-            raise ValueError("The prompt is empty: write what the video shows.")
+            raise ValueError("The prompt is empty: describe the video.")
         if len(prompt) > MAX_PROMPT:
-            raise ValueError(f"The prompt has {len(prompt)} characters: {MAX_PROMPT} are the limit.")
+            raise ValueError(f"The prompt has {len(prompt)} characters; the limit is {MAX_PROMPT}.")
         if unknown := unknown_words(self.pipes["left"].tokenizer, prompt):
             words = ", ".join(f"'{word[:30]}'" for word in unknown[:5])
             raise ValueError(f"This model does not know {words}. The examples show what it knows.")
         return prompt
 
     def check(self, settings: Settings, change: Change | None = None) -> None:
-        """Raises `TypeError` or `ValueError` with a sentence where these settings make no video; no model runs."""
+        """Raise `TypeError` or `ValueError` with a sentence if the settings are invalid; no model runs."""
         self.check_prompt(settings.prompt)
         if not 1 <= settings.num_chunks <= self.max_chunks:
-            raise ValueError(f"A video has 1 to {self.max_chunks} chunks here, not {settings.num_chunks}.")
+            raise ValueError(f"A video can have 1 to {self.max_chunks} chunks here, not {settings.num_chunks}.")
         if not 0 <= settings.seed < 2**63:
             raise ValueError(f"The seed must be 0 or more and below 2^63, but is {settings.seed}.")
         schedule = {}
@@ -110,14 +110,14 @@ class Studio:
 
     def roll_out(self, settings: Settings, folder: Path) -> Iterator[dict]:
         """
-        Both videos, one chunk of each at a time; ends when they are complete, stopped, or their folder is gone.
+        Make both videos, one chunk of each at a time, until they are complete, stopped, or their folder is removed.
 
         Args:
-            settings ([`Settings`]): checked ones.
-            folder (`Path`): of this run alone.
+            settings ([`Settings`]): checked settings.
+            folder (`Path`): folder of this run only.
 
         Returns:
-            `Iterator[dict]`: after each chunk, what the page shows, in plain types; all of it each time.
+            `Iterator[dict]`: the whole state for the page after each chunk, in plain types.
         """
         folder.mkdir(parents=True, exist_ok=True)
         state, inbox, changes = begin_state(self, settings), Inbox(folder), {}
@@ -144,7 +144,7 @@ class Studio:
             yield {**state, "status": "done" if state["made"] == settings.num_chunks else "stopped", "files": files}
 
     def start(self, side: str, settings: Settings) -> Any:
-        """The stream of one side, which ends when nobody asks it to go on."""
+        """The stream of one side; it ends when its iterator is closed."""
         generator = torch.Generator().manual_seed(settings.seed)
         method, layout = getattr(settings, side), settings.layout
         stream = self.pipes[side].stream(
@@ -154,7 +154,7 @@ class Studio:
         return stream
 
     def write_files(self, settings: Settings, changes: dict[int, Change], state: dict, folder: Path) -> list[str]:
-        """Beside the videos: the decisions, the settings, and the Python that makes the same videos."""
+        """Write the decisions, the settings, and the Python that makes the same videos."""
         decisions = {side["name"]: side["chunks"] for side in state["sides"]}
         versions = {"tokentrim": __version__, "torch": torch.__version__}
         record = {
@@ -200,7 +200,7 @@ def quoted(text: str) -> str:
 
 
 def make_twin(pipe: Any) -> Any:
-    """Another pipeline with the same tensors in modules of its own."""
+    """A second pipeline with separate modules that share the tensors."""
     transformer = pipe.transformer
     shared = {id(tensor): tensor for tensor in (*transformer.parameters(), *transformer.buffers())}
     components = {
@@ -213,7 +213,7 @@ def make_twin(pipe: Any) -> Any:
 
 
 def begin_state(studio: Studio, settings: Settings) -> dict:
-    """What the page shows before the first chunk."""
+    """The state before the first chunk."""
     return {
         "status": "running",
         "fps": studio.fps,
@@ -226,7 +226,7 @@ def begin_state(studio: Studio, settings: Settings) -> dict:
 
 
 def add_chunks(state: dict, chunks: list, frames: list, writers: list) -> dict:
-    """The state with another chunk of both videos; the old one stays as it was."""
+    """The state with one more chunk of both videos; the old state is not modified."""
     sides = []
     for side, chunk, video, writer in zip(state["sides"], chunks, frames, writers):
         known = describe(chunk.decisions[0], video)
@@ -241,7 +241,7 @@ def add_chunks(state: dict, chunks: list, frames: list, writers: list) -> dict:
 
 
 def describe(decision: dict, frames: Any) -> dict:
-    """One chunk of one video, for the charts: its decision, and its mean colour, three numbers from 0 to 255."""
+    """One chunk of one video, for the charts: its decision, and its mean color, three numbers from 0 to 255."""
     numbers = {name: decision[name] for name in ("severity", "threshold", "regenerated_severity")}
     known = {name: None if value is None else round(value, 4) for name, value in numbers.items()}
     color = [round(float(value), 1) for value in frames.mean((0, 1, 2))]
@@ -254,7 +254,7 @@ def describe(decision: dict, frames: Any) -> dict:
     }
 
 
-# What passes between the page and a run
+# Messages between the page and a run
 
 
 def ask_to_stop(folder: Path) -> None:
@@ -272,13 +272,13 @@ def ask_to_change(folder: Path, change: Change) -> None:
 
 
 class Inbox:
-    """The changes that a visitor asks for while the run is on its way."""
+    """The changes that a visitor requests during the run."""
 
     def __init__(self, folder: Path):
         self.path, self.num_read, self.waiting = folder / CHANGES, 0, []
 
     def due(self, index: int) -> list[Change]:
-        """Those to be made before chunk `index`, each of them once; before the first chunk none."""
+        """Changes due before chunk `index`, each once; none before the first chunk."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.waiting += [Change(**json.loads(line)) for line in lines[self.num_read :]]
         self.num_read = len(lines)
@@ -288,14 +288,14 @@ class Inbox:
 
 
 class Clock:
-    """How fast frames of one video are made, of late."""
+    """Recent speed of one video in frames per second."""
 
     def __init__(self):
         self.begin = time.perf_counter()
         self.ends = deque([self.begin], maxlen=9)
 
     def tell(self, num_frames: int) -> dict:
-        """After a chunk of so many frames: frames per second, and seconds since the begin."""
+        """Add a chunk of `frames` frames; returns frames per second, and seconds since the start."""
         self.ends.append(time.perf_counter())
         rate = num_frames * (len(self.ends) - 1) / (self.ends[-1] - self.ends[0])
         return {"rate": round(rate, 2), "seconds": round(self.ends[-1] - self.begin, 2)}

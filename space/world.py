@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The words of the tiny world, so that its prompts can be chosen; other checkpoints are asked in free text."""
+"""The words of the tiny world, for its menus; other checkpoints take free text."""
 
 from typing import Any
 
@@ -26,12 +26,12 @@ def with_article(words: str) -> str:
 
 
 def is_tiny_world(tokenizer: Any) -> bool:
-    """Whether a checkpoint speaks this language and no other."""
+    """Whether a checkpoint knows only this language."""
     return tokenizer is not None and len(tokenizer) < 100 and not unknown_words(tokenizer, EXAMPLES[0])
 
 
 def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
-    """The words that the tokenizer has no token for."""
+    """The words without a token."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None:
         return []
