@@ -295,7 +295,7 @@ class Clock:
         self.ends = deque([self.begin], maxlen=9)
 
     def tell(self, num_frames: int) -> dict:
-        """Add a chunk of `frames` frames; returns frames per second, and seconds since the start."""
+        """Add a chunk of `num_frames` frames; returns frames per second, and seconds since the start."""
         self.ends.append(time.perf_counter())
         rate = num_frames * (len(self.ends) - 1) / (self.ends[-1] - self.ends[0])
         return {"rate": round(rate, 2), "seconds": round(self.ends[-1] - self.begin, 2)}
