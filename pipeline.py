@@ -15,6 +15,7 @@ from .tokentrim_frames.decode import make_decoder
 from .tokentrim_frames.mp4 import VideoWriter
 from .tokentrim_frames.output import TokenTrimPipelineOutput
 from .tokentrim_frames.pictures import as_rgb
+from .tokentrim_frames.summary import tell_run
 from .tokentrim_kv.book import take_tokens
 from .tokentrim_kv.cache import RollingKVCache
 from .tokentrim_kv.rewriting import LayerContext
@@ -36,6 +37,7 @@ from .tokentrim_session.given import read_video
 from .tokentrim_session.noise import Noise
 from .tokentrim_session.partition import partition_chunks
 from .tokentrim_session.plan import plan_rollout
+from .tokentrim_session.progress import Progress
 from .tokentrim_session.prompts import PromptChange
 from .tokentrim_session.run import Rollout
 from .tokentrim_session.stream import Stream

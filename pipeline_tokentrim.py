@@ -59,6 +59,7 @@ from .tokentrim_frames.decode import FrameDecoder, decode_all, make_decoder
 from .tokentrim_frames.mp4 import VideoWriter
 from .tokentrim_frames.output import TokenTrimPipelineOutput, concatenated
 from .tokentrim_frames.pictures import as_rgb
+from .tokentrim_frames.summary import tell_run
 from .tokentrim_kv.book import take_tokens
 from .tokentrim_kv.cache import RollingKVCache
 from .tokentrim_kv.rewriting import LayerContext
@@ -80,6 +81,7 @@ from .tokentrim_session.given import read_video
 from .tokentrim_session.noise import Noise
 from .tokentrim_session.partition import partition_chunks
 from .tokentrim_session.plan import RolloutPlan, plan_rollout, read_call
+from .tokentrim_session.progress import Progress
 from .tokentrim_session.prompts import PromptChange
 from .tokentrim_session.run import Rollout
 from .tokentrim_session.stream import Chunk, Stream, gather
@@ -363,7 +365,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         if not return_dict:
             return (frames, decisions)
         shown = None if output_type == "latent" else chunk_frames
-        return TokenTrimPipelineOutput(frames, decisions, stream.grid, shown)
+        return TokenTrimPipelineOutput(frames, decisions, stream.grid, shown, stream.progress.fps)
 
     @torch.no_grad()
     def stream(

@@ -36,7 +36,7 @@ def test_a_batch_equals_its_single_runs(method, rollout):
 def test_decisions_are_json_with_the_same_names_for_every_method(method, rollout):
     decisions = roll_out(rollout, steady_noise(5, [3]), embeds(), **METHODS[method]).decisions
     assert json.loads(json.dumps(decisions, allow_nan=False)) == decisions
-    names = {"chunk", "severity", "threshold", "trim", "tokens", "drift", "regenerated_severity"}
+    names = {"chunk", "severity", "threshold", "trim", "tokens", "regenerated_severity"}
     assert all(set(each) == names | {"quarantined", "reanchored"} for each in decisions[0])
     assert [each["chunk"] for each in decisions[0]] == list(range(5))
 

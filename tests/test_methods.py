@@ -79,6 +79,8 @@ class Log(ContextPolicy):
         ("tokentrim_plus", ["SeverityMonitor", "Quarantine", "Reanchor"]),
         ({}, ["SeverityMonitor"]),
         ([], ["SeverityMonitor"]),
+        ("token_drift", ["SeverityMonitor", "TokenDrift"]),
+        (["tokentrim", "token_drift"], ["TokenTrim", "TokenDrift"]),
         ({"reanchor": {}, "tokentrim": {}, "quarantine": {}}, ["Reanchor", "TokenTrim", "Quarantine"]),
         ([Trimmer(), "reanchor", Quarantine(), "tokentrim"], ["Trimmer", "Reanchor", "Quarantine", "TokenTrim"]),
         (("quarantine", Trimmer()), ["SeverityMonitor", "Quarantine", "Trimmer"]),

@@ -1,5 +1,6 @@
 """Looking at a run: pictures of what the decisions say."""
 
+import base64
 import resource
 import sys
 
@@ -27,7 +28,6 @@ def decision(chunk, tokens=(), quarantined=False):
         "threshold": 1.5 if chunk == 2 else None,
         "trim": bool(tokens),
         "tokens": list(tokens),
-        "drift": None if chunk == 0 else [0.5] * 8,
         "regenerated_severity": 0.5 if tokens else None,
         "quarantined": quarantined,
         "reanchored": None,
@@ -146,6 +146,53 @@ def test_a_missing_package_is_named_with_the_command(module, packages, monkeypat
     look = make_output().plot_drift if "matplotlib" in module else lambda: make_output().save_video(tmp_path / "a.mp4")
     with pytest.raises(ImportError, match=f"{module} is not installed: `pip install {packages}`"):
         look()
+
+
+def test_print_says_what_was_done():
+    output = make_output()
+    output.decisions[0] = [decision(0), decision(1, quarantined=True), {**decision(2), "reanchored": "held"}]
+    assert str(output).splitlines() == [
+        "video 0: 3 chunks (0.5 s): 1 held, 0 trimmed, 1 quarantined",
+        "video 1: 3 chunks (0.5 s): 0 held, 1 trimmed, 0 quarantined",
+    ]
+    assert repr(output).startswith(
+        "<TokenTrimPipelineOutput: frames (2, 8, 16, 32, 3); video 0: 3 chunks (0.5 s): 1 held"
+    )
+    released = [[{**decision(0), "reanchored": "watched"}]]
+    one = TokenTrimPipelineOutput(output.frames[:1], released, GRID, [8], fps=2.0)
+    assert str(one) == "1 chunk (4.0 s): 0 held, 1 released, 0 trimmed, 0 quarantined"
+    latents = TokenTrimPipelineOutput(torch.zeros(1, 4, 3, 2, 4), [[decision(0)]], GRID)
+    assert str(latents) == "1 chunk: 0 held, 0 trimmed, 0 quarantined"
+
+
+def test_notebooks_show_videos_what_was_done_and_severities(monkeypatch):
+    page = make_output()._repr_html_()
+    assert page.count("<video") == 2 and "data:image/png;base64," in page and "1 trimmed" in page
+    video = base64.b64decode(page.split("data:video/mp4;base64,")[1].split("'")[0])
+    assert iio.imread(video, plugin="FFMPEG", extension=".mp4").shape == (8, 16, 32, 3)
+    latents = TokenTrimPipelineOutput(torch.zeros(2, 4, 9, 2, 4), make_output().decisions, GRID)._repr_html_()
+    assert "<video" not in latents and "data:image/png" in latents
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    page = make_output()._repr_html_()
+    assert "no video: imageio_ffmpeg is not installed" in page and "data:" not in page and "1 trimmed" in page
+
+
+def test_chunks_and_streams_say_what_was_done():
+    pipe = full_pipeline(FlowMatchLCMScheduler(shift=5.0))
+    prompt = "a red circle moving right over a blue background"
+    call = {"num_frames": 33, "generator": generators(0), "method": "tokentrim_plus"}
+    with pipe.stream(prompt, **call) as stream:
+        assert str(stream) == "0 of 3 chunks (0.0 of 2.1 s): 0 held, 0 trimmed, 0 quarantined"
+        first, second = next(stream), next(stream)
+        assert (str(first), str(second)) == ("chunk 0: accepted", "chunk 1: held")
+        assert repr(second) == "<Chunk 1, latents (1, 4, 3, 4, 6): held>"
+        assert second._repr_html_().count("<video") == 1 and "chunk 1: held" in second._repr_html_()
+        told = "2 of 3 chunks (1.3 of 2.1 s): 1 held, 0 trimmed, 0 quarantined"
+        assert repr(stream) == f"<Stream: {told}>" and told in stream._repr_html_()
+    assert repr(stream) == f"<Stream, closed: {told}>"
+    output = pipe(prompt, **{**call, "generator": generators(0)})
+    assert str(output) == "3 chunks (2.1 s): 1 held, 0 trimmed, 0 quarantined"
 
 
 @pytest.mark.parametrize("output_type", ["np", "latent"])

@@ -10,7 +10,7 @@ from oracle import drift_of, severity_of, threshold_of
 from tokentrim import ContextPolicy, TokenTrim
 from tokentrim.tokentrim_policies.chain import ContextPolicies
 from tokentrim.tokentrim_policies.stability import severity, summarize, token_drift, unstable_tokens
-from tokentrim.tokentrim_policies.trim import SeverityMonitor
+from tokentrim.tokentrim_policies.trim import SeverityMonitor, TokenDrift
 
 
 PATCH = (1, 2, 2)
@@ -21,7 +21,6 @@ KEYS = {
     "threshold",
     "trim",
     "tokens",
-    "drift",
     "regenerated_severity",
     "quarantined",
     "reanchored",
@@ -68,7 +67,6 @@ def test_policy_of_one_video_measures_what_the_loops_do():
     assert policy.close(True) == {}
     assert policy.review(now[0]) == []
     facts, drift = policy.close(True), drift_of(now, before)
-    assert facts["drift"] == pytest.approx(drift, abs=1e-5)
     assert facts["severity"] == pytest.approx(severity_of(drift, 0.4)[0], abs=1e-5)
     assert facts["threshold"] is None and "regenerated_severity" not in facts
 
@@ -142,8 +140,7 @@ def test_each_video_has_a_gate_of_its_own():
 def test_monitor_measures_as_tokentrim_does_and_accepts_everything():
     severities = [1.0, 1.0, 9.0, 1.0]
     watched, trimmed = play(SeverityMonitor(), severities), play(TokenTrim(max_regenerations=0), severities)
-    for name in ("severity", "drift"):
-        assert values(watched, name) == values(trimmed, name)
+    assert values(watched, "severity") == values(trimmed, "severity")
     assert not any(values(watched, "trim")) and values(watched, "threshold") == [None] * 5
 
 
@@ -168,7 +165,18 @@ def test_decisions_are_plain_json():
     decisions = play(TokenTrim(), [1.0, 1.0, (9.0, 1.0), 1.0])
     assert json.loads(json.dumps(decisions)) == decisions
     assert all(set(decision) == KEYS for decision in decisions)
-    assert decisions[0]["drift"] is None and all(len(d["drift"]) == 6 for d in decisions[1:])
+
+
+def test_token_drift_is_reported_when_it_is_asked_for():
+    """That of the first attempt, whatever other policies do; its severity is the mean of the largest."""
+    (decisions,) = [play(TokenDrift(), [1.0, 1.0, (9.0, 1.0), 1.0])]
+    now, before = noise(1, seed=1), noise(1, seed=2)
+    policy = TokenDrift()
+    assert policy.review(before[0]) == [] and policy.close(True) == {"drift": None}
+    assert policy.review(now[0]) == policy.review(before[0]) == []
+    assert policy.close(True)["drift"] == pytest.approx(drift_of(now, before), abs=1e-5)
+    assert decisions[0]["drift"] is None and [len(each["drift"]) for each in decisions[1:]] == [6] * 4
+    assert set(decisions[0]) == KEYS | {"drift"} and json.loads(json.dumps(decisions)) == decisions
 
 
 def test_policies_by_default_accept_everything():

@@ -370,7 +370,7 @@ def test_embeddings_and_videos_per_prompt():
 def test_decisions_serialise_to_json(drift_signal):
     decisions = roll(latent_pipeline(), steady_noise(5, [3, 4]), drift_signal=drift_signal).decisions
     assert json.loads(json.dumps(decisions)) == decisions
-    keys = {"chunk", "severity", "threshold", "trim", "tokens", "drift", "regenerated_severity", "quarantined"}
+    keys = {"chunk", "severity", "threshold", "trim", "tokens", "regenerated_severity", "quarantined"}
     for video_decisions in decisions:
         assert [decision["chunk"] for decision in video_decisions] == list(range(5))
         assert all(set(decision) == keys | {"reanchored"} for decision in video_decisions)

@@ -19,7 +19,6 @@ DECISION = {
     "threshold": None,
     "trim": False,
     "tokens": [],
-    "drift": None,
     "regenerated_severity": None,
     "quarantined": False,
     "reanchored": None,

@@ -10,10 +10,10 @@ from .flowmo import FlowMo
 from .policy import VERBS
 from .quarantine import Quarantine
 from .reanchor import Reanchor
-from .trim import SeverityMonitor, TokenTrim
+from .trim import SeverityMonitor, TokenDrift, TokenTrim
 
 
-POLICIES = {"tokentrim": TokenTrim, "quarantine": Quarantine, "reanchor": Reanchor}
+POLICIES = {"tokentrim": TokenTrim, "quarantine": Quarantine, "reanchor": Reanchor, "token_drift": TokenDrift}
 HOOKS = {"flowmo": FlowMo}
 METHODS = {
     "plain": {},
@@ -53,7 +53,7 @@ def make_method(method: Any, trim_settings: dict) -> Method:
     policies = [part for part in parts if not _is_hook(part)]
     signal = _common(policies, "drift_signal", "final")
     weight = _common(policies, "prune_weight", 0.0)
-    if not any(isinstance(policy, SeverityMonitor) for policy in policies):
+    if not any(isinstance(policy, SeverityMonitor) and not isinstance(policy, TokenDrift) for policy in policies):
         policies.insert(0, SeverityMonitor(signal))
     return Method(tuple(policies), hooks, signal, weight)
 

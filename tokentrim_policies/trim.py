@@ -15,9 +15,9 @@ DRIFT_SIGNALS = ("final", "first_step")
 class SeverityMonitor(ContextPolicy):
     """Measures how far each chunk moved from the one before it (eq. 4 to 6), and accepts everything.
 
-    Decisions gain `severity`: D_t of the first attempt (`None` where there is nothing to compare with), `drift`: its
-    d_i, one for each token of the grid, `regenerated_severity`: D_t of the last attempt, where that is not the first,
-    and `threshold`: mu_t + lambda sigma_t (`None` while the gate is closed).
+    Decisions gain `severity`: D_t of the first attempt (`None` where there is nothing to compare with),
+    `regenerated_severity`: D_t of the last attempt, where that is not the first, and `threshold`: mu_t + lambda sigma_t
+    (`None` while the gate is closed).
 
     Args:
         drift_signal (`str`, defaults to `"final"`): what is compared, as in [`TokenTrim`].
@@ -31,6 +31,7 @@ class SeverityMonitor(ContextPolicy):
         self.previous: torch.Tensor | None = None  # what the chunk before was judged by, (C, T, H, W)
         self.draft: torch.Tensor | None = None  # the last attempt at the chunk at hand
         self.facts: dict = {}
+        self._drift: torch.Tensor | None = None  # d_i of the first attempt, (num_tokens,)
 
     def observe(self, chunk: torch.Tensor) -> None:
         self.draft = chunk if self.drift_signal == "final" else None  # no x0 prediction of a first step
@@ -48,7 +49,8 @@ class SeverityMonitor(ContextPolicy):
         if self.facts:
             self.facts["regenerated_severity"] = measured
         else:
-            self.facts = {"severity": measured, "drift": drift[0].tolist(), "threshold": self.threshold()}
+            self._drift = drift[0]
+            self.facts = {"severity": measured, "threshold": self.threshold()}
         return tokens[0].tolist() if self.is_abnormal(measured) else []
 
     def threshold(self) -> float | None:
@@ -71,6 +73,21 @@ class SeverityMonitor(ContextPolicy):
             self.previous = self.draft
         self.draft = None
         return facts
+
+
+class TokenDrift(SeverityMonitor):
+    """Reports how far each token moved, for pictures of drift on the grid: `method=["token_drift", "tokentrim"]`.
+
+    Decisions gain `drift`: d_i of the first attempt (eq. 5), a list with one number for each token of the grid, row by
+    row; `None` where there is nothing to compare with.
+
+    Args:
+        drift_signal (`str`, defaults to `"final"`): what is compared, as in [`TokenTrim`].
+    """
+
+    def close(self, entered: bool) -> dict:
+        is_known = bool(super().close(entered))
+        return {"drift": self._drift.tolist() if is_known else None}
 
 
 class TokenTrim(SeverityMonitor):

@@ -4,21 +4,21 @@
 import copy
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..tokentrim_backbones.parallel import check_saved_whole
 from ..tokentrim_checks import check
 from ..tokentrim_files.run_state import fingerprint, save_state, settings_of
 from ..tokentrim_frames.decode import latents_kept
 from ..tokentrim_frames.mp4 import LineWriter, VideoWriter, numbered
-from ..tokentrim_frames.output import as_array, as_uint8, decision_event
+from ..tokentrim_frames.output import as_array, as_uint8
+from ..tokentrim_frames.summary import as_page, tell_chunk, videos_as_html
+from .progress import Progress, ProgressBar
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,27 @@ class Chunk:
         latents (`torch.Tensor`): (B, C, latent frames, H, W).
         decisions (`list[dict]`): one for each video.
         frames (*optional*): as `output_type` asks; `None` for `"latent"`.
+        fps (`float`): frames per second that the model makes.
     """
 
     index: int
     latents: torch.Tensor
     decisions: list[dict]
     frames: Any = None
+    fps: float = 16
+
+    def __str__(self) -> str:
+        return f"chunk {self.index}: {'; '.join(map(tell_chunk, self.decisions))}"
+
+    def __repr__(self) -> str:
+        return (
+            f"<Chunk {self.index}, latents {tuple(self.latents.shape)}: {'; '.join(map(tell_chunk, self.decisions))}>"
+        )
+
+    def _repr_html_(self) -> str:
+        """Its frames as videos, for notebooks."""
+        shown = "" if self.frames is None else videos_as_html(as_uint8(as_array(self.frames)), self.fps)
+        return as_page([str(self)], shown)
 
 
 class Stream:
@@ -71,6 +86,7 @@ class Stream:
         self.grid = run.backbone.cache.grid
         self._undecoded = None if undecoded is None else Chunk(*undecoded)
         self.first_chunk = self.index
+        self.progress = Progress(run.plan, self.first_chunk, pipe.config.get("fps") or 16)
         self._pipe = pipe
         self._chunks = pipe.roll_out(run)
         self._state_dir = state_dir
@@ -100,10 +116,21 @@ class Stream:
                 writer.write(as_uint8(video))
             for log, decision in zip(self._logs, chunk.decisions):
                 log.write(json.dumps(decision))
+            self.progress.add(chunk)
         except BaseException:
             self.close()
             raise
         return chunk
+
+    def __repr__(self) -> str:
+        return f"<Stream{'' if self.run else ', closed'}: {self.progress.tell()}>"
+
+    def __str__(self) -> str:
+        return self.progress.tell()
+
+    def _repr_html_(self) -> str:
+        """How far it is, for notebooks; chunks show their frames."""
+        return as_page([repr(self)[1:-1]])
 
     def __enter__(self) -> "Stream":
         return self
@@ -173,7 +200,8 @@ class Stream:
         Args:
             path (`str` or `os.PathLike`): the file; several videos are numbered, `x-0.mp4`, `x-1.mp4`.
             fps (`float`, defaults to `16`): frames per second; 16 is Wan's.
-            progress (`bool`, defaults to `True`): whether to show chunks, seconds of video, frames per second, triggers and memory.
+            progress (`bool`, defaults to `True`): whether to show a bar: chunks, seconds of video, frames per
+                second, what the method did, and memory.
 
         Returns:
             `list[Path]`: the file of each video.
@@ -188,10 +216,11 @@ class Stream:
         paths = [numbered(path, video, num_videos) for video in range(num_videos)]
         self._open_files(paths, fps)
         run.shows_steps = False
-        bar = _ProgressBar(run, fps, disable=not progress)
+        self.progress.fps = self._writers[0].state["fps"]
+        bar = ProgressBar(self.progress, disable=not progress)
         try:
-            for chunk in self:
-                bar.update(chunk, self._writers[0].state["frames"])
+            for _ in self:
+                bar.update()
         finally:
             bar.close()
         return paths
@@ -238,7 +267,7 @@ class Stream:
                     error.add_note(str(unsaved))
             raise
         self._undecoded = None
-        return replace(chunk, frames=frames)
+        return replace(chunk, frames=frames, fps=self.progress.fps)
 
     def _running(self) -> Any:
         if self.run is None:
@@ -264,31 +293,3 @@ def gather(stream: Stream) -> list[Chunk]:
             error.latents = torch.cat([*(chunk.latents for chunk in chunks), error.latents], dim=2)
         raise
     return chunks
-
-
-class _ProgressBar:
-    """Chunks, seconds of video, frames per second, triggers and memory."""
-
-    def __init__(self, run: Any, fps: float, disable: bool):
-        total = None if run.plan.is_endless else len(run.plan.chunk_partition)
-        self.bar = tqdm(total=total, initial=run.index, unit="chunk", disable=disable)
-        self.fps, self.start, self.num_frames, self.triggers = fps, time.perf_counter(), 0, 0
-
-    def update(self, chunk: Chunk, num_frames: int) -> None:
-        self.num_frames += as_array(chunk.frames).shape[1]
-        self.triggers += sum(decision_event(decision) is not None for decision in chunk.decisions)
-        rate = self.num_frames / (time.perf_counter() - self.start)
-        told = [f"{num_frames / self.fps:.1f} s", f"{rate:.1f} frames/s", f"{self.triggers} triggers"]
-        if (memory := resident_bytes()) is not None:
-            told.append(f"{memory / 2**30:.2f} GiB")
-        self.bar.set_postfix_str(", ".join(told))
-        self.bar.update()
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def resident_bytes() -> int | None:
-    """Memory of this process, where the system tells it."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else None

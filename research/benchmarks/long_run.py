@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from research.evaluation.rollouts import load_pipeline
-from tokentrim.tokentrim_session.stream import resident_bytes
+from tokentrim.tokentrim_session.progress import resident_bytes
 
 
 EARLY, FIRST = slice(50, 150), 100  # chunks whose seconds are compared, and the chunk whose memory is compared

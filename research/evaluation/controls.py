@@ -17,7 +17,7 @@ class _OtherTokens(TokenTrim):
 
     def review(self, draft: torch.Tensor) -> list[int]:
         tokens = super().review(draft)
-        return self.choose(torch.tensor(self.facts["drift"]), len(tokens)) if tokens else tokens
+        return self.choose(self._drift, len(tokens)) if tokens else tokens
 
 
 class RandomTokens(_OtherTokens):
