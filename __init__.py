@@ -8,6 +8,7 @@ import importlib
 _EXPORTS = {
     "TokenTrimPipeline": "pipeline_tokentrim",
     "TokenTrimPipelineOutput": "tokentrim_frames.output",
+    "Comparison": "tokentrim_frames.comparison",
     "ContextPolicy": "tokentrim_policies.policy",
     "TokenTrim": "tokentrim_policies.trim",
     "Quarantine": "tokentrim_policies.quarantine",

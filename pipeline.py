@@ -11,6 +11,8 @@ from .tokentrim_checks import check
 from .tokentrim_files.bundle import bundle
 from .tokentrim_files.checkpoint import check_portable
 from .tokentrim_files.run_state import load_state
+from .tokentrim_frames.colors import color_drift
+from .tokentrim_frames.comparison import Comparison
 from .tokentrim_frames.decode import make_decoder
 from .tokentrim_frames.mp4 import VideoWriter
 from .tokentrim_frames.output import TokenTrimPipelineOutput

@@ -55,6 +55,8 @@ from .tokentrim_files.run_state import (
     record_call,
     settings_of,
 )
+from .tokentrim_frames.colors import color_drift
+from .tokentrim_frames.comparison import Comparison
 from .tokentrim_frames.decode import FrameDecoder, decode_all, make_decoder
 from .tokentrim_frames.mp4 import VideoWriter
 from .tokentrim_frames.output import TokenTrimPipelineOutput, concatenated
@@ -128,6 +130,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
 
     # What a method of one's own is made of: `class Mine(pipe.ContextPolicy)`, `class Mine(pipe.Layout)`.
     ContextPolicy, Layout, View = ContextPolicy, Layout, View
+    Comparison = Comparison  # rollouts side by side: `pipe.Comparison({"plain": plain, "held": held})`
 
     def __init__(
         self,

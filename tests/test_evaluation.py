@@ -103,7 +103,7 @@ def test_looks_without_a_prompt():
 # Controls and defects
 
 
-def latents_of(pipe, seeds=(5, 6), num_chunks=6, **settings):
+def latents_of(pipe, seeds=(5, 6), num_chunks=6, method="tokentrim", **settings):
     collected = []
     output = pipe(
         sample_prompts(list(seeds)),
@@ -111,6 +111,7 @@ def latents_of(pipe, seeds=(5, 6), num_chunks=6, **settings):
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="latent",
         on_chunk=lambda index, chunk, decisions: collected.append(chunk),
+        method=method,
         **settings,
     )
     return output, collected

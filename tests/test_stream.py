@@ -426,10 +426,11 @@ def test_save_video_writes_what_the_stream_gives(tmp_path):
         assert [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()] == decisions
 
 
-def test_save_video_shows_chunks_seconds_rate_triggers_and_memory(tmp_path, capsys):
+def test_save_video_shows_chunks_seconds_rate_events_and_memory(tmp_path, capsys):
     full_pipeline().stream(PROMPT, **settings(3)).save_video(tmp_path / "x.mp4", 8)
     shown = capsys.readouterr().err
-    assert "3/3" in shown and "4.1 s" in shown and "frames/s" in shown and "triggers" in shown and "GiB" in shown
+    assert "3/3" in shown and "4.1 s" in shown and "frames/s" in shown and "GiB" in shown
+    assert "0 held, 0 trimmed, 0 quarantined" in shown
 
 
 def test_save_video_of_latents_is_refused(tmp_path):

@@ -60,7 +60,7 @@ class TokenTrimPipelineOutput(BaseOutput):
         """The first videos, what was done, and severities over time, for notebooks."""
         parts = []
         if self.chunk_frames:
-            parts.append(videos_as_html(as_uint8(self._as_array()), self.fps or FPS, self.chunk_frames))
+            parts.append(videos_as_html(as_uint8(self.as_array()), self.fps or FPS, self.chunk_frames))
         with suppress(ImportError):  # without matplotlib
             parts.append(figure_as_html(self.plot_drift()))
         return as_page(str(self).splitlines(), *parts)
@@ -94,7 +94,7 @@ class TokenTrimPipelineOutput(BaseOutput):
         Raises:
             `ValueError`: the videos are latents.
         """
-        videos = self._as_array().copy()
+        videos = self.as_array().copy()
         rows, columns = self.grid
         height, width = videos.shape[2] // rows, videos.shape[3] // columns  # of a token
         line = max(min(height, width) // 12, 1)
@@ -156,11 +156,11 @@ class TokenTrimPipelineOutput(BaseOutput):
             `OSError`: ffmpeg fails, or the disk is full; a file that was there is still the one that it was.
             `ValueError`: the videos are latents, or an argument is no good.
         """
-        videos = self._as_array()
+        videos = self.as_array()
         check(video in range(len(videos)), "video", video, f"an int from 0 to {len(videos) - 1}")
         return save_video(path, as_uint8(videos[video]), fps, self.chunk_frames)
 
-    def _as_array(self) -> np.ndarray:
+    def as_array(self) -> np.ndarray:
         """The videos, whatever their `output_type`: (B, frames, H, W, 3) in [0, 1]."""
         if self.chunk_frames is None:
             raise ValueError("`output_type` must be 'np', 'pt' or 'pil' to look at the frames, but was 'latent'.")

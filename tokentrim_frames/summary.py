@@ -16,7 +16,7 @@ from .mp4 import save_video
 
 
 SHOWN_VIDEOS = 4  # of a batch, in a notebook
-SIDE = 256  # pixels: smaller frames are shown larger
+SHOWN_SIDE = 256  # pixels: smaller frames are shown larger
 
 
 def list_events(decision: dict) -> list[str]:
@@ -64,7 +64,7 @@ def videos_as_html(videos: np.ndarray, fps: float, chunk_frames: Sequence[int] |
     """The first few of some videos, uint8 (B, frames, H, W, 3), that play in a loop; nothing where they cannot be
     encoded."""
     height, width = videos.shape[2:4]
-    scale = max(1, -(-SIDE // min(height, width)))
+    scale = max(1, -(-SHOWN_SIDE // min(height, width)))
     style = f"width:{scale * width}px;max-width:100%;margin:2px;image-rendering:{'pixelated' if scale > 1 else 'auto'}"
     shown = []
     try:

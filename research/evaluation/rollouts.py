@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from tokentrim import TokenTrimPipeline
+from tokentrim import TokenTrimPipeline, TokenTrimPipelineOutput
 from tokentrim.tokentrim_kv.cache import RollingKVCache
 
 
@@ -31,12 +31,20 @@ METHODS = ("plain", "tokentrim", "tokentrim_plus")
 
 @dataclass
 class Run:
-    """Videos of one method, (B, frames, H, W, 3) in [0, 1], with decisions and cost."""
+    """Videos of one method, with their decisions and what they cost."""
 
-    frames: np.ndarray
-    decisions: list[list[dict]]
+    output: TokenTrimPipelineOutput
     seconds: float
     denoiser_calls: int
+
+    @property
+    def frames(self) -> np.ndarray:
+        """(B, frames, H, W, 3) in [0, 1]."""
+        return self.output.frames
+
+    @property
+    def decisions(self) -> list[list[dict]]:
+        return self.output.decisions
 
 
 def load_pipeline(checkpoint: Path = CHECKPOINT) -> TokenTrimPipeline:
@@ -86,4 +94,4 @@ def run_method(pipe: TokenTrimPipeline, method: str, prompts: list[str], seeds: 
             num_frames=num_chunks * pipe.config.num_frames_per_chunk,
             method=method,
         )
-    return Run(output.frames, output.decisions, time.perf_counter() - start, len(calls))
+    return Run(output, time.perf_counter() - start, len(calls))
