@@ -31,9 +31,11 @@ except ImportError as error:
     ) from error
 
 from .tokentrim_backbones.attention import check_free
+from .tokentrim_backbones.backbone import Backbone
 from .tokentrim_backbones.far import FARBackbone
 from .tokentrim_backbones.hooks import check_hooks
 from .tokentrim_backbones.parallel import check_parallel
+from .tokentrim_backbones.registry import backbone_of
 from .tokentrim_backbones.wan import rotary_dims
 from .tokentrim_checks import check, check_int
 from .tokentrim_files.bundle import bundle
@@ -77,15 +79,20 @@ from .tokentrim_policies.registry import DEFAULT_METHOD, make_method
 from .tokentrim_policies.stability import token_grid
 from .tokentrim_policies.trim import TokenTrim
 from .tokentrim_scheduler import lift_scheduler
-from .tokentrim_session.denoise import Prompt
+from .tokentrim_session.arguments import plan_rollout, read_call
+from .tokentrim_session.compatibility import check_layout
+from .tokentrim_session.denoise import Denoiser
+from .tokentrim_session.draft import Draft
 from .tokentrim_session.encode import encode_given, encode_prompts
 from .tokentrim_session.given import read_video
+from .tokentrim_session.host import Pipeline
 from .tokentrim_session.noise import Noise
 from .tokentrim_session.partition import partition_chunks
-from .tokentrim_session.plan import RolloutPlan, plan_rollout, read_call
+from .tokentrim_session.plan import RolloutPlan
 from .tokentrim_session.progress import Progress
 from .tokentrim_session.prompts import PromptChange
 from .tokentrim_session.run import Rollout
+from .tokentrim_session.schedule import Scheduler
 from .tokentrim_session.stream import Chunk, Stream, gather
 from .tokentrim_views.averages import MemRoPE
 from .tokentrim_views.deep_sink import DeepSink
@@ -354,17 +361,17 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             chunks = gather(stream)
 
         # 3. Put the chunks together
-        chunk_frames = [plan.chunk_frames(chunk.index) for chunk in chunks]
+        chunk_frames = [plan.sizes.chunk_frames(chunk.index) for chunk in chunks]
         if decodes and chunks:
             frames = concatenated([chunk.frames for chunk in chunks])
         else:
-            num_videos, channels, *size = plan.frame_shape
+            num_videos, channels, *size = plan.sizes.frame_shape
             none = torch.zeros(num_videos, channels, 0, *size, dtype=torch.float32)
             latents = torch.cat([chunk.latents for chunk in chunks], dim=2) if chunks else none
             frames = latents
             if output_type != "latent":
                 frames = self.decode_latents(latents, output_type, sum(chunk_frames))
-        decisions = [[chunk.decisions[video] for chunk in chunks] for video in range(plan.num_videos)]
+        decisions = [[chunk.decisions[video] for chunk in chunks] for video in range(plan.sizes.num_videos)]
         if not return_dict:
             return (frames, decisions)
         shown = None if output_type == "latent" else chunk_frames
@@ -396,7 +403,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             valid = "a folder without a state: `pipe.resume(state_dir)` goes on with the run that is there"
             check(not has_state(state_dir), "state_dir", str(state_dir), valid)
         run = self.begin(plan_rollout(self, call, may_be_endless=True))
-        decoder = None if run.plan.call["output_type"] == "latent" else self._make_decoder(preview_vae)
+        decoder = self._make_decoder(preview_vae) if run.plan.decodes else None
         return Stream(self, run, decoder, state_dir, save_every, record_call(call))
 
     @torch.no_grad()
@@ -451,8 +458,8 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 if self.interrupt:
                     return
                 run.follow_schedule(index)  # a new prompt, if one is due
-                run.backbone.make_room(run.plan.chunk_size(index))  # the layout says what may leave
-                if index < run.plan.num_given_chunks:  # frames to continue are read as they are, not judged
+                run.backbone.make_room(run.sizes.chunk_size(index))  # the layout says what may leave
+                if index < run.sizes.num_given_chunks:  # frames to continue are read as they are, not judged
                     latents = context = run.given[index]
                     run.policies.observe(latents)
                 else:
@@ -463,11 +470,11 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                     if self.interrupt:
                         return
                     run.in_flight = in_flight
-                    context = run.policies.commit(latents) if run.goes_on(index) else latents
-                if run.goes_on(index):
+                    context = latents if run.is_last(index) else run.policies.commit(latents)
+                if not run.is_last(index):
                     run.denoiser.commit(index, context, run.policies.entered)  # clean forward at t = 0
                 run.advance(index)  # from here on the run can be saved and resumed
-                yield Chunk(index, run.plan.cut(index, latents), run.policies.close())
+                yield Chunk(index, run.sizes.cut(index, latents), run.policies.close())
 
     @torch.no_grad()
     def begin(self, plan: RolloutPlan) -> Rollout:
@@ -476,7 +483,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         device = self._execution_device
         prompt, given = encode_prompts(self, plan, device), encode_given(self, plan, device)
         run = Rollout(self, plan, prompt, device, given)
-        for index, change in plan.prompt_changes.items():
+        for index, change in plan.inputs.prompt_changes.items():
             run.schedule_change(index, change)
         return run
 

@@ -184,8 +184,8 @@ def forms(video):
 @pytest.mark.parametrize("form", ["np", "pt", "one video", "list of arrays", "list of tensors", "list of videos"])
 def test_frames_to_continue_in_any_form(form):
     pipe, video = full_pipeline(), full_pipeline()(**CALL, output_type="pt", generator=generators(0)).frames
-    expected = pipe.plan(**CALL | {"num_frames": 33, "video": video}).call["video"]
-    assert torch.equal(pipe.plan(**CALL | {"num_frames": 33, "video": forms(video)[form]}).call["video"], expected)
+    expected = pipe.plan(**CALL | {"num_frames": 33, "video": video}).inputs.video
+    assert torch.equal(pipe.plan(**CALL | {"num_frames": 33, "video": forms(video)[form]}).inputs.video, expected)
 
 
 def test_what_comes_out_goes_in_again(tmp_path):
@@ -203,7 +203,7 @@ def test_what_comes_out_goes_in_again(tmp_path):
     rest = [chunk.latents for chunk in full_pipeline().resume(tmp_path)]
     assert torch.equal(torch.cat(rest, dim=2), given["pil"][:, :, CHUNK:])
     image = outputs["pil"][0][0]
-    assert pipe.plan(**call, video=image).chunk_partition == [1, 3, 3, 3]
+    assert pipe.plan(**call, video=image).sizes.chunk_partition == [1, 3, 3, 3]
 
 
 @pytest.mark.parametrize("video", ["a.mp4", [], [[]], [1, 2], {"frames": 3}, 5, [None], np.zeros((3, 4))])

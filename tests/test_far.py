@@ -18,6 +18,7 @@ from diffusers import AnyFlowFARPipeline
 from diffusers.models.attention_dispatch import attention_backend
 
 from tokentrim import TokenTrimPipeline
+from tokentrim.tokentrim_backbones.backbone import BackboneOptions
 from tokentrim.tokentrim_backbones.far import FARBackbone
 
 
@@ -157,14 +158,14 @@ def training_flow(transformer, chunks, noisy, timestep, next_timestep, text):
 
 
 def cached_flow(transformer, chunks, noisy, timestep, next_timestep, text, pad_keys):
-    backbone = FARBackbone(transformer, True, pad_keys, grid=(4, 6), num_videos=1)
+    backbone = FARBackbone(transformer, (4, 6), num_videos=1, options=BackboneOptions(pad_keys=pad_keys))
     with torch.no_grad(), backbone.attached():
         for chunk in chunks:
             backbone.make_room(chunk.shape[2])
-            backbone.commit(chunk, text, None)
+            backbone.commit(chunk, text, [True])
         backbone.make_room(noisy.shape[2])
         times = torch.tensor([[timestep], [next_timestep]])
-        return backbone.predict_flow(noisy, [noisy.shape[2]], *times, text, None)
+        return backbone.predict_flow(noisy, [noisy.shape[2]], *times, text)
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 5])

@@ -50,10 +50,10 @@ BAD = [
     ({"video": VIDEO, "video_latents": randn(1, 3, 4, 8, 12)}, ValueError, "video_latents", "None"),
     ({"protect_conditioning": 1}, TypeError, "protect_conditioning", "1"),
     # The context
-    ({"window_size": 4}, ValueError, "window_size", "3 chunks in full resolution of 5"),
+    ({"window_size": 4}, ValueError, "window_size", "3 chunks in one pass of 5"),
     ({"window_size": 6, "num_sink_frames": 2}, ValueError, "window_size", "7.*2 sink frames"),
     ({"use_kv_cache": False}, ValueError, "use_kv_cache", "False"),
-    ({"rollout": "rolling_forcing"}, ValueError, "rollout", "self_forcing.*AnyFlowFAR"),
+    ({"rollout": "rolling_forcing"}, ValueError, "rollout", "self_forcing.*AnyFlow-FAR"),
     ({"use_mean_velocity": None}, TypeError, "use_mean_velocity", "None"),
     ({"pad_keys": 0}, TypeError, "pad_keys", "0"),
     ({"method": "paper"}, ValueError, "flowmo: iterations", "3 latent frames"),

@@ -19,8 +19,9 @@ def shifted(sigmas, shift=5.0):
 
 def held_parts(backbone):
     """The full and the compressed tokens that video 0 can attend to."""
-    full = [(frame, token) for frame, token in backbone.cache.held_tokens() if token < backbone.cache.tokens_per_frame]
-    return [full, backbone.held_compressed_tokens()]
+    held, num_full = backbone.cache.held_tokens(), backbone.cache.tokens_per_frame
+    full = [(frame, token) for frame, token in held if token < num_full]
+    return [full, [(frame, token - num_full) for frame, token in held if token >= num_full]]
 
 
 def roll_far(pipe, partition, latents, text=None, **settings):
@@ -145,12 +146,12 @@ def test_a_corrupt_region_is_evicted_from_both_parts_of_the_cache():
 
 def test_evictions_of_a_compressed_token_add_up():
     """One full token of four is evicted, later another: then half are gone."""
-    backbone = FARBackbone(tiny_far(full_chunk_limit=2), True, True, grid=(4, 6), num_videos=1)
+    backbone = FARBackbone(tiny_far(full_chunk_limit=2), grid=(4, 6), num_videos=1)
 
     def commit():
         backbone.make_room(1)
         with torch.no_grad(), backbone.attached():
-            backbone.commit(far_noise(1), embeds(), None)
+            backbone.commit(far_noise(1), embeds(), [True])
 
     commit()
     commit()
@@ -160,7 +161,7 @@ def test_evictions_of_a_compressed_token_add_up():
         [(0, token) for token in range(6)],
     ]
     backbone.evict({0: [9]})
-    assert backbone.held_compressed_tokens() == [(0, token) for token in range(6) if token != 1]
+    assert held_parts(backbone)[1] == [(0, token) for token in range(6) if token != 1]
     commit()
     assert held_parts(backbone) == [
         [(2, token) for token in range(24)],
@@ -239,14 +240,14 @@ def test_a_context_without_any_token_is_as_if_there_was_none():
     times = torch.tensor([[800.0], [400.0]])
 
     def flow(past, evicting):
-        backbone = FARBackbone(transformer, True, True, grid=(4, 6), num_videos=2)
+        backbone = FARBackbone(transformer, (4, 6), num_videos=2)
         with torch.no_grad(), backbone.attached():
             for chunk in past:
                 backbone.make_room(2)
-                assert torch.isfinite(backbone.commit(chunk, text, None)).all()
+                assert backbone.commit(chunk, text, [True, True])
                 backbone.evict({video: range(24) for video in evicting})
             backbone.make_room(2)
-            return backbone.predict_flow(noisy, [2], *times, text, None)
+            return backbone.predict_flow(noisy, [2], *times, text)
 
     alone, whole = flow([], []), flow(chunks, [])
     torch.testing.assert_close(flow(chunks, [0, 1]), alone, atol=1e-5, rtol=0)

@@ -269,16 +269,16 @@ def is_refusal(error):
 
 def is_consistent(pipe, plan, output, interrupted):
     frames, decisions = output if isinstance(output, tuple) else (output.frames, output.decisions)
-    assert len(decisions) == len(frames) == plan.num_videos
-    is_latent = plan.call["output_type"] == "latent"
-    length = frames.shape[2] if is_latent else len(frames[0])
-    whole = count_latent_frames(plan.num_frames, plan.temporal_factor) if is_latent else plan.num_frames
+    sizes = plan.sizes
+    assert len(decisions) == len(frames) == sizes.num_videos
+    length = len(frames[0]) if plan.decodes else frames.shape[2]
+    whole = sizes.num_frames if plan.decodes else count_latent_frames(sizes.num_frames, sizes.temporal_factor)
     assert length <= whole if interrupted else length == whole
-    if not isinstance(output, tuple) and not is_latent:
+    if not isinstance(output, tuple) and plan.decodes:
         assert sum(output.chunk_frames) == length
     for each in decisions:
         assert [decision["chunk"] for decision in each] == list(range(len(each)))
-        assert interrupted or len(each) == len(plan.chunk_partition)
+        assert interrupted or len(each) == len(sizes.chunk_partition)
         for decision in each:
             assert decision["trim"] == bool(decision["tokens"])
             assert decision["trim"] or decision["regenerated_severity"] is None

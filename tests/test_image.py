@@ -51,7 +51,7 @@ def test_an_image_is_a_video_of_one_frame(form):
     output = generate(image=FORMS[form](picture()))
     torch.testing.assert_close(output.frames, expected.frames, atol=1e-4, rtol=0)
     assert output.frames.shape[2] == 6 and len(output.decisions[0]) == 3
-    assert full_pipeline().plan(image=picture(), **CALL).chunk_partition == [1, 3, 3]
+    assert full_pipeline().plan(image=picture(), **CALL).sizes.chunk_partition == [1, 3, 3]
 
 
 GREY = {
@@ -70,21 +70,21 @@ def test_grey_images_of_every_mode_keep_their_levels(form):
     image, pipe = GREY[form](levels), full_pipeline()
     expected = torch.from_numpy(levels / 255).float().expand(1, 1, 3, HEIGHT, WIDTH)
     for given in ({"image": image}, {"image": [image]}, {"video": [image]}, {"video": [[image]]}):
-        torch.testing.assert_close(pipe.plan(**given, **CALL).call["video"], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(pipe.plan(**given, **CALL).inputs.video, expected, atol=1e-5, rtol=0)
 
 
 def test_uint16_video_is_scaled_by_its_white():
     frames = np.asarray(picture(), np.uint16)[None] * 257
     for video in (frames, torch.from_numpy(frames).permute(0, 3, 1, 2)):
         expected = torch.from_numpy(frames / 65535).float().permute(0, 3, 1, 2)[None]
-        torch.testing.assert_close(full_pipeline().plan(video=video, **CALL).call["video"], expected)
+        torch.testing.assert_close(full_pipeline().plan(video=video, **CALL).inputs.video, expected)
 
 
 @pytest.mark.parametrize("form", ["PIL", "array", "tensor"])
 def test_it_is_resized_as_diffusers_does(form):
     image, pipe = FORMS[form](picture(20, 60)), full_pipeline()
     frame = pipe.video_processor.preprocess(image, HEIGHT, WIDTH)[:, None] / 2 + 0.5
-    torch.testing.assert_close(pipe.plan(image=image, **CALL).call["video"], frame)
+    torch.testing.assert_close(pipe.plan(image=image, **CALL).inputs.video, frame)
     torch.testing.assert_close(generate(image=image).frames, generate(video=frame).frames, atol=1e-4, rtol=0)
 
 
@@ -125,7 +125,7 @@ def test_anyflow_far_begins_with_a_chunk_of_one_frame():
     pipe = quiet(TokenTrimPipeline(**far_components()))
     size = {"height": 64, "width": 96, "num_frames": 17, "num_inference_steps": 1, "max_sequence_length": 8}
     output = generate(pipe, image=picture(), **size)
-    expected = generate(pipe, video=pipe.plan(image=picture(), **{**CALL, **size}).call["video"], **size)
+    expected = generate(pipe, video=pipe.plan(image=picture(), **{**CALL, **size}).inputs.video, **size)
     assert torch.equal(output.frames, expected.frames)
 
 

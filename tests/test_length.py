@@ -38,8 +38,8 @@ def test_a_tiled_vae_is_cut_too():
 
 def test_the_last_chunk_of_far_is_what_is_left():
     pipe = far_pipeline()
-    plan = pipe.plan(prompt_embeds=randn(1, 8, 32), num_frames=22, height=64, width=96, output_type="latent")
-    assert plan.chunk_partition == [1, 2, 2, 2] and [plan.chunk_frames(index) for index in range(4)] == [1, 8, 8, 5]
+    sizes = pipe.plan(prompt_embeds=randn(1, 8, 32), num_frames=22, height=64, width=96, output_type="latent").sizes
+    assert sizes.chunk_partition == [1, 2, 2, 2] and [sizes.chunk_frames(index) for index in range(4)] == [1, 8, 8, 5]
 
 
 def test_streams_files_and_resumed_runs_are_cut_alike(tmp_path):
@@ -63,8 +63,8 @@ def test_streams_files_and_resumed_runs_are_cut_alike(tmp_path):
 @pytest.mark.parametrize("num_given, partition", [(1, [1, 3, 3]), (5, [2, 3, 3]), (13, [1, 3, 3]), (9, [3, 3, 3])])
 def test_given_frames_work_the_partition_out(num_given, partition):
     video = {"video": randn(1, num_given, 3, 32, 48).sigmoid(), "output_type": "latent"}
-    plan = full_pipeline().plan("a red circle", num_frames=25, **video, **FRAMES)
-    assert plan.chunk_partition == partition and sum(partition[: plan.num_given_chunks]) == (num_given - 1) // 4 + 1
+    sizes = full_pipeline().plan("a red circle", num_frames=25, **video, **FRAMES).sizes
+    assert sizes.chunk_partition == partition and sum(partition[: sizes.num_given_chunks]) == (num_given - 1) // 4 + 1
     output = generate(25, **video)
     assert output.frames.shape[2] == 7
     named = generate(4 * sum(partition) - 3, chunk_partition=partition, **video).frames

@@ -255,10 +255,10 @@ def test_a_run_goes_on_after_its_generator_was_closed():
 def test_a_plan_is_that_of_the_call():
     pipe = latent_pipeline(window_size=9)
     plan = pipe.plan(**make_calls(noise(5), drift_sensitivity=1.0)())
-    assert plan.frame_shape == (*noise(5).shape[:2], *noise(5).shape[3:]) and plan.layout.window_size == 9
-    assert plan.chunk_partition == [CHUNK] * 5 and not plan.is_endless
+    assert plan.sizes.frame_shape == (*noise(5).shape[:2], *noise(5).shape[3:]) and plan.layout.window_size == 9
+    assert plan.sizes.chunk_partition == [CHUNK] * 5 and not plan.sizes.is_endless
     assert plan.method.policies[-1].drift_sensitivity == 1.0
-    assert full_pipeline().plan("a red circle", num_frames=21).call["prompt"] == "a red circle"
+    assert full_pipeline().plan("a red circle", num_frames=21).inputs.prompts.prompt == "a red circle"
     with pytest.raises(ValueError, match="`prune_fraction`"):
         pipe.plan(**make_calls(noise(5), prune_fraction=2.0)())
     with pytest.raises(TypeError, match="token_trim"):

@@ -471,7 +471,7 @@ def test_wrong_arguments_are_refused_at_once(arguments, error, message, tmp_path
 
 def test_an_endless_call_is_no_call():
     pipe = full_pipeline()
-    assert len(pipe.plan(PROMPT, num_frames=None).chunk_partition) == 7  # the default
+    assert len(pipe.plan(PROMPT, num_frames=None).sizes.chunk_partition) == 7  # the default
 
 
 def test_far_and_unipc_stream_without_an_end():

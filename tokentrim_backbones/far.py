@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AnyFlowFARTransformer3DModel
+from diffusers import AnyFlowFARTransformer3DModel, ModelMixin
 
 from ..tokentrim_checks import check
-from ..tokentrim_kv.cache import RollingKVCache, TokenBook, grid_places
-from ..tokentrim_views.layout import Pass
+from ..tokentrim_kv.book import TokenBook
+from ..tokentrim_kv.cache import RollingKVCache
+from ..tokentrim_views.layout import Layout, Pass
+from ..tokentrim_views.rope import grid_places
 from .attention import CachedCrossAttnProcessor, CachedSelfAttnProcessor, replaced_processors
+from .backbone import Backbone, BackboneOptions, Limits
 
 
 KEY_BLOCK = 128  # upstream fills its queries, and with them the keys, up to a multiple of this
@@ -58,68 +61,102 @@ class FARSelfAttnProcessor(CachedSelfAttnProcessor):
         return torch.cat(outputs, dim=1)
 
 
-class FARBackbone:
-    """An AnyFlow-FAR transformer and its context as a rollout sees them, like [`WanBackbone`].
+class FARBackbone(Backbone):
+    """An AnyFlow-FAR transformer: the last chunks of its past in full resolution, the older ones compressed.
 
-    The cache holds full and compressed tokens under one numbering: those of the full grid, then those of the compressed
-    one, which stand where the middle of their full tokens is. A compressed token is lost with half of the full tokens that
-    it stands for, now or when it is written.
-
-    Args:
-        transformer (`AnyFlowFARTransformer3DModel`): stays as it is but inside `attached`.
-        use_mean_velocity (`bool`): whether the model is told where a step goes, not only where it is.
-        pad_keys (`bool`): whether a denoised chunk also attends to the zero keys that upstream adds.
-        grid (`tuple[int, int]`): full tokens of a latent frame, (height, width).
-        num_videos (`int`), **context: what [`RollingKVCache`] takes.
+    The cache holds full and compressed tokens under one numbering: the tokens of the full grid, then those of the
+    compressed one, which stand in the middle of the full tokens that they stand for. A compressed token is lost when half
+    of these full tokens are evicted, before or after it is written.
     """
 
     def __init__(
         self,
         transformer: AnyFlowFARTransformer3DModel,
-        use_mean_velocity: bool,
-        pad_keys: bool,
         grid: tuple[int, int],
         num_videos: int,
-        **context,
+        layout: Layout | None = None,
+        num_protected_frames: int = 0,
+        options: BackboneOptions = BackboneOptions(),
     ):
         config = transformer.config
         self.transformer = transformer
-        self.use_mean_velocity = use_mean_velocity
-        self.pad_keys = pad_keys
+        self.limits = self.limits_of(transformer)
+        self.attention_kwargs = options.attention_kwargs
+        self.use_mean_velocity = options.use_mean_velocity
+        self.pad_keys = options.pad_keys
         scale = tuple(large // small for large, small in zip(config.compressed_patch_size[1:], config.patch_size[1:]))
         self.stands_for = compressed_patches(grid, scale)  # (compressed tokens, full tokens of each)
         full = grid_places(grid)
-        side_dim = 2 * (config.attention_head_dim // 6)  # as upstream's rotary embedding shares a head
+        side_dim = 2 * (config.attention_head_dim // 6)  # as upstream's rotary embedding divides a head
         rope_dims = (config.attention_head_dim - 2 * side_dim, side_dim, side_dim)
         places = torch.cat([full, full[self.stands_for].mean(dim=1)])
-        self.cache = RollingKVCache(grid, rope_dims, num_videos, places=places, **context)
+        self.cache = RollingKVCache(grid, rope_dims, num_videos, layout, num_protected_frames, places)
         self.pass_sizes: list[int] = []  # tokens of each chunk of a commit
-        self.full_chunks: list[list[int]] = []  # latent frames of each chunk in full
+        self.full_chunks: list[list[int]] = []  # latent frames of each chunk in full resolution
         self.recent: list[torch.Tensor] = []  # clean latents of the last chunks, which a commit may carry again
-        # Full tokens that were evicted, (B, full tokens), of every latent frame that is held or in a full chunk.
+        # Evicted full tokens, (B, full tokens), of every latent frame that is held or in a full chunk.
         self.evicted: dict[int, torch.Tensor] = {}
 
-    def attached(self) -> AbstractContextManager:
-        """The transformer reads and writes the cache inside."""
+    @classmethod
+    def limits_of(cls, transformer: ModelMixin) -> Limits:
+        config = transformer.config
+        check_far(config)
+        limit, min_size = config.full_chunk_limit, tuple(config.compressed_patch_size[1:])
+        return Limits("AnyFlow-FAR", 1, False, ("keep",), limit, min_size, parallel=False)
+
+    def attached(self) -> AbstractContextManager[None]:
         make_cross = partial(CachedCrossAttnProcessor, self.cache)
         return replaced_processors(self.transformer, partial(FARSelfAttnProcessor, self), make_cross)
 
-    def held_compressed_tokens(self, video: int = 0) -> list[tuple[int, int]]:
-        """The (latent frame, index in the compressed grid) of every compressed token that `video` can attend to."""
-        first = self.cache.tokens_per_frame
-        return [(frame, token - first) for frame, token in self.cache.held_tokens(video) if token >= first]
-
     def make_room(self, num_frames: int) -> None:
-        """Before a chunk of `num_frames` latent frames: what the layout does not keep leaves."""
-        self.cache.make_room(num_frames)
+        super().make_room(num_frames)
         known = {*self.cache.frames, *sum(self.full_chunks, [])}
         self.evicted = {frame: tokens for frame, tokens in self.evicted.items() if frame in known}
 
-    def evict(self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0) -> dict[int, list[int]]:
-        """Hard pruning (eq. 9, 10): `tokens[video]` are full grid indices to remove from all its unprotected frames, or
-        from those since a certain one. Returns those that were not evicted from all of them yet, for each video whose
-        context lost something."""
-        first, new, held = max(since_frame, self.cache.num_protected_frames), {}, self.cache.book.held.sum(dim=1)
+    def predict_flow(
+        self,
+        latents: torch.Tensor,
+        chunk_sizes: Sequence[int],
+        timesteps: torch.Tensor,
+        next_timesteps: torch.Tensor,
+        text: torch.Tensor,
+        pass_: Pass = Pass(),
+    ) -> torch.Tensor:
+        self.cache.begin_pass(latents.shape[2], pass_)
+        if not self.use_mean_velocity:
+            next_timesteps = timesteps
+        return self._forward(latents, chunk_sizes, timesteps, next_timesteps, text, False).transpose(1, 2)
+
+    def commit(self, latents: torch.Tensor, text: torch.Tensor, entered: Sequence[bool]) -> torch.Tensor:
+        """While there is room in the full part, a commit carries the new chunk alone. Then it carries the chunk that becomes
+        compressed, and all chunks that read it in full: they are encoded again."""
+        limit, first = self.transformer.config.full_chunk_limit, self.cache.next_frame
+        self.recent = [*self.recent, latents][-limit:]
+        chunks = [*self.full_chunks, list(range(first, first + latents.shape[2]))]
+        for frame in chunks[-1]:
+            self.evicted[frame] = torch.zeros(self.cache.num_videos, self.cache.tokens_per_frame, dtype=torch.bool)
+        num_compressed = int(len(chunks) == limit)
+        carried = chunks if num_compressed else chunks[-1:]
+        if num_compressed:
+            self.cache.truncate(chunks[0][0])
+        self.cache.begin_pass(sum(map(len, carried)), Pass("commit"), self._commit_book(carried, num_compressed))
+        with self.cache.writing():
+            clean = torch.zeros(len(carried), device=latents.device, dtype=torch.float32)
+            latents = torch.cat(self.recent[-len(carried) :], dim=2)
+            self._forward(latents, list(map(len, carried)), clean, clean, text, True)
+        self.full_chunks = chunks[1 - limit :]
+        finite = torch.isfinite(self.cache.newest_values()).all()  # the pass has no output
+        if not all(entered):
+            self._evict_since(first, self._tokens_of_rejected(entered))
+        return finite
+
+    def evict(self, tokens: Mapping[int, Iterable[int]], weight: float = 0.0) -> dict[int, list[int]]:
+        """Returns the tokens that some unprotected frame still had, for each video whose past lost something."""
+        check(weight == 0, "prune_weight", weight, "0 for AnyFlow-FAR, which has no weights")
+        return self._evict_since(0, tokens)
+
+    def _evict_since(self, first: int, tokens: Mapping[int, Iterable[int]]) -> dict[int, list[int]]:
+        first, new, held = max(first, self.cache.num_protected_frames), {}, self.cache.book.held.sum(dim=1)
         for video, indices in tokens.items():
             indices = sorted(indices)
             was = [evicted[video, indices] for frame, evicted in self.evicted.items() if frame >= first]
@@ -131,53 +168,7 @@ class FARBackbone:
         lost = self.cache.book.held.sum(dim=1) < held
         return {video: indices for video, indices in new.items() if lost[video]}
 
-    def predict_flow(
-        self,
-        latents: torch.Tensor,
-        chunk_sizes: Sequence[int],
-        timesteps: torch.Tensor,
-        next_timesteps: torch.Tensor,
-        text: torch.Tensor,
-        attention_kwargs: dict[str, Any] | None,
-        pass_: Pass = Pass(),
-    ) -> torch.Tensor:
-        """Flow of a chunk behind the cached past; arguments as in [`WanBackbone`]."""
-        self.cache.begin_pass(latents.shape[2], pass_)
-        if not self.use_mean_velocity:
-            next_timesteps = timesteps
-        flow = self._forward(latents, chunk_sizes, timesteps, next_timesteps, text, attention_kwargs, False)
-        return flow.transpose(1, 2)
-
-    def commit(
-        self, latents: torch.Tensor, text: torch.Tensor, attention_kwargs: dict[str, Any] | None
-    ) -> torch.Tensor:
-        """Keys and values of the clean chunk, and of what it makes the model see otherwise.
-
-        As long as there is room in the full part, a commit carries the new chunk alone. Then it carries the chunk that
-        becomes compressed, and all that read it in full: they are encoded again.
-
-        Returns what is finite if the pass was.
-        """
-        limit, num_frames = self.transformer.config.full_chunk_limit, latents.shape[2]
-        self.recent = [*self.recent, latents][-limit:]
-        chunks = [*self.full_chunks, list(range(self.cache.next_frame, self.cache.next_frame + num_frames))]
-        for frame in chunks[-1]:
-            self.evicted[frame] = torch.zeros(self.cache.num_videos, self.cache.tokens_per_frame, dtype=torch.bool)
-        num_compressed = int(len(chunks) == limit)
-        carried = chunks if num_compressed else chunks[-1:]
-        if num_compressed:
-            self.cache.truncate(chunks[0][0])
-        self.cache.begin_pass(sum(map(len, carried)), Pass("commit"), self._commit_book(carried, num_compressed))
-        with self.cache.writing():
-            clean = torch.zeros(len(carried), device=latents.device, dtype=torch.float32)
-            sizes = list(map(len, carried))
-            latents = torch.cat(self.recent[-len(carried) :], dim=2)
-            self._forward(latents, sizes, clean, clean, text, attention_kwargs, True)
-        self.full_chunks = chunks[1 - limit :]
-        return self.cache.newest_values()
-
     def state_dict(self) -> dict:
-        """The past between two chunks: plain values and tensors."""
         return {
             "cache": self.cache.state_dict(),
             "full_chunks": [list(chunk) for chunk in self.full_chunks],
@@ -210,7 +201,7 @@ class FARBackbone:
         book.held = ~self._lost(book, sum(chunks, []))
         return book
 
-    def _forward(self, latents, chunk_sizes, timesteps, next_timesteps, text, attention_kwargs, is_cache_step):
+    def _forward(self, latents, chunk_sizes, timesteps, next_timesteps, text, is_cache_step) -> torch.Tensor:
         """The transformer's own forward over some chunks alone; the others are in our processors."""
         self.cache.prepare(len(latents), latents.device)
         timesteps, next_timesteps = (
@@ -226,7 +217,7 @@ class FARBackbone:
             kv_cache=[None] * len(self.transformer.blocks),
             kv_cache_flag={"is_cache_step": is_cache_step, "num_cached_chunks": 0},
             attention_mask=False,  # so that none is built
-            attention_kwargs=attention_kwargs,
+            attention_kwargs=self.attention_kwargs,
             return_dict=False,
         )[0]
 
@@ -249,11 +240,3 @@ def check_far(config: Any) -> None:
     check(whole, "transformer.config.compressed_patch_size", large, valid)
     valid = "an int >= 2: the current chunk and at least one in full resolution"
     check(limit >= 2, "transformer.config.full_chunk_limit", limit, valid)
-
-
-def check_compression(height: int, width: int, spatial_factor: int, config: Any, num_chunks: int) -> None:
-    """A video whose chunks get compressed is at least a compressed patch high and wide."""
-    for name, value, patch in zip(("height", "width"), (height, width), config.compressed_patch_size[1:]):
-        smallest = spatial_factor * patch
-        valid = f">= {smallest}, a compressed patch, for more than {config.full_chunk_limit} chunks"
-        check(num_chunks <= config.full_chunk_limit or value >= smallest, name, value, valid)

@@ -6,13 +6,16 @@ Diffusers splits the tokens of a pass over the processes. Around self-attention 
 rotates, holds and attends to all tokens of its own heads, so that a cache is 1 / degree of the whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import SeqAllToAllDim
 
 from ..tokentrim_checks import check
+from ..tokentrim_views.layout import Layout
+from .backbone import Limits
 
 
 class HeadExchange:
@@ -47,32 +50,37 @@ def check_saved_whole(transformer: Any, name: str, folder: Any) -> None:
 
 
 def check_parallel(
-    transformer: Any, call: dict, layout: Any, hooks: Sequence, chunk_sizes: Sequence[int], tokens_per_frame: int
+    transformer: ModelMixin,
+    limits: Limits,
+    layout: Layout,
+    hooks: Sequence,
+    generator: Any,
+    chunk_tokens: Iterable[int],
 ) -> None:
     """
-    What context parallelism asks of a call; nothing where the transformer has none.
+    Refuse what context parallelism cannot run. Nothing is checked for a transformer without `enable_parallelism`.
 
     Args:
-        transformer (`ModelMixin`): with what `enable_parallelism` has set.
-        call (`dict`): its arguments.
-        layout ([`Layout`]), hooks (`Sequence`): of the call, and of its denoiser.
-        chunk_sizes (`Sequence[int]`): latent frames of each chunk.
-        tokens_per_frame (`int`): of the transformer's grid.
+        transformer (`ModelMixin`): the transformer of the call.
+        limits ([`Limits`]): those of its backbone.
+        layout ([`Layout`]): the layout of the call.
+        hooks (`Sequence`): hooks of the denoiser.
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): the call's random numbers.
+        chunk_tokens (`Iterable[int]`): tokens of each chunk.
 
     Raises:
-        `ValueError`: the processes cannot share this call, or would not agree.
+        `ValueError`: the processes cannot share this call, or would compute different videos.
     """
     config = context_parallel(transformer)
     if config is None:
         return
-    is_far = transformer.config.get("full_chunk_limit", 1) > 1
     valid = "a WanTransformer3DModel under context parallelism"
-    check(not is_far, "transformer", type(transformer).__name__, valid)
+    check(limits.parallel, "transformer", type(transformer).__name__, valid)
     ring, degree, heads = config.ring_degree, config.ulysses_degree, transformer.config.num_attention_heads
     valid = "1, with `ulysses_degree` instead: a ring passes on keys of a pass's own tokens, not those of the past"
     check(ring == 1, "ring_degree", ring, valid)
     check(heads % degree == 0, "ulysses_degree", degree, f"a divisor of the transformer's {heads} heads")
-    for num_tokens in sorted({size * tokens_per_frame for size in chunk_sizes}):
+    for num_tokens in sorted(set(chunk_tokens)):
         valid = f"a divisor of the {num_tokens} tokens of a chunk"
         check(num_tokens % degree == 0, "ulysses_degree", degree, valid)
     rewrites = any(hasattr(layout, hook) for hook in ("before_chunk", "before_commit"))
@@ -82,4 +90,4 @@ def check_parallel(
     valid = "one without guidance by gradients under `ulysses_degree`, as they end at a process's own tokens"
     check(not names, "method", names, valid)
     valid = "given under `ulysses_degree`, with the same seed on every process"
-    check(call["generator"] is not None, "generator", None, valid)
+    check(generator is not None, "generator", None, valid)

@@ -51,11 +51,9 @@ def as_levels(name: str, given: Any) -> Any:
     return (given.float() if isinstance(given, torch.Tensor) else given.astype(np.float32)) / white
 
 
-def image_as_video(pipe: Any, call: dict) -> torch.Tensor:
-    """The image of a call, or its images, as frames to continue, (B, 1, 3, H, W) in [0, 1]."""
-    image = as_levels("image", call["image"])
-    for name in ("video", "video_latents"):
-        check(call[name] is None, name, call[name], "None where `image` is given")
+def image_as_video(image: Any, processor: VideoProcessor, height: int, width: int) -> torch.Tensor:
+    """An image, or images, as frames to continue, (B, 1, 3, height, width) in [0, 1]."""
+    image = as_levels("image", image)
     images = list(image) if isinstance(image, (list, tuple)) else [image]
     valid = "a PIL image, an array (height, width, 3), a tensor (3, height, width), a batch or a list of these"
     of_type = len({type(each) for each in images}) == 1 and isinstance(
@@ -72,5 +70,5 @@ def image_as_video(pipe: Any, call: dict) -> torch.Tensor:
                 0 <= each.min() and each.max() <= 1, "image", f"in [{each.min():.3g}, {each.max():.3g}]", "in [0, 1]"
             )
     images = images if isinstance(image, (list, tuple)) else images[0]
-    frames = pipe.video_processor.preprocess(images, call["height"], call["width"])  # in [-1, 1]
+    frames = processor.preprocess(images, height, width)  # in [-1, 1]
     return (frames.float() / 2 + 0.5).clamp(0, 1)[:, None]

@@ -2,45 +2,51 @@
 """The random draws of a rollout: initial noise of each chunk, and the noise that re-noises it after each step."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..tokentrim_checks import check, check_tensor
+from .plan import Sizes
 
 
 class Noise:
     """The initial noise of each chunk, (B, C, frames, H, W) in fp32: drawn in order, chunk by chunk, or given for all.
 
     Args:
-        plan ([`RolloutPlan`]): the sizes.
-        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): source of the draws.
+        sizes ([`Sizes`]): the sizes of the chunks.
+        generator (`torch.Generator` or `list[torch.Generator]`): source of the draws.
         device (`torch.device`): where the noise goes.
-        given (`torch.Tensor`, *optional*): of all chunks, (B, C, T, H, W), in the place of draws.
+        given (`torch.Tensor`, *optional*): the noise of all chunks, (B, C, T, H, W), instead of draws.
     """
 
-    def __init__(self, plan: Any, generator: Any, device: Any, given: torch.Tensor | None = None):
-        self.plan = plan
+    def __init__(
+        self,
+        sizes: Sizes,
+        generator: torch.Generator | list[torch.Generator],
+        device: torch.device,
+        given: torch.Tensor | None = None,
+    ):
+        self.sizes = sizes
         self.generator = generator
         self.device = device
-        self.chunks: dict[int, torch.Tensor] = {}  # those that are drawn and not over
+        self.chunks: dict[int, torch.Tensor] = {}  # drawn, and not forgotten
         if given is not None:
-            chunks = given.to(device, torch.float32).split(plan.chunk_partition, dim=2)
+            chunks = given.to(device, torch.float32).split(sizes.chunk_partition, dim=2)
             self.chunks = dict(enumerate(chunks))
         self.num_drawn = len(self.chunks)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         while self.num_drawn <= index:
-            num_videos, channels, *size = self.plan.frame_shape
-            shape = (num_videos, channels, self.plan.chunk_size(self.num_drawn), *size)
+            num_videos, channels, *size = self.sizes.frame_shape
+            shape = (num_videos, channels, self.sizes.chunk_size(self.num_drawn), *size)
             noise = randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
             self.chunks[self.num_drawn] = noise
             self.num_drawn += 1
         return self.chunks[index]
 
     def forget(self, index: int) -> None:
-        """Chunk `index` is over."""
+        """Drop the noise of chunk `index`, which is finished."""
         self.chunks.pop(index, None)
 
 
@@ -48,15 +54,20 @@ class Renoise:
     """The noise that re-noises each chunk after each step: drawn once, so that a regeneration repeats it.
 
     Args:
-        given (`Callable`, *optional*): `given(chunk, step)`, (B, C, frames, H, W), in the place of draws.
-        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): source of the draws.
-        frame_shape (`tuple`): of the latents of a frame, (B, C, H, W).
+        given (`Callable`, *optional*): `given(chunk, step)` returns (B, C, frames, H, W), instead of draws.
+        generator (`torch.Generator` or `list[torch.Generator]`): source of the draws.
+        frame_shape (`tuple`): shape of the latents of a frame, (B, C, H, W).
         num_in_flight (`int`): chunks denoised together, whose draws are kept.
         device (`torch.device`): where the noise goes.
     """
 
     def __init__(
-        self, given: Callable | None, generator: Any, frame_shape: Sequence[int], num_in_flight: int, device: Any
+        self,
+        given: Callable | None,
+        generator: torch.Generator | list[torch.Generator],
+        frame_shape: Sequence[int],
+        num_in_flight: int,
+        device: torch.device,
     ):
         self.given = given
         self.generator = generator
@@ -66,7 +77,7 @@ class Renoise:
         self.drawn: dict[tuple[int, int], torch.Tensor] = {}
 
     def __call__(self, chunk: int, step: int, num_frames: int) -> torch.Tensor:
-        """(B, C, num_frames, H, W), in fp32."""
+        """The noise of a chunk after a step, (B, C, num_frames, H, W), in fp32."""
         if (chunk, step) not in self.drawn:
             self.drawn = {key: noise for key, noise in self.drawn.items() if key[0] > chunk - self.num_in_flight}
             shape = (*self.frame_shape[:2], num_frames, *self.frame_shape[2:])

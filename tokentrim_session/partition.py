@@ -66,35 +66,31 @@ def _checkpoint_partition(
     return [first] + [size] * num_chunks + [last] * (last > 0)
 
 
-def count_given_frames(pipe: Any, call: dict, frame_shape: Sequence[int]) -> int:
-    """How many latent frames there are to continue."""
-    num_videos, channels, height, width = frame_shape
-    video, video_latents = call["video"], call["video_latents"]
-    if video is not None:
-        name, given, spatial = "video", video, (3, call["height"], call["width"])
-        factor = pipe.vae_scale_factor_temporal
-    elif video_latents is not None:
-        name, given, spatial, factor = "video_latents", video_latents, (channels, height, width), 1
-    else:
-        return 0
-    check(video is None or video_latents is None, "video_latents", video_latents, "None where `video` is given")
-    layout = "(batch, frames, {}, {}, {})".format(*spatial)
+def count_frames(name: str, given: Any, shape: Sequence[int], factor: int) -> int:
+    """
+    Latent frames of the frames to continue.
+
+    Args:
+        name (`str`): the argument that gives them.
+        given (`torch.Tensor`): frames or latent frames, (videos, T, C, H, W).
+        shape (`Sequence[int]`): (B, C, H, W) of the call; one video may serve several of the B.
+        factor (`int`): frames of a latent frame; the first latent frame is one frame.
+    """
+    num_videos, *frame = shape
+    layout = "(batch, frames, {}, {}, {})".format(*frame)
     check_tensor(name, given, 5, layout)
-    check(tuple(given.shape[2:]) == spatial and given.shape[1] > 0, name, given, layout)
+    check(list(given.shape[2:]) == frame and given.shape[1] > 0, name, given, layout)
     check(num_videos % len(given) == 0, name, given, f"a batch that divides the {num_videos} videos")
     num_frames, rest = divmod(given.shape[1] - 1, factor)
     check(not rest, name, given, f"of {factor}n + 1 frames")
-    if video is not None and not (video.min() >= 0 and video.max() <= 1):
-        raise ValueError(f"`video` must be in [0, 1], but is in [{video.min():.3g}, {video.max():.3g}].")
     return num_frames + 1
 
 
-def count_given_chunks(call: dict, num_given_frames: int, chunk_partition: Sequence[int]) -> int:
+def count_given_chunks(name: str, num_given_frames: int, chunk_partition: Sequence[int], is_endless: bool) -> int:
     """How many chunks the latent frames to continue fill: whole chunks, and at least one is left to generate."""
     if num_given_frames == 0:
         return 0
-    name = "video" if call["video"] is not None else "video_latents"
-    if call["num_frames"] is None:
+    if is_endless:
         chunk_partition = [*chunk_partition, *chunk_partition[-1:] * num_given_frames]
     ends = [sum(chunk_partition[: n + 1]) for n in range(len(chunk_partition) - 1)]
     valid = f"as many latent frames as fill whole chunks and leave one to generate: {_listed(ends)}"

@@ -10,23 +10,24 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..tokentrim_frames.summary import count_events, tell_events
+from .plan import Sizes
 
 
 class Progress:
     """Chunks, seconds and events of a run since this process has it.
 
     Args:
-        plan ([`RolloutPlan`]): of the run.
-        first_chunk (`int`): where it stands.
+        sizes ([`Sizes`]): the sizes of the run.
+        first_chunk (`int`): the chunk at which this process takes the run over.
         fps (`float`): frames per second of its videos.
     """
 
-    def __init__(self, plan: Any, first_chunk: int, fps: float):
+    def __init__(self, sizes: Sizes, first_chunk: int, fps: float):
         self.fps, self.num_chunks = fps, first_chunk
-        self.num_frames = sum(map(plan.chunk_frames, range(first_chunk)))
-        self.planned = None if plan.is_endless else (len(plan.chunk_partition), plan.num_frames)
-        self.num_videos, self.counts = plan.num_videos, Counter()
-        self._chunk_frames = plan.chunk_frames
+        self.num_frames = sum(map(sizes.chunk_frames, range(first_chunk)))
+        self.planned = None if sizes.is_endless else (len(sizes.chunk_partition), sizes.num_frames)
+        self.num_videos, self.counts = sizes.num_videos, Counter()
+        self._chunk_frames = sizes.chunk_frames
 
     def add(self, chunk: Any) -> None:
         """A chunk is finished."""

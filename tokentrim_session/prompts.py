@@ -1,16 +1,54 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """The prompts of a call, and over time: which one serves from which chunk on, and what becomes of the context."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..tokentrim_backbones.backbone import Limits
 from ..tokentrim_checks import check, check_choice, check_int, check_tensor
+from ..tokentrim_views.layout import Layout
 
 
 TRANSITIONS = ("keep", "recache", "flush", "cut")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a call, each as texts or as embeddings, (prompts, text, dim).
+
+    Args:
+        prompt (`str` or `list[str]`, *optional*), prompt_embeds (`torch.Tensor`, *optional*): one of them is given.
+        negative_prompt (`str` or `list[str]`, *optional*), negative_prompt_embeds (`torch.Tensor`, *optional*):
+            for classifier-free guidance.
+        max_sequence_length (`int`): tokens that a text is padded to.
+    """
+
+    prompt: str | list[str] | None
+    negative_prompt: str | list[str] | None
+    prompt_embeds: torch.Tensor | None
+    negative_prompt_embeds: torch.Tensor | None
+    max_sequence_length: int
+
+    def __len__(self) -> int:
+        if isinstance(self.prompt, str):
+            return 1
+        return len(self.prompt_embeds if self.prompt is None else self.prompt)
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Text embeddings, (B, text, dim), and negative ones with classifier-free guidance."""
+
+    embeds: torch.Tensor
+    negative_embeds: torch.Tensor | None = None
+
+    def branches(self) -> list[torch.Tensor]:
+        """Embeddings of each guidance branch, the unconditional one first."""
+        return [embeds for embeds in (self.negative_embeds, self.embeds) if embeds is not None]
 
 
 @dataclass(frozen=True)
@@ -93,17 +131,13 @@ def read_schedule(schedule: Any, transition: Any, blend_chunks: int, num_prompts
     return changes
 
 
-def check_change(change: PromptChange, layout: Any, far: bool) -> None:
+def check_change(change: PromptChange, layout: Layout, limits: Limits) -> None:
     """Refuse a transition that the layout or the backbone cannot make."""
+    name, transition = "prompt_transition", change.transition
     served = getattr(layout, "transitions", ("keep",))
-    check(
-        change.transition in served,
-        "prompt_transition",
-        change.transition,
-        f"one of {served} for {type(layout).__name__}",
-    )
-    valid = "'keep' for AnyFlow-FAR, whose context is encoded in two resolutions"
-    check(not far or change.transition == "keep", "prompt_transition", change.transition, valid)
+    check(transition in served, name, transition, f"one of {served} for {type(layout).__name__}")
+    served = served if limits.transitions is None else limits.transitions
+    check(transition in served, name, transition, f"{' or '.join(map(repr, served))} for {limits.model}")
 
 
 def blended(old: torch.Tensor, new: torch.Tensor, blend_chunks: int) -> list[torch.Tensor]:
@@ -111,72 +145,58 @@ def blended(old: torch.Tensor, new: torch.Tensor, blend_chunks: int) -> list[tor
     return [torch.lerp(old, new, (step + 1) / (blend_chunks + 1)) for step in range(blend_chunks)] + [new]
 
 
-def check_prompts(pipe: Any, call: dict) -> int:
-    """How many prompts there are. Texts are texts, embeddings (B, text, text_dim), alike in both guidance branches."""
-    prompt, embeds = call["prompt"], call["prompt_embeds"]
-    for name in ("prompt", "negative_prompt"):
-        texts, alone = call[name], call[f"{name}_embeds"] is None
-        check(alone or texts is None, f"{name}_embeds", call[f"{name}_embeds"], f"None where `{name}` is given")
+def check_prompts(prompts: Prompts, text_dim: int, is_guided: bool) -> None:
+    """Refuse texts that are no texts, and embeddings that do not fit the model, the texts, or each other."""
+    check_int("max_sequence_length", prompts.max_sequence_length, 1)
+    for name, texts, embeds in _branches(prompts):
+        check(embeds is None or texts is None, f"{name}_embeds", embeds, f"None where `{name}` is given")
         check(texts is None or isinstance(texts, (str, list)), name, texts, "a str or a list of str", TypeError)
-    check(prompt is not None or embeds is not None, "prompt", prompt, "given, or `prompt_embeds`")
-    text_dim = pipe.transformer.config.text_dim
-    for name in ("prompt_embeds", "negative_prompt_embeds"):
-        if call[name] is not None:
-            check_tensor(name, call[name], 3, "(batch, text, dim)")
-            fits = len(call[name]) > 0 and call[name].shape[-1] == text_dim
-            check(fits, name, call[name], f"(batch, text, {text_dim})")
-    if embeds is not None and call["negative_prompt_embeds"] is not None:
-        alike = embeds.shape == call["negative_prompt_embeds"].shape
+        if embeds is not None:
+            check_tensor(f"{name}_embeds", embeds, 3, "(batch, text, dim)")
+            fits = len(embeds) > 0 and embeds.shape[-1] == text_dim
+            check(fits, f"{name}_embeds", embeds, f"(batch, text, {text_dim})")
+    embeds, negative_embeds = prompts.prompt_embeds, prompts.negative_prompt_embeds
+    check(prompts.prompt is not None or embeds is not None, "prompt", prompts.prompt, "given, or `prompt_embeds`")
+    if embeds is not None and negative_embeds is not None:
         valid = f"shaped like `prompt_embeds`, {tuple(embeds.shape)}"
-        check(alike, "negative_prompt_embeds", call["negative_prompt_embeds"], valid)
-    batch_size = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else embeds)
-    if call["guidance_scale"] > 1:
-        _check_beside_text(call, max(batch_size, 1))
-    for name in ("prompt", "negative_prompt"):
-        if isinstance(texts := call[name], list):
+        check(embeds.shape == negative_embeds.shape, "negative_prompt_embeds", negative_embeds, valid)
+    if is_guided:
+        _check_beside_text(prompts)
+    num_prompts = max(len(prompts), 1)
+    for name, texts, _ in _branches(prompts):
+        if isinstance(texts, list):
             check(all(isinstance(text, str) for text in texts), name, texts, "a str or a list of str", TypeError)
-            check(len(texts) == max(batch_size, 1), name, texts, f"a str or a list of {max(batch_size, 1)}")
-    return batch_size
+            check(len(texts) == num_prompts, name, texts, f"a str or a list of {num_prompts}")
 
 
-def _check_beside_text(call: dict, batch_size: int) -> None:
-    """With guidance, embeddings are as many, and as long, as the texts beside them will be."""
-    for name, other in (("prompt_embeds", "negative_prompt"), ("negative_prompt_embeds", "prompt")):
-        if call[name] is None or call[f"{other}_embeds"] is not None:
+def _branches(prompts: Prompts) -> list[tuple[str, Any, Any]]:
+    """Name, texts and embeddings of each guidance branch."""
+    return [
+        ("prompt", prompts.prompt, prompts.prompt_embeds),
+        ("negative_prompt", prompts.negative_prompt, prompts.negative_prompt_embeds),
+    ]
+
+
+def _check_beside_text(prompts: Prompts) -> None:
+    """With guidance, embeddings are as many, and as long, as the texts of the other branch will be."""
+    num_prompts, length = max(len(prompts), 1), prompts.max_sequence_length
+    for (name, _, embeds), (other, _, other_embeds) in itertools.permutations(_branches(prompts)):
+        if embeds is None or other_embeds is not None:
             continue
-        length = call["max_sequence_length"]
-        valid = f"({batch_size}, {length}, dim) beside `{other}`, padded to `max_sequence_length`: or pass `{other}_embeds`"
-        check(call[name].shape[:2] == (batch_size, length), name, call[name], valid)
+        valid = f"({num_prompts}, {length}, dim) beside `{other}`, padded to `max_sequence_length`: or pass `{other}_embeds`"
+        check(embeds.shape[:2] == (num_prompts, length), f"{name}_embeds", embeds, valid)
 
 
-def take_first_prompt(call: dict) -> None:
-    """The prompt of chunk 0, where the schedule says it."""
-    schedule = call["prompt_schedule"]
-    if schedule is None:
-        return
+def first_prompt(schedule: Any, prompt: Any, prompt_embeds: Any) -> dict:
+    """The argument that chunk 0 of a schedule stands for, `prompt` or `prompt_embeds`; empty without chunk 0."""
     first = schedule.get(0) if isinstance(schedule, dict) else None
     if isinstance(schedule, (list, tuple)) and all(isinstance(each, dict) for each in schedule):
         first = [each[0] for each in schedule if 0 in each] or None
-    for name in ("prompt", "prompt_embeds"):
-        check(first is None or call[name] is None, name, call[name], "None where `prompt_schedule` has chunk 0")
-    if first is not None:
-        call["prompt_embeds" if isinstance(first, torch.Tensor) else "prompt"] = first
-
-
-def plan_prompts(
-    call: dict, layout: Any, num_videos: int, num_chunks: int | None, far: bool
-) -> dict[int, PromptChange]:
-    """The changes of the prompt schedule, without chunk 0."""
-    if call["prompt_schedule"] is None:
+    if first is None:
         return {}
-    num_prompts = num_videos // call["num_videos_per_prompt"]
-    changes = read_schedule(call["prompt_schedule"], call["prompt_transition"], call["blend_chunks"], num_prompts)
-    changes.pop(0, None)
-    for chunk, change in changes.items():
-        check_change(change, layout, far)
-        inside = num_chunks is None or chunk < num_chunks
-        check(inside, "prompt_schedule", chunk, f"a dict of chunks below {num_chunks}, the chunks of the video")
-    return changes
+    for name, given in (("prompt", prompt), ("prompt_embeds", prompt_embeds)):
+        check(given is None, name, given, "None where `prompt_schedule` has chunk 0")
+    return {"prompt_embeds" if isinstance(first, torch.Tensor) else "prompt": first}
 
 
 def _check_chunks(name: str, by_chunk: Any) -> None:

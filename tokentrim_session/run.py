@@ -7,16 +7,20 @@ from typing import Any
 
 import torch
 
-from ..tokentrim_backbones.far import FARBackbone
+from ..tokentrim_backbones.backbone import Backbone
 from ..tokentrim_backbones.hooks import adapters, check_hooks
-from ..tokentrim_backbones.wan import WanBackbone
+from ..tokentrim_backbones.registry import backbone_of
 from ..tokentrim_checks import check, check_tensor
 from ..tokentrim_policies.chain import ContextPolicies
 from ..tokentrim_policies.stability import token_grid
-from .denoise import Denoiser, InFlight, Prompt
+from .denoise import Denoiser
+from .draft import InFlight
 from .encode import encode_change
+from .host import Pipeline
 from .noise import Noise, Renoise
-from .prompts import PromptChange, blended, check_change, make_change
+from .plan import RolloutPlan
+from .prompts import EncodedPrompt, PromptChange, blended, check_change, make_change
+from .schedule import Scheduler
 
 
 class Rollout:
@@ -25,65 +29,66 @@ class Rollout:
     Args:
         pipe: the pipeline.
         plan ([`RolloutPlan`]): of the call.
-        prompt ([`Prompt`]): encoded.
+        prompt ([`EncodedPrompt`]): encoded.
         device (`torch.device`): where it runs.
         given (`torch.Tensor`, *optional*): clean latents of the first frames, where they are not generated.
     """
 
-    def __init__(self, pipe: Any, plan: Any, prompt: Prompt, device: torch.device, given: torch.Tensor | None = None):
+    def __init__(
+        self,
+        pipe: Pipeline,
+        plan: RolloutPlan,
+        prompt: EncodedPrompt,
+        device: torch.device,
+        given: torch.Tensor | None = None,
+    ):
         self.pipe = pipe
         self.plan = plan
+        self.sizes = sizes = plan.sizes
         self.device = device
-        generator = plan.call["generator"]
-        if generator is None:  # one of its own: what else draws from torch's does not disturb it
-            generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
-        self.generator = generator
-        self.noise = Noise(plan, generator, device, plan.call["latents"])
-        sizes = [plan.chunk_size(index) for index in range(plan.num_given_chunks)]
-        self.given = [] if given is None else list(given.split(sizes, dim=2))
+        given_sizes = [sizes.chunk_size(index) for index in range(sizes.num_given_chunks)]
+        self.given = [] if given is None else list(given.split(given_sizes, dim=2))
         self.changes: dict[int, tuple[torch.Tensor, str]] = {}  # embeddings (B, text, dim) and transition, by chunk
-        self.guidance_scale = plan.call["guidance_scale"]  # between two chunks; a callback may change the pipeline's
+        self.guidance_scale = plan.schedule.guidance_scale  # between two chunks; a callback may change the pipeline's
         self.shows_steps = True  # whether a bar of denoising steps is shown
         self.index = 0
         self.in_flight: tuple[InFlight, ...] = ()
 
-        call, patch_size = plan.call, pipe.transformer.config.patch_size
-        grid = token_grid(plan.frame_shape[2:], patch_size)
-        context = {"layout": plan.layout, "num_protected_frames": plan.num_protected_frames}
-        if plan.is_far:
-            options = {"use_mean_velocity": call["use_mean_velocity"], "pad_keys": call["pad_keys"]}
-            backbone = FARBackbone(pipe.transformer, grid=grid, num_videos=plan.num_videos, **options, **context)
-        else:
-            backbone = WanBackbone(pipe.transformer, grid, num_videos=plan.num_videos, **context)
-        self.policies = ContextPolicies(plan.method.policies, plan.num_videos, grid, patch_size)
-        renoise = Renoise(call["renoise"], generator, plan.frame_shape, plan.num_in_flight, device)
-        solver_generators = _solver_generators(pipe.scheduler, generator, plan.num_videos)
-        self.denoiser = Denoiser(pipe, backbone, plan, prompt, self.noise, renoise, solver_generators)
-        if call["callback_on_step_end"] is not None:
+        generator = plan.inputs.generator
+        if generator is None:  # not torch's global one, which other code draws from
+            generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+        self.generator = generator
+        transformer, patch_size = pipe.transformer, pipe.transformer.config.patch_size
+        self.grid = token_grid(sizes.frame_shape[2:], patch_size)
+        self.backbone: Backbone = backbone_of(transformer)(
+            transformer, self.grid, sizes.num_videos, plan.layout, sizes.num_protected_frames, plan.options
+        )
+        self.policies = ContextPolicies(plan.method.policies, sizes.num_videos, self.grid, patch_size)
+        self.noise = Noise(sizes, generator, device, plan.inputs.latents)
+        num_in_flight, renoise = plan.schedule.num_in_flight, plan.callbacks.renoise
+        renoise = Renoise(renoise, generator, sizes.frame_shape, num_in_flight, device)
+        solver_generators = _solver_generators(pipe.scheduler, generator, sizes.num_videos)
+        self.denoiser = Denoiser(pipe, self.backbone, plan, prompt, self.noise, renoise, solver_generators)
+        if plan.callbacks.on_step_end is not None:
             self.denoiser.on_step = self._call_back
-
-    @property
-    def backbone(self) -> Any:
-        return self.denoiser.backbone
 
     def remaining(self) -> Iterator[int]:
         """The chunks from `index` on, each with the transformer as the user has it by then."""
         known = adapters(self.pipe.transformer)
-        while self.plan.has_chunk(self.index):
+        while self.sizes.has_chunk(self.index):
             check_hooks(self.pipe.transformer)
             if known != (known := adapters(self.pipe.transformer)):
-                self.backbone.cache.forget_prompt()  # of other adapters, it has other keys and values
+                self.backbone.prompt_changed()  # other adapters project it otherwise
             yield self.index
 
-    def goes_on(self, index: int) -> bool:
-        """Whether a chunk follows, so that this one must be committed."""
-        return self.plan.has_chunk(index + 1)
+    def is_last(self, index: int) -> bool:
+        """Whether no chunk follows, so that none will read this one."""
+        return not self.sizes.has_chunk(index + 1)
 
     def evict(self, tokens: dict[int, list[int]]) -> dict[int, list[int]]:
         """Grid tokens of some videos leave the context, or count for less: those of which it held something. Without any,
         another attempt would repeat the one before."""
-        weight = self.plan.method.prune_weight
-        evicted = self.backbone.evict(tokens, **({"weight": weight} if weight else {}))
+        evicted = self.backbone.evict(tokens, self.plan.method.prune_weight)
         self.policies.evicted(evicted)
         return evicted
 
@@ -103,10 +108,11 @@ class Rollout:
         plan, pipe = self.plan, self.pipe
         with self.backbone.attached():
             device = pipe._execution_device
-            pipe.scheduler.set_rollout_timesteps(plan.num_inference_steps, device, plan.sigmas, plan.timesteps)
+            schedule = (plan.schedule.num_inference_steps, device, plan.schedule.sigmas, plan.schedule.timesteps)
+            pipe.scheduler.set_rollout_timesteps(*schedule)
             pipe._num_timesteps = plan.count_steps(len(pipe.scheduler.timesteps))
             pipe._guidance_scale = self.guidance_scale
-            pipe._attention_kwargs = plan.call["attention_kwargs"]
+            pipe._attention_kwargs = plan.options.attention_kwargs
             pipe._interrupt = False
             yield
 
@@ -114,21 +120,18 @@ class Rollout:
         """A context that gives a bar of the denoising steps to go, or `None`."""
         return self.pipe.progress_bar(total=self.num_steps_left()) if self.shows_steps else nullcontext()
 
-    def set_prompt(self, prompt: Prompt) -> None:
+    def set_prompt(self, prompt: EncodedPrompt) -> None:
         """Another prompt serves from the next denoising step on."""
         old, self.denoiser.prompt = self.denoiser.prompt, prompt
-        self.backbone.cache.forget_prompt()
+        self.backbone.prompt_changed()
         changed = [video for video, pair in enumerate(zip(old.embeds, prompt.embeds)) if not torch.equal(*pair)]
         self.policies.prompt_changed(changed)
 
     def change_prompt(self, prompt: Any, transition: str | None, blend_chunks: int) -> None:
         """Another prompt from the next chunk on; arguments as in [`make_change`], `None` for the call's transition."""
-        if transition is None:
-            transition = self.plan.call["prompt_transition"]
-            transition = transition if isinstance(transition, str) else "keep"  # those of a dict are of its chunks
-        num_prompts = self.plan.num_videos // self.plan.call["num_videos_per_prompt"]
-        change = make_change(prompt, num_prompts, transition, blend_chunks)
-        check_change(change, self.plan.layout, self.plan.is_far)
+        transition = self.plan.inputs.prompt_transition if transition is None else transition
+        change = make_change(prompt, self.sizes.num_prompts, transition, blend_chunks)
+        check_change(change, self.plan.layout, self.backbone.limits)
         self.schedule_change(self.index, change)
 
     @torch.no_grad()
@@ -150,11 +153,11 @@ class Rollout:
         if index not in self.changes:
             return
         embeds, transition = self.changes.pop(index)
-        self.set_prompt(Prompt(embeds, self.denoiser.prompt.negative_embeds))
+        self.set_prompt(EncodedPrompt(embeds, self.denoiser.prompt.negative_embeds))
         if transition == "recache":
-            self.denoiser.recache()
+            self.denoiser.recache(index)
         elif transition != "keep":
-            self.backbone.cache.flush(is_cut=transition == "cut")
+            self.backbone.flush(is_cut=transition == "cut")
 
     def state_dict(self) -> dict:
         """The run between two chunks, as plain values and tensors that `load_state_dict` of a run of the same call takes."""
@@ -193,7 +196,7 @@ class Rollout:
         self.given[self.index :] = state["given"]
         self.changes = {chunk: (embeds, transition) for chunk, embeds, transition in state["changes"]}
         self.denoiser.renoise.drawn = {(chunk, step): noise for chunk, step, noise in state["renoise"]}
-        self.denoiser.prompt = Prompt(*state["prompt"])
+        self.denoiser.prompt = EncodedPrompt(*state["prompt"])
         self.guidance_scale = state["guidance_scale"]
         for generator, generator_state in zip(self._generators(), state["generators"]):
             generator.set_state(generator_state)
@@ -201,7 +204,7 @@ class Rollout:
 
     def _shape(self) -> list:
         """What runs of one call have in common."""
-        return [list(self.plan.frame_shape), list(self.plan.chunk_partition), self.plan.is_endless]
+        return [list(self.sizes.frame_shape), list(self.sizes.chunk_partition), self.sizes.is_endless]
 
     def _generators(self) -> list[torch.Generator]:
         """All that are drawn from while the run goes on."""
@@ -210,15 +213,15 @@ class Rollout:
 
     def _call_back(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """`callback_on_step_end`: it may change the latents and the prompt, in place or by what it returns."""
-        call, prompt, name = self.plan.call, self.denoiser.prompt, "callback_on_step_end"
+        callbacks, prompt, name = self.plan.callbacks, self.denoiser.prompt, "callback_on_step_end"
         before = {
             "latents": latents,
             "prompt_embeds": prompt.embeds,
             "negative_prompt_embeds": prompt.negative_embeds,
         }
         after = {key: None if tensor is None else tensor.clone() for key, tensor in before.items()}
-        wanted = {key: after[key] for key in call["callback_on_step_end_tensor_inputs"]}
-        outputs = call["callback_on_step_end"](self.pipe, step, timestep, wanted)
+        wanted = {key: after[key] for key in callbacks.step_tensors}
+        outputs = callbacks.on_step_end(self.pipe, step, timestep, wanted)
         check(isinstance(outputs, dict), name, outputs, "a function that returns a dict of tensors", TypeError)
         check(set(outputs) <= set(before), name, list(outputs), f"a function that returns some of {list(before)}")
         after.update({key: each.detach() if isinstance(each, torch.Tensor) else each for key, each in outputs.items()})
@@ -231,11 +234,13 @@ class Rollout:
         embeds, negative_embeds = after["prompt_embeds"].to(prompt.embeds), after["negative_prompt_embeds"]
         same_negative = negative_embeds is None or torch.equal(negative_embeds, prompt.negative_embeds)
         if not (torch.equal(embeds, prompt.embeds) and same_negative):
-            self.set_prompt(Prompt(embeds, negative_embeds))
+            self.set_prompt(EncodedPrompt(embeds, negative_embeds))
         return after["latents"]
 
 
-def _solver_generators(scheduler: Any, generator: Any, num_videos: int) -> list[torch.Generator] | None:
+def _solver_generators(
+    scheduler: Scheduler, generator: torch.Generator | list[torch.Generator], num_videos: int
+) -> list[torch.Generator] | None:
     """One generator for each video, for schedulers that draw inside `step`: some videos may have to replay. They are not
     those of the noise, which goes on meanwhile; their seeds come from a copy, so that the noise does not depend on the
     scheduler."""

@@ -83,10 +83,10 @@ class Stream:
         check_saved_whole(pipe.transformer, "state_dir", state_dir)
         self.run: Any = run  # `None` once it is closed
         self.decoder = decoder
-        self.grid = run.backbone.cache.grid
+        self.grid = run.grid
         self._undecoded = None if undecoded is None else Chunk(*undecoded)
         self.first_chunk = self.index
-        self.progress = Progress(run.plan, self.first_chunk, pipe.config.get("fps") or 16)
+        self.progress = Progress(run.sizes, self.first_chunk, pipe.config.get("fps") or 16)
         self._pipe = pipe
         self._chunks = pipe.roll_out(run)
         self._state_dir = state_dir
@@ -109,9 +109,9 @@ class Stream:
         try:
             self._save_if_due()  # the chunk before has been consumed
             chunk = self._undecoded or next(self._chunks)
-            chunk, call = self._decoded(chunk), self.run.plan.call
-            if call["on_chunk"] is not None and chunk.index >= self.run.plan.num_given_chunks:
-                call["on_chunk"](chunk.index, chunk.latents.clone(), copy.deepcopy(chunk.decisions))
+            chunk, on_chunk = self._decoded(chunk), self.run.plan.callbacks.on_chunk
+            if on_chunk is not None and chunk.index >= self.run.sizes.num_given_chunks:
+                on_chunk(chunk.index, chunk.latents.clone(), copy.deepcopy(chunk.decisions))
             for writer, video in zip(self._writers, as_array(chunk.frames) if self._writers else ()):
                 writer.write(as_uint8(video))
             for log, decision in zip(self._logs, chunk.decisions):
@@ -211,8 +211,8 @@ class Stream:
             `ValueError`: the videos are latents, or a resumed run wrote to other files.
         """
         run = self._running()
-        check(self.decoder is not None, "output_type", run.plan.call["output_type"], "not 'latent' to write a video")
-        num_videos = run.plan.num_videos
+        check(self.decoder is not None, "output_type", run.plan.output_type, "not 'latent' to write a video")
+        num_videos = run.sizes.num_videos
         paths = [numbered(path, video, num_videos) for video in range(num_videos)]
         self._open_files(paths, fps)
         run.shows_steps = False
@@ -255,8 +255,8 @@ class Stream:
         try:
             with latents_kept(chunk.latents):
                 video = self.decoder.decode(chunk.latents)
-                video = video[:, :, : video.shape[2] - plan.frames_beyond(chunk.index)]
-                frames = self._pipe.video_processor.postprocess_video(video, output_type=plan.call["output_type"])
+                video = video[:, :, : video.shape[2] - plan.sizes.frames_beyond(chunk.index)]
+                frames = self._pipe.video_processor.postprocess_video(video, output_type=plan.output_type)
         except Exception as error:
             self.decoder.load_state_dict(before)
             self._undecoded = chunk
@@ -277,7 +277,7 @@ class Stream:
     def _save_if_due(self) -> None:
         if self._state_dir is None or self.run is None:
             return
-        over = not self.run.plan.has_chunk(self.run.index)
+        over = not self.run.sizes.has_chunk(self.run.index)
         if self.run.index - self._saved_at >= self._save_every or (over and self.run.index > self._saved_at):
             self.save_state()
 

@@ -127,7 +127,7 @@ def describe_settings(folder: Path, pipe: TokenTrimPipeline) -> dict[str, str]:
     named = settings.get("layout") or "window"
     layout = named if isinstance(named, str) else next(iter(named))
     context = {name: value for name, value in vars(plan.layout).items() if name != "one_chunk_a_pass"}
-    pipe.scheduler.set_rollout_timesteps(plan.num_inference_steps)
+    pipe.scheduler.set_rollout_timesteps(plan.schedule.num_inference_steps)
     timesteps = " ".join(f"{timestep:.0f}" for timestep in pipe.scheduler.timesteps)
     licence = None
     if (folder / "README.md").is_file():
@@ -138,7 +138,7 @@ def describe_settings(folder: Path, pipe: TokenTrimPipeline) -> dict[str, str]:
         "parts": ", ".join(
             type(getattr(pipe, part)).__name__ for part in (*OPTIONAL, *REQUIRED) if getattr(pipe, part) is not None
         ),
-        "rollout": f"{plan.rollout}, chunks of {plan.chunk_size(1)} latent frames, {plan.num_inference_steps} steps,"
+        "rollout": f"{plan.schedule.rollout}, chunks of {plan.sizes.chunk_size(1)} latent frames, {plan.schedule.num_inference_steps} steps,"
         f" method {settings.get('method') or 'tokentrim'}, prompts change by {settings.get('prompt_transition') or 'keep'}",
         "context": f"{layout}: {', '.join(f'{name} {value}' for name, value in context.items())}",
         "schedule": f"{type(pipe.scheduler).__name__}, shift {shift_of(pipe.scheduler)}, timesteps {timesteps}",
@@ -202,7 +202,7 @@ def run_two_chunks(
     if pipe.vae is not None:
         call["output_type"] = "pt"
     plan = pipe.plan(**call)
-    num_latent_frames = plan.chunk_size(0) + plan.chunk_size(1)
+    num_latent_frames = plan.sizes.chunk_size(0) + plan.sizes.chunk_size(1)
     call["num_frames"] = (num_latent_frames - 1) * pipe.vae_scale_factor_temporal + 1
     start = time.perf_counter()
     with pipe.stream(**call) as stream:
@@ -252,17 +252,17 @@ def flow_error(
 ) -> float:
     """Mean squared error of the flow of a chunk at some levels of noise, alone or beside a clean neighbour."""
     grid = token_grid(tuple(chunk.shape[3:]), pipe.transformer.config.patch_size)
-    backbone = WanBackbone(pipe.transformer, grid, num_videos=1, layout=Neighbour(is_after), num_protected_frames=0)
+    backbone = WanBackbone(pipe.transformer, grid, num_videos=1, layout=Neighbour(is_after))
     noise = torch.randn(chunk.shape, generator=torch.Generator().manual_seed(0)).to(chunk)
     with backbone.attached():
         if neighbour is not None:
             backbone.make_room(neighbour.shape[2])
-            backbone.commit(neighbour, text, None)
+            backbone.commit(neighbour, text, [True])
         backbone.make_room(chunk.shape[2])
         errors = []
         for level in LEVELS:
             noised, timestep = torch.lerp(chunk, noise, level), torch.full((1,), 1000 * level, device=chunk.device)
-            flow = backbone.predict_flow(noised, [chunk.shape[2]], timestep, timestep, text, None)
+            flow = backbone.predict_flow(noised, [chunk.shape[2]], timestep, timestep, text)
             errors.append((flow.float() - (noise - chunk)).square().mean())
     return torch.stack(errors).mean().item()
 

@@ -64,19 +64,19 @@ def generate_video(
         generator = torch.Generator().manual_seed(job.seed)
         saving = {"state_dir": job.state_dir, "save_every": save_every}
         stream = pipe.stream(job.prompt, generator=generator, **saving, **job.arguments())
-    plan = stream.run.plan
+    sizes = stream.run.sizes
     try:
         with stream:
             stream.save_video(job.growing, record["fps"], progress)
     except KeyboardInterrupt:
         begun = [growing for growing, _ in pairs if growing.stat().st_size]
-        if not plan.is_endless or job.state_dir is not None or len(begun) < len(pairs):
+        if not sizes.is_endless or job.state_dir is not None or len(begun) < len(pairs):
             raise
         for growing in begun:
             play(growing)
     else:
         for growing, _ in pairs:
-            verify(growing, [plan.chunk_frames(index) for index in range(len(plan.chunk_partition))])
+            verify(growing, [sizes.chunk_frames(index) for index in range(len(sizes.chunk_partition))])
     for growing, path in pairs:
         os.replace(growing.with_suffix(".jsonl"), path.with_suffix(".jsonl"))
         write_record(path.with_suffix(".json"), record)

@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from tokentrim import TokenTrim
 from tokentrim.tokentrim_policies.matching import MatchDistribution
-from tokentrim.tokentrim_session.plan import TRIM_SETTINGS
+from tokentrim.tokentrim_session.arguments import TRIM_SETTINGS
 
 
 class _OtherTokens(TokenTrim):

@@ -1,0 +1,50 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What a session uses of the pipeline that it runs in."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from diffusers import ModelMixin
+from diffusers.video_processor import VideoProcessor
+
+from .schedule import Scheduler
+
+
+class Pipeline(Protocol):
+    """A Diffusers pipeline with the components of a Wan checkpoint. Each member is documented by Diffusers, but for
+    `roll_out`."""
+
+    config: Any
+    tokenizer: Any
+    text_encoder: Any
+    transformer: ModelMixin
+    vae: Any
+    scheduler: Scheduler
+    video_processor: VideoProcessor
+    vae_scale_factor_spatial: int
+    vae_scale_factor_temporal: int
+    _callback_tensor_inputs: list[str]
+    _execution_device: torch.device
+
+    # What users and their callbacks read while a run goes on, and may change.
+    guidance_scale: float
+    do_classifier_free_guidance: bool
+    interrupt: bool
+    _guidance_scale: float
+    _attention_kwargs: dict[str, Any] | None
+    _num_timesteps: float
+    _interrupt: bool
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+    def encode_video(self, video: torch.Tensor, height: int, width: int) -> torch.Tensor: ...
+
+    def progress_bar(self, total: float | None = None) -> AbstractContextManager: ...
+
+    def maybe_free_model_hooks(self) -> None: ...
+
+    def roll_out(self, run: Any) -> Iterator[Any]:
+        """The finished chunks of a run."""
+        ...

@@ -1,0 +1,97 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What a rollout asks of a scheduler, and the arguments that say how a chunk is denoised."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from ..tokentrim_checks import check, check_callables, check_int, check_list
+
+
+schedule_logger = logging.getLogger("tokentrim.plan")
+
+
+class Scheduler(Protocol):
+    """A scheduler that can go back to the start of a chunk. `TokenTrimSchedulerMixin` makes one of any Diffusers scheduler,
+    and describes each member."""
+
+    config: Any
+    timesteps: torch.Tensor
+    renoises: bool
+    single_step: bool
+    draws_inside: bool
+
+    def takes(self, name: str) -> bool: ...
+
+    def set_rollout_timesteps(
+        self,
+        num_inference_steps: int,
+        device: torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None: ...
+
+    def begin_chunk(self, generator: torch.Generator | list[torch.Generator] | None = None) -> None: ...
+
+    def rewind(self, videos: list[int] | None = None) -> None: ...
+
+    def seek(self, step: int) -> None: ...
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: torch.Tensor,
+        sample: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        context_version: int | None = None,
+        return_dict: bool = True,
+    ) -> Any: ...
+
+    def predict_original_sample(self, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor: ...
+
+
+def check_scheduler(scheduler: Scheduler) -> None:
+    """
+    Raises:
+        `ValueError`: the scheduler solves another equation than a flow-matching one, or shifts by the size of the video.
+    """
+    valid = "a scheduler without dynamic shifting, whose `mu` no rollout knows"
+    check(not scheduler.config.get("use_dynamic_shifting"), "scheduler", type(scheduler).__name__, valid)
+    prediction = scheduler.config.get("prediction_type", "flow_prediction")
+    flow = prediction == "flow_prediction" and scheduler.config.get("use_flow_sigmas", True)
+    valid = "a flow-matching scheduler (prediction_type='flow_prediction', use_flow_sigmas=True)"
+    check(flow, "scheduler", scheduler.config, valid)
+
+
+def check_schedule(
+    scheduler: Scheduler,
+    num_inference_steps: int,
+    sigmas: Sequence[float] | None,
+    timesteps: Sequence[float] | None,
+    renoise: Callable | None,
+) -> None:
+    """
+    Raises:
+        `TypeError`, `ValueError`: an argument is invalid, or the scheduler does not take it.
+    """
+    check_int("num_inference_steps", num_inference_steps, 1)
+    check(sigmas is None or timesteps is None, "sigmas", sigmas, "None where `timesteps` is given")
+    for name, values, top in (("sigmas", sigmas, 1), ("timesteps", timesteps, scheduler.config.num_train_timesteps)):
+        if values is not None:
+            check_list(name, values, (int, float), "a list of numbers")
+            falling = len(values) > 0 and all(a > b for a, b in zip([top + 1e-6, *values], [*values, 0]))
+            check(falling, name, values, f"strictly falling numbers in (0, {top}]")
+            check(scheduler.takes(name), name, values, f"None for {type(scheduler).__name__}")
+    shift = scheduler.shift if hasattr(type(scheduler), "shift") else scheduler.config.get("shift", 1)
+    if timesteps is not None and shift != 1:
+        schedule_logger.warning(
+            "`timesteps` are used as they are, without the scheduler's shift of %s. Timesteps that a checkpoint lists"
+            " before the shift, such as Self Forcing's [1000, 750, 500, 250], are passed as `sigmas`, here %s",
+            shift,
+            [round(timestep / scheduler.config.num_train_timesteps, 4) for timestep in timesteps],
+        )
+    check_callables(renoise=renoise)
+    valid = f"None: {type(scheduler).__name__} does not re-noise (TokenTrimFlowMatchLCMScheduler does)"
+    check(renoise is None or scheduler.renoises, "renoise", renoise, valid)
