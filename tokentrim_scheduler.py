@@ -1,13 +1,11 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Diffusers schedulers that can go back to the start of a chunk and say what they think the clean chunk is.
-
-A leaf: it imports nothing of this project, so that it also loads alone, as the `scheduler` component of a checkpoint.
-"""
+"""Diffusers schedulers that can return to the start of a chunk. Loads alone, as a checkpoint's `scheduler` component."""
 
 import copy
 import inspect
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +21,19 @@ from diffusers.utils import BaseOutput
 
 logger = logging.getLogger("tokentrim.scheduler")
 
-# What the mixin keeps beside the solver's own state.
-OURS = ("_internal_dict", "_fresh_state", "_chunk_generators", "_chunk_draws", "_step_generator", "_context_version")
-
 Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class Trajectory:
+    """What the mixin keeps beside the solver's own state, from `set_timesteps` on."""
+
+    solver: dict[str, Any]  # attributes of the solver before its first step
+    sigmas: list[float]  # the schedule's noise levels on the CPU, so that no step waits for the device
+    generators: list[torch.Generator] = field(default_factory=list)  # source of the draws in this chunk
+    draws: list[torch.Tensor] = field(default_factory=list)  # state of each generator at the chunk's start
+    generator: Generators = None  # those of the samples that the trajectory continues with
+    context_version: int | None = None  # what the model attended to at the first step
 
 
 @dataclass
@@ -45,16 +52,22 @@ class TokenTrimSchedulerOutput(BaseOutput):
 
 class TokenTrimSchedulerMixin:
     r"""
-    Makes any flow-matching scheduler of Diffusers fit for chunks that may be generated twice. Put it before the
-    scheduler in the bases, or lift an instance with [`lift_scheduler`].
+    Lets any flow-matching scheduler of Diffusers generate a chunk more than once. Put it before the scheduler in the bases,
+    or lift an instance with [`lift_scheduler`].
 
-    After `set_timesteps`, call `begin_chunk` at each chunk, then `step` for each timestep. `rewind` goes back to the
+    After `set_timesteps`, call `begin_chunk` at each chunk, then `step` for each timestep. `rewind` returns to the
     chunk's start: the solver forgets its history and its generators repeat the same draws. All steps of one
     trajectory must name the same `context_version`, so that one ODE never mixes two contexts.
+
+    Attributes:
+        rollout_version (`int`): version of this interface; `lift_scheduler` lifts schedulers of an older one again.
+        renoises (`bool`): whether a step ends with (1 - sigma) x0 + sigma eps, and `step` takes that eps as `noise`.
+        single_step (`bool`): whether a step needs no step before it, so that steps of several chunks may take turns.
     """
 
-    rollout_version = 2  # of what a rollout asks of a scheduler; `lift_scheduler` lifts those of an older one again
-    renoises = False  # whether a step ends with (1 - sigma) x0 + sigma eps, and `step` takes that eps as `noise`
+    rollout_version = 2
+    renoises = False
+    single_step = False
 
     @property
     def draws_inside(self) -> bool:
@@ -62,9 +75,9 @@ class TokenTrimSchedulerMixin:
         return not self.renoises and "generator" in inspect.signature(super().step).parameters
 
     def set_timesteps(self, *args, **kwargs) -> None:
-        """As the scheduler's own; remembers the solver's state before its first step."""
+        """The scheduler's own `set_timesteps`, after which chunks begin with the solver as it is then."""
         super().set_timesteps(*args, **kwargs)
-        self._start_here()
+        self._remember_solver()
 
     def set_rollout_timesteps(
         self,
@@ -74,16 +87,16 @@ class TokenTrimSchedulerMixin:
         timesteps: list[float] | None = None,
     ) -> None:
         """
-        The schedule of every chunk: `set_timesteps` with linspace(1, 0, S + 1)[:-1] as the default sigmas, before the
+        Set the schedule of every chunk: `set_timesteps` with linspace(1, 0, S + 1)[:-1] as the default sigmas, before the
         shift. A scheduler that takes no sigmas keeps its own spacing.
 
         Args:
             num_inference_steps (`int`): S, ignored where `sigmas` or `timesteps` are given.
-            device (`str` or `torch.device`, *optional*): where the schedule lies.
+            device (`str` or `torch.device`, *optional*): device of the schedule.
             sigmas (`list[float]`, *optional*): custom noise levels, before the shift.
             timesteps (`list[float]`, *optional*):
-                Custom timesteps, as `self.timesteps` has them: each stands at sigma = t / `num_train_timesteps`, and is
-                not shifted again, whatever the scheduler's own `set_timesteps` makes of them.
+                Custom timesteps, as in `self.timesteps`: each stands for sigma = t / `num_train_timesteps`, and is not
+                shifted, whatever the scheduler's own `set_timesteps` does with timesteps.
 
         Raises:
             `ValueError`: the scheduler takes no custom sigmas or timesteps.
@@ -93,13 +106,11 @@ class TokenTrimSchedulerMixin:
                 raise ValueError(f"`{name}` must be None for {type(self).__name__}, but is {custom!r}.")
         if timesteps is not None:
             self.set_rollout_timesteps(len(timesteps), device)
-            if self.timesteps.tolist() != list(timesteps):  # else to the same bits
+            if self.timesteps.tolist() != list(timesteps):  # the default ones keep their exact sigmas
                 levels = [timestep / self.config.num_train_timesteps for timestep in timesteps]
-                self.timesteps, self.sigmas = (
-                    self.timesteps.new_tensor(timesteps),
-                    self.sigmas.new_tensor([*levels, 0]),
-                )
-                self._start_here()
+                self.timesteps = self.timesteps.new_tensor(timesteps)
+                self.sigmas = self.sigmas.new_tensor([*levels, 0])
+                self._remember_solver()
         elif self.takes("sigmas"):
             sigmas = np.linspace(1, 0, num_inference_steps + 1)[:-1] if sigmas is None else np.asarray(sigmas)
             self.set_timesteps(len(sigmas), device=device, sigmas=sigmas)
@@ -107,8 +118,8 @@ class TokenTrimSchedulerMixin:
             self.set_timesteps(num_inference_steps, device=device)
 
     def takes(self, name: str) -> bool:
-        """Whether it takes custom `"sigmas"` (as its own `set_timesteps` does) or `"timesteps"` (where no step needs
-        those before it)."""
+        """Whether the scheduler takes custom `"sigmas"` (its own `set_timesteps` must) or `"timesteps"` (a step must not need
+        the steps before it)."""
         return self.single_step if name == "timesteps" else name in inspect.signature(super().set_timesteps).parameters
 
     def begin_chunk(self, generator: Generators = None) -> None:
@@ -119,37 +130,31 @@ class TokenTrimSchedulerMixin:
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of the draws that the scheduler's own `step` makes in this chunk, if it makes any.
         """
-        self._chunk_generators = generator if isinstance(generator, list) else [generator] if generator else []
-        self._chunk_draws = [each.get_state() for each in self._chunk_generators]
-        self._step_generator = generator
-        self._restore()
+        generators = generator if isinstance(generator, list) else [generator] if generator else []
+        self._trajectory.generators, self._trajectory.generator = generators, generator
+        self._trajectory.draws = [each.get_state() for each in generators]
+        self._restore_solver()
 
     def rewind(self, videos: list[int] | None = None) -> None:
         """
-        Go back to the start of the chunk: a fresh solver, the same draws, any context.
+        Return to the start of the chunk: a fresh solver, the same draws, any context.
 
         Args:
             videos (`list[int]`, *optional*):
-                Go on with these samples of the batch alone, so that only their generators (a list) are set back.
+                Continue with these samples of the batch alone, so that only their generators (a list) are set back.
         """
-        if videos is None or not isinstance(self._step_generator, list):
-            videos = range(len(self._chunk_generators))
+        trajectory = self._trajectory
+        if videos is None or not isinstance(trajectory.generator, list):
+            videos = range(len(trajectory.generators))
         else:
-            self._step_generator = [self._chunk_generators[video] for video in videos]
+            trajectory.generator = [trajectory.generators[video] for video in videos]
         for video in videos:
-            self._chunk_generators[video].set_state(self._chunk_draws[video])
-        self._restore()
-
-    @property
-    def single_step(self) -> bool:
-        """Whether a step needs nothing of the steps before it, so that steps of several chunks may take turns."""
-        return isinstance(
-            self, (FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler)
-        )
+            trajectory.generators[video].set_state(trajectory.draws[video])
+        self._restore_solver()
 
     def seek(self, step: int) -> None:
-        """Stand before step `step` of the schedule, with a fresh solver that is bound to no context yet."""
-        self._restore()
+        """Continue at step `step` of the schedule, with a fresh solver that is bound to no context yet."""
+        self._restore_solver()
         self.set_begin_index(step)
 
     def step(
@@ -179,24 +184,24 @@ class TokenTrimSchedulerMixin:
             [`TokenTrimSchedulerOutput`] or `tuple`: `(prev_sample, pred_original_sample)`.
 
         Raises:
-            `RuntimeError`: no `set_timesteps` before, or another context than at the trajectory's first step.
+            `RuntimeError`: `set_timesteps` was not called, or the context is not that of the trajectory's first step.
             `ValueError`: `noise` for a scheduler that does not re-noise.
         """
-        if not hasattr(self, "_fresh_state"):
+        if not hasattr(self, "_trajectory"):
             raise RuntimeError("`set_timesteps` must be called before `step`.")
         if self.step_index is None:
-            self._context_version = context_version
-        elif context_version != self._context_version:
+            self._trajectory.context_version = context_version
+        elif context_version != self._trajectory.context_version:
             raise RuntimeError(
-                f"This trajectory began on context version {self._context_version} and would go on with version"
-                f" {context_version}: call `rewind()` or `begin_chunk()` after the context changes."
+                f"This trajectory began on context version {self._trajectory.context_version} and would continue on"
+                f" version {context_version}: call `rewind()` or `begin_chunk()` after the context changes."
             )
         if noise is not None and not self.renoises:
             raise ValueError(f"`noise` must be None for {type(self).__name__}, which does not re-noise.")
 
         _, next_sigma = self._sigmas_of_step()
         x0 = self.predict_original_sample(model_output, sample)
-        is_last = self._known_sigmas[self._place() + 1] == 0
+        is_last = self._trajectory.sigmas[self._place() + 1] == 0
         if self.renoises and (noise is not None or is_last):
             if self.step_index is None:
                 self._init_step_index(timestep)
@@ -204,22 +209,23 @@ class TokenTrimSchedulerMixin:
             prev_sample = x0 if is_last else (1 - next_sigma) * x0 + next_sigma * noise
         else:
             if "generator" in inspect.signature(super().step).parameters:
-                kwargs.setdefault("generator", self._step_generator)
+                kwargs.setdefault("generator", self._trajectory.generator)
             prev_sample = super().step(model_output, timestep, sample, return_dict=False, **kwargs)[0]
         if not return_dict:
             return (prev_sample, x0)
         return TokenTrimSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
 
     def predict_original_sample(self, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """The x0 prediction of the step at hand, x_t - sigma * flow in float64 (as Self Forcing computes it)."""
+        """The x0 prediction of the next step, x_t - sigma * flow in float64 (as Self Forcing computes it)."""
         sigma, _ = self._sigmas_of_step()
         exact = torch.float32 if sample.device.type == "mps" else torch.float64  # which MPS does not have
         return (sample.to(exact) - sigma.to(exact) * model_output.to(exact)).to(sample.dtype)
 
-    def _start_here(self) -> None:
-        """A fresh solver is as this one is."""
-        self._known_sigmas = self.sigmas.tolist()  # so that no step asks the device
-        self._fresh_state = {name: copy.copy(value) for name, value in vars(self).items() if name not in OURS}
+    def _remember_solver(self) -> None:
+        """From here on, a fresh solver is what this one is now."""
+        not_solver = ("_internal_dict", "_trajectory")  # Diffusers' config, and what is made here
+        solver = {name: copy.copy(value) for name, value in vars(self).items() if name not in not_solver}
+        self._trajectory = Trajectory(solver, self.sigmas.tolist())
         self.begin_chunk()
 
     def _sigmas_of_step(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,8 +235,8 @@ class TokenTrimSchedulerMixin:
     def _place(self) -> int:
         return self.begin_index if self.step_index is None else self.step_index
 
-    def _restore(self) -> None:
-        for name, value in self._fresh_state.items():
+    def _restore_solver(self) -> None:
+        for name, value in self._trajectory.solver.items():
             setattr(self, name, copy.copy(value))
         self.set_begin_index(0)  # by index, never by value: some schedulers round their timesteps
 
@@ -238,9 +244,13 @@ class TokenTrimSchedulerMixin:
 class TokenTrimFlowMapEulerDiscreteScheduler(TokenTrimSchedulerMixin, FlowMapEulerDiscreteScheduler):
     """[`FlowMapEulerDiscreteScheduler`] for chunks that may be generated twice."""
 
+    single_step = True
+
 
 class TokenTrimFlowMatchEulerDiscreteScheduler(TokenTrimSchedulerMixin, FlowMatchEulerDiscreteScheduler):
     """[`FlowMatchEulerDiscreteScheduler`] for chunks that may be generated twice."""
+
+    single_step = True
 
     @property
     def renoises(self) -> bool:
@@ -251,25 +261,39 @@ class TokenTrimFlowMatchLCMScheduler(TokenTrimSchedulerMixin, FlowMatchLCMSchedu
     """[`FlowMatchLCMScheduler`] for chunks that may be generated twice: the rule of Self Forcing."""
 
     renoises = True
+    single_step = True
 
 
 class TokenTrimUniPCMultistepScheduler(TokenTrimSchedulerMixin, UniPCMultistepScheduler):
     """[`UniPCMultistepScheduler`] for chunks that may be generated twice."""
 
 
+LIFTED = {
+    FlowMapEulerDiscreteScheduler: TokenTrimFlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler: TokenTrimFlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler: TokenTrimFlowMatchLCMScheduler,
+    UniPCMultistepScheduler: TokenTrimUniPCMultistepScheduler,
+}
+
+
 def lift_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """Give any Diffusers scheduler [`TokenTrimSchedulerMixin`], from its config; one that has it comes back as it is.
+    """Give any Diffusers scheduler [`TokenTrimSchedulerMixin`], from its config; one that has it is returned as it is.
 
     The mixin is known by its version, not by its class: a file loaded as a component is another class object.
     """
     if getattr(scheduler, "rollout_version", 0) >= TokenTrimSchedulerMixin.rollout_version:
         return scheduler
     stock = next(base for base in type(scheduler).__mro__ if not hasattr(base, "begin_chunk"))
-    lifted = globals().get(f"TokenTrim{stock.__name__}")
-    if lifted is None:
-        lifted = type(f"TokenTrim{stock.__name__}", (TokenTrimSchedulerMixin, stock), {"__module__": __name__})
+    lifted = LIFTED.get(stock) or _subclass(stock)
     logger.info("scheduler %s: lifted to %s, with its config", stock.__name__, lifted.__name__)
     ours = lifted.from_config(scheduler.config)
-    if hasattr(scheduler, "set_shift"):  # what was set is in no config
+    if hasattr(scheduler, "set_shift"):  # a shift that was set is not in the config
         ours.set_shift(scheduler.shift)
     return ours
+
+
+def _subclass(stock: type) -> type:
+    """A lifted class for a scheduler outside `LIFTED`. `single_step` comes from the nearest scheduler inside; re-noising is
+    left to the scheduler's own `step`."""
+    nearest = next((LIFTED[base] for base in stock.__mro__ if base in LIFTED), TokenTrimSchedulerMixin)
+    return type(f"TokenTrim{stock.__name__}", (nearest, stock), {"__module__": __name__, "renoises": False})

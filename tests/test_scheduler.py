@@ -241,3 +241,28 @@ def test_config_survives_saving(stock, tmp_path):
     loaded.set_rollout_timesteps(4)
     loaded.begin_chunk([torch.Generator().manual_seed(seed) for seed in (0, 1)])
     assert_identical(trajectory(loaded), trajectory(started(stock)))
+
+
+class HalfEuler(FlowMatchEulerDiscreteScheduler):
+    """A user's scheduler, whose steps are half as long."""
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        return super().step(0.5 * model_output, timestep, sample, generator=generator, return_dict=return_dict)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_lifted_subclass_takes_its_own_steps(stochastic):
+    scheduler = lift_scheduler(HalfEuler(shift=5.0, stochastic_sampling=stochastic))
+    assert scheduler.single_step and not scheduler.renoises and type(scheduler).__name__ == "TokenTrimHalfEuler"
+    stock = HalfEuler(shift=5.0, stochastic_sampling=stochastic)
+    sigmas = [1.0, 0.75, 0.5, 0.25]
+    for each in (scheduler, stock):
+        each.set_timesteps(4, sigmas=sigmas)
+    sample = expected = randn(*SHAPE)
+    scheduler.begin_chunk(torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    for timestep in stock.timesteps:
+        sample = scheduler.step(flow_of(sample, timestep), timestep, sample).prev_sample
+        flow = flow_of(expected, timestep)
+        expected = stock.step(flow, timestep, expected, generator=generator, return_dict=False)[0]
+    assert torch.equal(sample, expected)
