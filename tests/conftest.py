@@ -1,4 +1,4 @@
-"""Registers the checkout as the package `tokentrim`, whatever its folder is called, and keeps the Hub out."""
+"""Registers the checkout as the package `tokentrim`, whatever the name of its folder, and blocks the Hub."""
 
 import importlib.util
 import os

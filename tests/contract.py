@@ -1,4 +1,4 @@
-"""The one list of methods, and the rollouts that they run on, over which contract tests run."""
+"""The list of methods, and the rollouts on which they run, for the contract tests."""
 
 from builders import CHUNK, far_pipeline, latent_pipeline, tiny_far
 
@@ -28,5 +28,5 @@ ROLLOUTS = {
 
 
 def runs(method: str, rollout: str) -> bool:
-    """Whether a rollout can do a method."""
+    """Whether a rollout supports a method."""
     return (method, rollout) not in (("first_step", "rolling_forcing"), ("soft prune", "far"))

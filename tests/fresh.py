@@ -1,5 +1,5 @@
-"""Fresh processes, forked from one that has imported PyTorch, Diffusers and nothing of this project: the seven seconds
-that those imports take are spent once."""
+"""Fresh processes, forked from one that has imported PyTorch and Diffusers but nothing of this project, so that those
+seven seconds of imports happen once."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class Nursery:
-    """Runs scripts, each in a process and a folder of its own, with empty caches."""
+    """Runs scripts, each in a separate process and folder, with empty caches."""
 
     def __init__(self, **environment: str):
         self.caches = tempfile.TemporaryDirectory()
@@ -34,7 +34,7 @@ class Nursery:
         self.caches.cleanup()
 
     def run(self, script: str, folder: Path) -> tuple[str, list[str]]:
-        """What the script prints, and the lines on stderr that are not progress bars."""
+        """Returns the script's output, and the lines on stderr that are not progress bars."""
         (folder / "script.py").write_text(script)
         self.process.stdin.write(f"{folder}\n")
         self.process.stdin.flush()
@@ -46,7 +46,7 @@ class Nursery:
 
 
 def run_here(folder: str) -> None:
-    """In the child: the script, as `python script.py` runs it."""
+    """In the child: run the script as `python script.py` does."""
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
     for cache in (os.environ["HF_HOME"], os.environ["HF_MODULES_CACHE"]):

@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface: what `huggingface_hub` asks for, answered from folders."""
+"""A Hub on the loopback interface: answers the requests of `huggingface_hub` from folders."""
 
 import base64
 import hashlib

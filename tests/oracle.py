@@ -1,4 +1,4 @@
-"""The whole rollout written out the slow way: no cache, one masked forward over all of the past for every flow."""
+"""The whole rollout written out the slow way: no cache, one masked forward over the whole past for every flow."""
 
 import math
 
@@ -86,7 +86,7 @@ def oracle_rollout(
     negative_text=None,
     guidance_scale=1.0,
 ):
-    """Algorithm 1 for one video: latents, and for each chunk its attempts' (severity, evicted tokens)."""
+    """Algorithm 1 for one video: latents, and for each chunk the (severity, evicted tokens) of its attempts."""
     per_frame = noise_chunks[0].shape[-2] * noise_chunks[0].shape[-1] // 4
     held = torch.zeros(0, dtype=torch.bool)  # over all tokens of all frames so far
     past, sees, history, log, previous = [], [], [], [], None

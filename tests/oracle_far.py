@@ -1,5 +1,5 @@
-"""AnyFlow-FAR with algorithm 1, written out the slow way: the whole history is encoded again at every chunk, as upstream
-does, and every attention is a matrix product with a mask over all tokens that ever were."""
+"""AnyFlow-FAR with algorithm 1, written out the slow way: it encodes the whole history again for every chunk, as
+upstream does, and every attention is a matrix product with a mask over all earlier tokens."""
 
 import torch
 from diffusers.models.transformers.transformer_anyflow_far import apply_rotary_emb
@@ -7,7 +7,7 @@ from oracle import drift_of, severity_of, threshold_of
 
 
 class WrittenOutAttnProcessor:
-    """In a context pass, `seen` is (queries, keys) and all keys are kept; else it is (kept keys)."""
+    """In a context pass, `seen` is (queries, keys) and all keys are kept; otherwise it is (kept keys)."""
 
     def __init__(self, pad_keys):
         self.pad_keys = pad_keys
@@ -73,7 +73,7 @@ def oracle_far(
         ]
 
     def in_window(frame, index):
-        """Chunk `index` is the last in the window."""
+        """Whether a chunk is in the window of chunk `index`, the last one."""
         end = starts[index] + sizes[index]
         return window_size is None or frame < num_sink_frames or frame >= end - (window_size - num_sink_frames)
 
@@ -112,7 +112,7 @@ def oracle_far(
         return None if is_context_pass else flow.transpose(1, 2)
 
     def visible(index):
-        """Of the past of chunk `index`."""
+        """The visible past of chunk `index`."""
         return [is_there(*token) and in_window(token[0], index) for _, *token in sequence(index)]
 
     def denoise(index):

@@ -33,7 +33,7 @@ BLOCK = {
 
 
 def original(key: str) -> str:
-    """The name that Wan's own code gives to a tensor of Diffusers' transformer."""
+    """The name of a tensor of Diffusers' transformer in Wan's code."""
     block, table = "", TOP
     if key.startswith("blocks."):
         _, index, key = key.split(".", 2)

@@ -35,7 +35,7 @@ GREEN = "a red circle moving right over a green background"
 
 @contextmanager
 def serve(folder, *command):
-    """A server of its own: yields its address and its log. PORT in the command is a free one."""
+    """Start a server; yields its address and its log. PORT in the command becomes a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,7 +63,7 @@ def serve(folder, *command):
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
-    """What `make space` writes, with a tiny world of 2 steps."""
+    """The folder of `make space`, with a tiny world of 2 steps."""
     folder = tmp_path_factory.mktemp("clone")
     code = [path.name for pattern in ("*.py", "tokentrim_*/") for path in ROOT.glob(pattern)]
     for name in ("Makefile", "LICENSE", "space", "tools", "checkpoints", *code):
@@ -90,7 +90,7 @@ def browser():
 
 
 class Visitor:
-    """Somebody with a browser of their own, at the page."""
+    """A visitor with a separate browser context, on the page."""
 
     def __init__(self, browser, address, **options):
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
@@ -134,7 +134,7 @@ class Visitor:
         return self.page.wait_for_selector("[data-testid=toast-body]").inner_text()
 
     def videos(self):
-        """Of both videos: time, pictures decoded, how often it waited, and the mean colour on the screen."""
+        """For both videos: time, decoded pictures, number of stalls, and the mean color on the screen."""
         return self.page.evaluate(
             """() => [...document.querySelectorAll('#stage video')].map((video) => {
                 const canvas = Object.assign(document.createElement('canvas'), {width: 16, height: 16});
@@ -236,7 +236,7 @@ def test_stop_stops_within_a_chunk(arrive):
 @pytest.mark.parametrize(
     "prompt, sentence", [(" ", "empty"), ("a red fox", "'fox'"), ("red " * 400, "1599 characters")]
 )
-def test_bad_input_gives_a_sentence(arrive, prompt, sentence):
+def test_bad_input_shows_a_sentence(arrive, prompt, sentence):
     visitor = arrive()
     visitor.begin(prompt, num_chunks=9999)
     assert visitor.page.get_by_label("number input for Length in chunks").input_value() == "200"  # the limit
@@ -245,7 +245,7 @@ def test_bad_input_gives_a_sentence(arrive, prompt, sentence):
     assert visitor.page.is_enabled("#begin")
 
 
-def test_two_visitors_get_what_each_asked_for(arrive):
+def test_two_visitors_get_their_own_videos(arrive):
     first, second = arrive(), arrive()
     first.begin(BLUE, 8)
     second.begin(PURPLE, 4)
@@ -290,7 +290,7 @@ def test_evicted_tokens_are_outlined_on_demand(arrive):
     assert visitor.page.locator("[data-side=right] .marks rect.inner").count() == len(chunks[trimmed[0]]["tokens"])
 
 
-def test_measure_reports_a_video_and_refuses_what_is_none(arrive, tmp_path):
+def test_measure_reports_a_video_and_refuses_other_files(arrive, tmp_path):
     grey = np.linspace(0, 200, 30).astype(np.uint8)
     VideoWriter(tmp_path / "fade.mp4", 8).write(np.tile(grey[:, None, None, None], (1, 64, 64, 3)))
     (tmp_path / "broken.mp4").write_bytes((tmp_path / "fade.mp4").read_bytes()[:300])
@@ -311,7 +311,7 @@ def test_measure_reports_a_video_and_refuses_what_is_none(arrive, tmp_path):
 
 
 @pytest.mark.parametrize("width, theme", [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
-def test_the_page_fits(browser, address, width, theme, tmp_path):
+def test_page_fits_every_screen(browser, address, width, theme, tmp_path):
     """No sideways scrolling; screenshots go to TOKENTRIM_SCREENSHOTS, if it is set."""
     visitor = Visitor(browser, f"{address}?__theme={theme}", viewport={"width": width, "height": 844})
     visitor.page.wait_for_timeout(500)
@@ -324,8 +324,8 @@ def test_the_page_fits(browser, address, width, theme, tmp_path):
     visitor.context.close()
 
 
-def test_a_checkpoint_that_is_none_is_told_on_the_page(browser, tmp_path):
-    """The page of `tokentrim app`."""
+def test_page_reports_an_invalid_checkpoint(browser, tmp_path):
+    """On the page of `tokentrim app`."""
     command = ("-m", "tokentrim", "app", "--port", "PORT", "--checkpoint", "none")
     with serve(tmp_path, *command) as (address, log):
         visitor = Visitor(browser, address)

@@ -1,4 +1,4 @@
-"""Attention through the cache against attention without one."""
+"""Attention through the cache against attention without a cache."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_cached_rollout_equals_block_causal_forward(sizes, head_dim):
 @pytest.mark.parametrize("num_sink_frames", [0, 2])
 @pytest.mark.parametrize("branches", [1, 2])
 def test_eviction_equals_attention_at_minus_infinity(branches, num_sink_frames):
-    """Videos that hold different numbers of tokens, each in all guidance branches; one has everything evicted."""
+    """Videos hold different numbers of tokens, each in all guidance branches; one has lost everything."""
     transformer, batch = tiny_transformer(), 3
     past, noisy, text = chunks_of(3, 3, batch=batch), noise(1, batch), embeds(branches * batch)
     evictions = {0: [1, 4, 5], 2: list(range(NUM_TOKENS))}
@@ -128,7 +128,7 @@ def test_attention_never_reads_beyond_the_window(settings):
     assert max(keys.lengths) == settings["window_size"] * NUM_TOKENS
 
 
-def test_prompt_is_projected_once_and_again_when_it_changes():
+def test_prompt_is_projected_once_per_change():
     pipe = latent_pipeline()
     projections = []
     for block in pipe.transformer.blocks:
@@ -168,7 +168,7 @@ def test_fused_projections_change_nothing():
 
 
 def rolled_on(backend, *args, **kwargs):
-    """Diffusers makes a transformer's backend the active one: afterwards the native one is again."""
+    """Diffusers activates the backend of a transformer; restore the native one afterwards."""
     transformer = tiny_transformer()
     transformer.set_attention_backend(backend)
     try:
@@ -187,8 +187,8 @@ def rolled_on(backend, *args, **kwargs):
     ],
     ids=["recency", "bias", "batch", "soft prune"],
 )
-def test_a_kernel_without_masks_gives_the_same(latents, settings):
-    """Torch's flash kernel refuses any mask, as those of flash-attn do."""
+def test_kernel_without_masks_gives_the_same_output(latents, settings):
+    """Torch's flash kernel refuses masks, as flash-attn's kernels do."""
     text = embeds(len(latents))
     expected, flash = (
         rolled_on(backend, latents, prompt_embeds=text, **settings) for backend in ("native", "_native_flash")
@@ -197,7 +197,7 @@ def test_a_kernel_without_masks_gives_the_same(latents, settings):
 
 
 class Kernel:
-    """In the place of a backend that is not here: torch's own attention, and the masks that it was given."""
+    """Stands for a missing backend: torch's attention, and the masks that it received."""
 
     def __init__(self, monkeypatch, backend: str, takes_masks: bool = False):
         self.masks, self.takes_masks, self.num_calls = [], takes_masks, 0
@@ -235,7 +235,7 @@ GUIDANCE = {"guidance_scale": 2.0, "negative_prompt_embeds": embeds(3, seed=8)}
 
 @pytest.mark.parametrize(("backend", "guidance"), [("flash", {}), ("sage_varlen", {}), ("flash_varlen", GUIDANCE)])
 def test_videos_that_lose_different_tokens_need_no_mask(backend, guidance, monkeypatch):
-    """Rows of equal length are attended together: each video is the one that it is alone."""
+    """Rows of equal length are attended together, and each video equals its single run."""
     kernel = Kernel(monkeypatch, backend)
     output = roll(latent_pipeline(kernel.transformer()), BATCH, prompt_embeds=embeds(3), **TRIM, **guidance)
     assert kernel.num_calls and not kernel.masks
@@ -249,7 +249,7 @@ def test_videos_that_lose_different_tokens_need_no_mask(backend, guidance, monke
 
 
 @pytest.mark.parametrize("backend", ["native", "flash_varlen_hub"])
-def test_kernels_that_take_masks_are_given_them(backend, monkeypatch):
+def test_kernels_that_accept_masks_get_them(backend, monkeypatch):
     kernel = Kernel(monkeypatch, backend, takes_masks=True)
     roll(latent_pipeline(kernel.transformer()), BATCH, prompt_embeds=embeds(3), **TRIM)
     assert kernel.masks and all(mask.dtype == torch.bool for mask in kernel.masks)
@@ -273,6 +273,6 @@ def test_kernels_that_take_masks_are_given_them(backend, monkeypatch):
         ("_native_flash", False, False),
     ],
 )
-def test_which_backends_take_which_masks(backend, of_bool, of_float):
+def test_backends_are_known_by_the_masks_they_accept(backend, of_bool, of_float):
     assert takes_mask(backend, torch.ones(1, dtype=torch.bool)) == of_bool
     assert takes_mask(backend, torch.zeros(1)) == of_float

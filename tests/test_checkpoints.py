@@ -1,4 +1,4 @@
-"""Every checkpoint that is shipped: small, free of pickles, described, and rolled out by its own settings."""
+"""Every shipped checkpoint is small, has no pickles, has a card, and rolls out with its own settings."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from research.training.train import generate
 CHECKPOINTS = sorted(path for path in (ROOT / "checkpoints").iterdir() if path.is_dir())
 
 
-def test_demo_knows_every_checkpoint():
+def test_demo_offers_every_checkpoint():
     assert sorted(PROMPTS) == [path.name for path in CHECKPOINTS]
 
 

@@ -1,4 +1,4 @@
-"""What users switch on in Diffusers works exactly, or is refused before anything runs: the rows of docs/performance.md."""
+"""Switches of Diffusers work exactly, or raise before anything runs: the rows of docs/performance.md."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ CACHES = {
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_a_cache_is_refused_before_anything_runs(cache, plain):
+def test_enabled_cache_raises_before_anything_runs(cache, plain):
     pipe, called = latent_pipeline(), []
     pipe.transformer.register_forward_pre_hook(lambda *_: called.append(1))
     before = processors(pipe.transformer)
@@ -85,14 +85,14 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_a_hook_that_skips_layers_is_refused_however_it_was_put_there(hook):
+def test_layer_skipping_hook_raises_however_it_was_added(hook):
     pipe = latent_pipeline()
     HOOKS[hook](pipe.transformer)
     with pytest.raises(ValueError, match=f"`transformer` must be .*but is '{hook}"):
         pipe.plan(latents=LATENTS, output_type="latent", prompt_embeds=embeds())
 
 
-def test_a_cache_is_refused_between_two_chunks():
+def test_enabled_cache_raises_between_two_chunks():
     pipe = latent_pipeline()
     before = processors(pipe.transformer)
     with streamed(pipe) as stream:
@@ -112,7 +112,7 @@ def streamed(pipe, **kwargs):
 
 
 def adapter_file(folder, seed: int):
-    """A LoRA of every linear layer of the blocks, as a Diffusers pipeline saves it."""
+    """A LoRA of every linear layer of the blocks, saved as a Diffusers pipeline saves it."""
     layers = {}
     for key in tiny_transformer().state_dict():
         if (module := original(key).removesuffix(".weight")) in lora_matrices():
@@ -124,7 +124,7 @@ def adapter_file(folder, seed: int):
 
 
 def merged(*adapters: tuple[dict, float]) -> WanTransformer3DModel:
-    """W + sum of scale B A: alpha is the rank, where a file names none."""
+    """W + sum of scale B A; alpha is the rank if a file has none."""
     transformer = tiny_transformer()
     state = transformer.state_dict()
     for layers, scale in adapters:
@@ -137,7 +137,7 @@ def merged(*adapters: tuple[dict, float]) -> WanTransformer3DModel:
 
 
 def test_lora(tmp_path, plain):
-    """Loaded, weaker, two together, fused and unloaded: the merged weights' rollouts."""
+    """Loaded, scaled, two together, fused and unloaded: always the rollout of the merged weights."""
     (first, layers), (second, others) = (adapter_file(tmp_path, seed) for seed in (0, 1))
     pipe = latent_pipeline()
 
@@ -159,7 +159,7 @@ def test_lora(tmp_path, plain):
 
 
 def test_lora_between_two_chunks(tmp_path):
-    """The weights change at once, those that project the prompt too; the context stays as it was written."""
+    """The weights change at once, also those that project the prompt; the context stays as it was written."""
     file, layers = adapter_file(tmp_path, 0)
     weak, strong, stock = merged((layers, 0.4)), merged((layers, 1.0)), tiny_transformer()
     pipe, swapped = latent_pipeline(), latent_pipeline()
@@ -190,8 +190,8 @@ def test_group_offload(level, plain):
     assert torch.equal(roll(pipe, LATENTS, **CALL).frames, plain)
 
 
-def test_model_offload_hooks_change_nothing():
-    """All that a CPU can show: Accelerate's hooks are there, and the video is the same."""
+def test_model_offload_changes_no_bit():
+    """On a CPU, the test can show that Accelerate's hooks are present and the video is the same."""
     call = {"prompt": "red circle", "num_frames": 21, "generator": generators(0)}
     expected = full_pipeline()(**call | {"generator": generators(0)}).frames
     pipe = full_pipeline()
@@ -200,7 +200,7 @@ def test_model_offload_hooks_change_nothing():
 
 
 def test_sequential_offload_hooks_change_nothing(plain):
-    """Of the transformer: Accelerate's own fail on the buffers of a text encoder where there are only CPUs."""
+    """Only the transformer: without a GPU, Accelerate fails on the buffers of a text encoder."""
     accelerate = pytest.importorskip("accelerate")
     transformer = accelerate.cpu_offload(tiny_transformer(), "cpu", offload_buffers=True)
     assert {parameter.device.type for parameter in transformer.parameters()} == {"meta"}
@@ -208,7 +208,7 @@ def test_sequential_offload_hooks_change_nothing(plain):
 
 
 def test_layerwise_casting():
-    """Weights held in fp8 are computed with as they are rounded."""
+    """Weights stored in fp8 act as their rounded values."""
     transformer, expected = tiny_transformer(), tiny_transformer()
     transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     rounded = [name for name, weight in transformer.named_parameters() if weight.dtype == torch.float8_e4m3fn]
@@ -220,7 +220,7 @@ def test_layerwise_casting():
 
 
 def test_int8_weights(tmp_path, plain):
-    """torchao, through Diffusers' quantisation config: as far from the exact rollout as rounded weights are."""
+    """torchao through Diffusers' quantization config: as far from the exact rollout as rounded weights."""
     torchao = pytest.importorskip("torchao.quantization")
     from diffusers import TorchAoConfig
 

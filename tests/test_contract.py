@@ -1,4 +1,4 @@
-"""What holds for every method on every rollout, and for a policy and a layout of ten lines in a user's script."""
+"""Rules for every method on every rollout, and for a ten-line policy and layout in a user's script."""
 
 import json
 
@@ -42,8 +42,8 @@ def test_decisions_are_json_with_the_same_names_for_every_method(method, rollout
 
 
 @pytest.mark.parametrize("rollout", ROLLOUTS)
-def test_a_policy_of_ten_lines(rollout):
-    """Brightens what later chunks read, evicts a token of every draft, and reports."""
+def test_ten_line_policy_fulfills_the_contract(rollout):
+    """It brightens the context, evicts a token of every draft, and reports."""
     pipe = ROLLOUTS[rollout][0]()
 
     class Mine(pipe.ContextPolicy):
@@ -69,8 +69,8 @@ def test_a_policy_of_ten_lines(rollout):
 
 
 @pytest.mark.parametrize("rollout", ROLLOUTS)
-def test_a_layout_of_ten_lines(rollout):
-    """The first frame and the newest eleven, counted inside the window."""
+def test_ten_line_layout_fulfills_the_contract(rollout):
+    """It keeps the first frame and the newest eleven, counted inside the window."""
     pipe = ROLLOUTS[rollout][0]()
 
     class First(pipe.Layout):

@@ -1,4 +1,4 @@
-"""Decoding chunk by chunk: the same bits as one decode of all latents."""
+"""Decoding chunk by chunk gives the same bits as one decode of all latents."""
 
 import accelerate
 import pytest
@@ -16,7 +16,7 @@ SPLITS = [[1] * 5, [3, 2], [1, 4]]
 
 
 def wan22_vae(seed: int = 0) -> AutoencoderKLWan:
-    """Residual, with patches and a decoder width of its own, as the VAE of Wan 2.2 TI2V 5B."""
+    """With residual blocks, patches and a separate decoder width, as the VAE of Wan 2.2 TI2V 5B."""
     torch.manual_seed(seed)
     vae = AutoencoderKLWan(
         base_dim=3,
@@ -44,7 +44,7 @@ VAES = {
 
 
 def decode_at_once(vae, latents):
-    """As the pipeline's `decode_latents`, written the long way."""
+    """Same as the pipeline's `decode_latents`, written out."""
     mean = torch.tensor(vae.config.latents_mean)[None, :, None, None, None]
     std = torch.tensor(vae.config.latents_std)[None, :, None, None, None]
     return vae.decode((latents * std + mean).to(vae.dtype)).sample
@@ -60,7 +60,7 @@ def decode_split(decoder, latents, split):
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("kind", VAES)
-def test_any_split_gives_the_bits_of_one_decode(kind, split):
+def test_split_decoding_equals_one_decode(kind, split):
     vae = VAES[kind]()
     frames = decode_split(FrameDecoder(vae), latents_of(), split)
     assert torch.equal(frames, decode_at_once(vae, latents_of()))
@@ -79,21 +79,21 @@ def test_a_wide_vae_with_wans_latent_channels_is_bit_identical():
     assert torch.equal(decode_split(FrameDecoder(vae), latents, [1, 3]), decode_at_once(vae, latents))
 
 
-def test_half_precision_is_cast_as_the_pipeline_casts():
+def test_half_precision_casts_like_the_pipeline():
     vae = tiny_vae().to(torch.bfloat16)
     frames = decode_split(FrameDecoder(vae), latents_of(), [3, 2])
     assert frames.dtype == torch.bfloat16
     assert torch.equal(frames, decode_at_once(vae, latents_of()))
 
 
-def test_patches_join_as_diffusers_joins_them():
+def test_patches_join_as_in_diffusers():
     from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
     frames = randn(2, 12, 3, 4, 5)
     assert torch.equal(join_patches(frames, 2), unpatchify(frames, 2))
 
 
-def test_two_decoders_of_one_vae_do_not_disturb_each_other_or_the_vae():
+def test_two_decoders_of_one_vae_are_independent():
     vae = tiny_vae()
     before = dict(vars(vae))
     first, second = latents_of(), latents_of(batch=1, seed=1)
@@ -105,7 +105,7 @@ def test_two_decoders_of_one_vae_do_not_disturb_each_other_or_the_vae():
         assert torch.equal(torch.cat(got, dim=2), whole)
 
 
-def test_a_decode_of_the_vae_in_between_does_not_disturb_it():
+def test_vae_decode_in_between_changes_nothing():
     vae = tiny_vae()
     decoder = FrameDecoder(vae)
     first = decoder.decode(latents_of()[:, :, :3])
@@ -114,7 +114,7 @@ def test_a_decode_of_the_vae_in_between_does_not_disturb_it():
     assert torch.equal(frames, decode_at_once(vae, latents_of()))
 
 
-def test_no_graph_is_kept():
+def test_decoder_keeps_no_graph():
     decoder = FrameDecoder(tiny_vae().requires_grad_(True))
     assert not decoder.decode(latents_of()).requires_grad
 
@@ -130,7 +130,7 @@ def leaves(state):
 
 @pytest.mark.parametrize("cut", [0, 1, 2])
 @pytest.mark.parametrize("kind", VAES)
-def test_a_resumed_decode_goes_on_to_the_same_bits(kind, cut, tmp_path):
+def test_resumed_decode_gives_the_same_bits(kind, cut, tmp_path):
     vae, latents = VAES[kind](), latents_of()
     decoder = FrameDecoder(vae)
     frames = [decoder.decode(latents[:, :, :cut])] if cut else []
@@ -156,7 +156,7 @@ def test_a_state_is_a_snapshot():
     assert torch.equal(again.decode(latents_of()[:, :, 1:]), once)
 
 
-def test_a_decode_that_fails_leaves_the_decoder_as_it_was(monkeypatch):
+def test_failed_decode_leaves_the_decoder_unchanged(monkeypatch):
     vae, latents = tiny_vae(), latents_of()
     decoder = FrameDecoder(vae)
     first = decoder.decode(latents[:, :, :2])
@@ -206,7 +206,7 @@ def cached_vae():
     return vae
 
 
-def test_upstreams_cache_is_used_where_decode_takes_it():
+def test_upstream_cache_is_used_if_decode_accepts_it():
     vae, latents = cached_vae(), latents_of()
     CachedVAE.caches = 0
     decoder = FrameDecoder(vae)
@@ -235,14 +235,14 @@ class CountingHook(ModelHook):
 
 
 @pytest.mark.parametrize("make_vae", [tiny_vae, cached_vae])
-def test_the_offload_hook_fires_once_a_chunk(make_vae):
+def test_offload_hook_fires_once_per_chunk(make_vae):
     vae = make_vae()
     vae._hf_hook = CountingHook()
     decode_split(FrameDecoder(vae), latents_of(), [3, 1, 1])
     assert vae._hf_hook.calls == 3
 
 
-def test_accelerates_model_offload_decodes_the_same_bits():
+def test_model_offload_decodes_the_same_bits():
     vae, latents = tiny_vae(), latents_of()
     expected = decode_at_once(vae, latents)
     _, hook = accelerate.cpu_offload_with_hook(vae, "cpu")
@@ -253,7 +253,7 @@ def test_accelerates_model_offload_decodes_the_same_bits():
     assert torch.equal(frames, expected)
 
 
-def test_accelerates_sequential_offload_decodes_the_same_bits():
+def test_sequential_offload_decodes_the_same_bits():
     vae, latents = tiny_vae(), latents_of()
     expected = decode_at_once(vae, latents)
     accelerate.cpu_offload(vae, "cpu", offload_buffers=True)
@@ -273,7 +273,7 @@ def test_group_offload_modules_keep_their_hooks():
 
 
 @pytest.mark.parametrize("make_vae", [tiny_vae, cached_vae])
-def test_slicing_decodes_each_video_by_itself(make_vae):
+def test_slicing_decodes_videos_separately(make_vae):
     vae, latents = make_vae(), latents_of(batch=3)
     vae.enable_slicing()
     batches = []
@@ -314,7 +314,7 @@ def test_chunks_of_another_shape_are_refused(shape):
 
 
 class TinyVideo(torch.nn.Module):
-    """TAEHV in small: memory of one frame at each of three stages, 4 frames of a latent frame, 3 dropped at first."""
+    """A small TAEHV: each of three stages remembers one frame; 4 frames per latent frame, the first 3 dropped."""
 
     def __init__(self):
         super().__init__()
@@ -374,7 +374,7 @@ def preview_frames(latents):
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("make_vae", [TAEHV, AutoencoderTinyVideo, PlainVideo])
-def test_a_preview_of_any_split_is_that_of_one_decode(make_vae, split):
+def test_split_preview_equals_one_decode(make_vae, split):
     decoder = make_decoder(None, make_vae())
     frames = decode_split(decoder, latents_of(), split)
     assert frames.shape == (2, 3, 17, 6, 8)
@@ -407,7 +407,7 @@ def test_a_preview_resumes(make_vae, tmp_path):
     assert torch.equal(resumed.decode(latents_of()[:, :, 3:]), decoder.decode(latents_of()[:, :, 3:]))
 
 
-def test_a_preview_vae_reads_its_own_dtype_and_its_hook_fires():
+def test_preview_vae_gets_its_dtype_and_its_hook_fires():
     vae = TAEHV().to(torch.bfloat16)
     vae._hf_hook = CountingHook()
     decoder = make_decoder(None, vae)
@@ -415,12 +415,12 @@ def test_a_preview_vae_reads_its_own_dtype_and_its_hook_fires():
     assert vae._hf_hook.calls == 1
 
 
-def test_the_pipelines_vae_decodes_without_a_preview_vae():
+def test_without_a_preview_vae_the_pipelines_vae_decodes():
     assert type(make_decoder(tiny_vae())) is FrameDecoder
     assert type(make_decoder(tiny_vae(), TAEHV())) is PreviewDecoder
 
 
-def test_preview_vaes_that_cannot_decode_or_give_too_few_frames_are_refused():
+def test_unfit_preview_vae_raises():
     with pytest.raises(TypeError, match="`preview_vae` must be a module with `decode` or `decode_video`"):
         make_decoder(None, torch.nn.Linear(1, 1))
     decoder = make_decoder(None, TAEHV(), temporal_factor=16)

@@ -261,7 +261,7 @@ def test_every_page_is_linked_from_another():
 
 
 def heading_ids(page: Path) -> list[str]:
-    """As GitHub makes them."""
+    """Anchors of headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.M)
     return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
 

@@ -1,4 +1,4 @@
-"""`tokentrim doctor`: ten lines on a checkpoint, and what is odd about one that is wrong."""
+"""`tokentrim doctor`: ten lines about a checkpoint, and its faults."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def folder(tmp_path):
     return tmp_path / "checkpoint"
 
 
-def test_the_shipped_world_is_well(doctor):
+def test_doctor_finds_nothing_odd_in_the_shipped_world(doctor):
     code, lines = doctor(WORLD)
     assert code == 0 and lines["odd"] == "nothing"
     for topic, words in {
@@ -55,8 +55,8 @@ def test_the_shipped_world_is_well(doctor):
         assert words in lines[topic]
 
 
-def test_the_order_of_frames_is_that_of_training():
-    """The world was trained on the past alone, which helps; a future harms it, or helps less by far."""
+def test_doctor_detects_the_trained_order_of_frames():
+    """The world was trained on the past only, so the past helps; the future harms, or helps far less."""
     pipe = TokenTrimPipeline.from_pretrained(WORLD)
     pipe.set_progress_bar_config(disable=True)
     prompt = "a red circle moving right over a blue background"
@@ -79,12 +79,12 @@ def test_the_order_of_frames_is_that_of_training():
         (1.4, 0.4, "not trained chunk by chunk", "the past does not help: bidirectional"),
     ],
 )
-def test_what_the_order_means(past, future, words, odd):
+def test_order_of_frames_is_explained(past, future, words, odd):
     told, found = judge_order(past, future)
     assert told.endswith(words) and odd in " ".join(found) and bool(odd) == bool(found)
 
 
-def test_a_plain_wan_folder(doctor, tmp_path):
+def test_doctor_reports_a_plain_wan_folder(doctor, tmp_path):
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     parts = {"tokenizer": tiny_tokenizer(), "text_encoder": tiny_text_encoder(), "vae": tiny_vae()}
     WanPipeline(**parts, scheduler=scheduler, transformer=tiny_transformer()).save_pretrained(tmp_path / "wan")
@@ -94,7 +94,7 @@ def test_a_plain_wan_folder(doctor, tmp_path):
     assert "the past does not help: bidirectional weights, as plain Wan's, or random ones" in lines["odd"]
 
 
-def test_a_shift_that_no_model_of_its_size_has(doctor, folder, monkeypatch):
+def test_doctor_reports_an_unusual_shift(doctor, folder, monkeypatch):
     monkeypatch.setitem(SIZES, (2, 24), "Wan 1.3B")
     assert "shift" not in doctor(folder)[1]["odd"]
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
@@ -104,15 +104,15 @@ def test_a_shift_that_no_model_of_its_size_has(doctor, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "vae"])
-def test_a_missing_part(part, doctor, folder):
-    """The rest is tried without it."""
+def test_doctor_reports_a_missing_part(part, doctor, folder):
+    """The command tests the rest without it."""
     shutil.rmtree(folder / part)
     code, lines = doctor(folder)
     assert code == 1 and f"there is no {part}" in lines["odd"] and "all finite" in lines["numbers"]
     assert ("frames of mean" in lines["numbers"]) == (part != "vae")
 
 
-def test_weights_that_are_not_numbers(doctor, tmp_path):
+def test_doctor_reports_weights_that_are_not_finite(doctor, tmp_path):
     pipe = full_pipeline(window_size=6)
     pipe.transformer.blocks[1].attn1.to_q.weight[0, 0] = float("nan")
     pipe.save_pretrained(tmp_path / "broken")
@@ -121,7 +121,7 @@ def test_weights_that_are_not_numbers(doctor, tmp_path):
     assert all(lines[topic].startswith("not tried") for topic in ("numbers", "order", "speed"))
 
 
-def test_a_cache_without_end(doctor, tmp_path):
+def test_doctor_reports_an_unbounded_cache(doctor, tmp_path):
     full_pipeline(num_frames_per_chunk=3).save_pretrained(tmp_path / "checkpoint")
     assert "no window: the cache grows" in doctor(tmp_path / "checkpoint")[1]["odd"]
 
@@ -132,7 +132,7 @@ def test_anyflow_far(doctor, tmp_path):
     assert "AnyFlowFARTransformer3DModel" in lines["checkpoint"] and lines["order"].startswith("not tested")
 
 
-def test_what_is_no_checkpoint(folder, tmp_path, capsys):
+def test_doctor_refuses_other_folders(folder, tmp_path, capsys):
     def fails(path, message):
         assert main(["doctor", str(path)]) == 1
         printed = capsys.readouterr()

@@ -37,7 +37,7 @@ SIZES = (0.0, 0.1, 0.2, 0.4)  # of drifts
 
 
 def pattern(place: float, seed: int = 0) -> np.ndarray:
-    """Waves of three colours, moved to the right by `place` pixels, in [0.25, 0.75]."""
+    """Waves of three colors, moved right by `place` pixels, in [0.25, 0.75]."""
     x, y = np.meshgrid(np.arange(WIDTH) - place, np.arange(HEIGHT))
     shifts = np.random.default_rng(seed).uniform(0, 6, (3, 2))
     waves = [
@@ -48,17 +48,17 @@ def pattern(place: float, seed: int = 0) -> np.ndarray:
 
 
 def clip(seed: int = 0, speed: float = WIDTH / PERIOD / 8) -> np.ndarray:
-    """A clip without drift, in [0, 1]: to and fro, so that all segments show the same 8 frames."""
+    """A clip without drift, in [0, 1]. It moves back and forth, so that all segments show the same 8 frames."""
     return np.stack([pattern(speed * abs(t % PERIOD - PERIOD / 2), seed) for t in range(NUM_FRAMES)])
 
 
 def edges() -> np.ndarray:
-    """The same with sharp edges: colours of two levels."""
+    """The same with sharp edges: colors of two levels."""
     return np.where(clip() > 0.5, 0.75, 0.25)
 
 
 def texture(height: int, width: int, grain: float) -> np.ndarray:
-    """Random colours (height, width, 3) with grains of some pixels."""
+    """Random colors (height, width, 3) with grains of some pixels."""
     uniform = np.random.default_rng(0).uniform(size=(height, width, 3))
     return (0.5 + 2 * grain * (cv2.GaussianBlur(uniform, (0, 0), grain) - 0.5)).clip(0, 1)
 
@@ -93,8 +93,8 @@ def test_a_clip_without_drift_is_neutral():
             assert measures[f"{look}_{measure_name}"] == pytest.approx(0, abs=1e-6)
 
 
-def test_clips_of_the_tiny_world_hardly_drift():
-    """Rendered ones, in which an object moves and nothing else changes."""
+def test_rendered_clips_hardly_drift():
+    """In rendered clips, an object moves and nothing else changes."""
     generator, drifts = torch.Generator().manual_seed(0), []
     while len(drifts) < 4:
         scene = Scene.sample(generator)
@@ -109,7 +109,7 @@ def test_clips_of_the_tiny_world_hardly_drift():
     assert abs(measure_convergence(drifts)["convergence"]) < 1
 
 
-def test_noise_is_hardly_drift():
+def test_noise_hardly_counts_as_drift():
     noisy = clip() + np.random.default_rng(0).normal(0, 0.03, (NUM_FRAMES, HEIGHT, WIDTH, 3))
     measures = measure(noisy).measures()
     assert measures["color_similarity"] > 99 and measures["color_distance"] < 0.05
@@ -120,7 +120,7 @@ def test_noise_is_hardly_drift():
 
 
 @pytest.mark.slow
-def test_brightness():
+def test_brightness_drift_is_measured():
     drifts = [measure(0.8 * clip() + over_time(size / 2)).measures() for size in SIZES]
     slopes = [each["brightness_slope"] for each in drifts]
     assert slopes == pytest.approx([size / 2 for size in SIZES], rel=0.01, abs=1e-3)
@@ -134,7 +134,7 @@ def test_brightness():
     assert darker["brightness_slope"] == pytest.approx(-0.1, rel=0.01)
 
 
-def test_contrast():
+def test_contrast_drift_is_measured():
     drifts = [measure(0.5 + (edges() - 0.5) * (1 - over_time(size))).measures() for size in SIZES]
     expected = [-size * each["contrast_start"] for size, each in zip(SIZES, drifts)]
     assert [each["contrast_slope"] for each in drifts] == pytest.approx(expected, rel=0.1, abs=1e-3)
@@ -142,7 +142,7 @@ def test_contrast():
     assert_ordered(drifts, "contrast")
 
 
-def test_saturation():
+def test_saturation_drift_is_measured():
     frames = clip()
     drifts = [measure(grey(frames) + (frames - grey(frames)) * (1 - over_time(size))).measures() for size in SIZES]
     assert drifts[-1]["saturation_slope"] == pytest.approx(-0.4 * drifts[0]["saturation_start"], rel=0.15)
@@ -150,7 +150,7 @@ def test_saturation():
     assert_ordered(drifts, "saturation")
 
 
-def test_sharpness():
+def test_sharpness_drift_is_measured():
     drifts = [measure(blurred(edges(), size)).measures() for size in SIZES]
     slopes = [each["sharpness_slope"] for each in drifts]
     assert slopes[0] == pytest.approx(0, abs=1e-4) and all(slope < -0.3 for slope in slopes[1:])
@@ -159,7 +159,7 @@ def test_sharpness():
 
 
 def assert_ordered(drifts: list[dict], look: str) -> None:
-    """More drift is more VDE, more start-end contrast, and less similarity."""
+    """More drift means more VDE, more start-end contrast, and less similarity."""
     for name in (f"{look}_vde", f"{look}_start_end_contrast"):
         values = [each[name] for each in drifts]
         assert all(before < after for before, after in zip(values, values[1:])), (name, values)
@@ -167,8 +167,8 @@ def assert_ordered(drifts: list[dict], look: str) -> None:
     assert all(before > after for before, after in zip(similarities, similarities[1:]))
 
 
-def test_motion():
-    """In shares of the diagonal; slowing down shows as the ratio of the speeds, and standing still as 0."""
+def test_motion_ratio_is_measured():
+    """In shares of the diagonal. Slower motion shows as the ratio of the speeds, no motion as 0."""
     even = measure(np.stack([pattern(1.5 * t) for t in range(NUM_FRAMES)])).measures()
     # The flow is underestimated at the borders, which are a large part of such small frames.
     assert even["motion_start"] == pytest.approx(1.5 / np.hypot(HEIGHT, WIDTH), rel=0.15)
@@ -185,7 +185,7 @@ def test_motion():
     assert still["motion_late_to_early"] is None and still["motion_vde"] is None
 
 
-def test_fading_and_blur_are_no_loss_of_motion():
+def test_fading_and_blur_do_not_count_as_loss_of_motion():
     frames = np.stack([np.roll(texture(HEIGHT, WIDTH, 1), 2 * t, axis=1) for t in range(NUM_FRAMES)])
     for drifting in (0.5 + (frames - 0.5) * (1 - over_time(0.8)), blurred(frames, 0.6)):
         measures = measure(drifting).measures()
@@ -193,7 +193,7 @@ def test_fading_and_blur_are_no_loss_of_motion():
         assert measures["motion_late_to_early"] == pytest.approx(1, abs=0.1)
 
 
-def test_the_worst_segment_is_found_although_the_end_is_as_the_start():
+def test_worst_segment_is_found_although_the_end_equals_the_start():
     frames = clip()
     frames[1 + 8 * 11 : 1 + 8 * 12] = frames[1 + 8 * 11 : 1 + 8 * 12, ..., ::-1] * (0.2, 1, 0.5)
     measures = measure(frames).measures()
@@ -202,8 +202,8 @@ def test_the_worst_segment_is_found_although_the_end_is_as_the_start():
 
 
 @pytest.mark.slow
-def test_convergence():
-    """Videos that go a share of the way to one colour lose that share of their distance."""
+def test_convergence_is_measured():
+    """Videos that move a share of the distance to one color lose that share of their distances."""
 
     def converge(share):
         videos = [
@@ -256,7 +256,7 @@ def test_slope_is_the_change_over_the_video():
 
 
 @pytest.mark.parametrize("count", [20, 63, 64, 65, 1000])
-def test_a_timeline_is_short_and_its_means_are_right(count):
+def test_timeline_is_short_with_correct_means(count):
     rows = np.random.default_rng(count).uniform(size=(count, 2))
     timeline = Timeline(limit=64)
     for row in rows:
@@ -277,7 +277,7 @@ def test_large_frames_are_reduced_by_whole_factors():
 
 
 @pytest.mark.slow
-def test_long_videos_are_held_in_bounded_memory():
+def test_long_videos_need_bounded_memory():
     drift = measure_video("long", (np.full((16, 16, 3), number % 256, np.uint8) for number in range(3000)))
     assert drift.num_frames == 3000 and drift.ends[-1] == 3000
     assert 64 <= len(drift.thumbnails) <= 128 and drift.looks.shape == (20, 5)
@@ -288,7 +288,7 @@ def test_long_videos_are_held_in_bounded_memory():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One clip as a file of each kind and as pictures, and a drifting one."""
+    """One clip as a file of each format and as pictures, and a drifting clip."""
     folder = tmp_path_factory.mktemp("videos")
     frames = (clip() * 255).round().astype(np.uint8)
     (folder / "pictures").mkdir()
@@ -305,7 +305,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_kind_of_file_has_the_same_measures(folder):
+def test_every_file_format_gives_the_same_measures(folder):
     paths = find_videos([folder])
     assert [path.name for path in paths] == ["clip.gif", "clip.mp4", "clip.webm", "pictures"]
     expected = measure(clip()).measures()
@@ -353,8 +353,8 @@ def test_the_command(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("count", [1, 3, MAX_STRIPS + 1])
-def test_figures_of_any_number_of_videos(count):
-    """A line and a strip for each of a few videos; the median and eight strips of many."""
+def test_figure_works_for_any_number_of_videos(count):
+    """Few videos: a line and a strip for each. Many videos: the median and eight strips."""
     drift = measure(clip())
     figure = plot_drift([Drift(f"{number}.mp4", *list(vars(drift).values())[1:]) for number in range(count)])
     above, below = figure.subfigs
@@ -364,7 +364,7 @@ def test_figures_of_any_number_of_videos(count):
     figure.canvas.draw()
 
 
-def test_names_are_told_apart():
+def test_names_of_videos_are_distinguished():
     assert shorten(["out/a.mp4", "out/b.mp4"]) == ["a", "b"]
     assert shorten(["x/a.mp4", "y/a.mp4"]) == ["x/a", "y/a"]
     assert shorten(["x" * 30 + "y" * 30])[0] == "x" * 19 + ".." + "y" * 19
@@ -393,8 +393,8 @@ def test_a_video_that_fails_does_not_stop_the_others(folder, tmp_path, capsys):
     assert "zgood" in printed.out
 
 
-def test_a_file_that_ends_early_is_said(tmp_path, capsys, caplog):
-    """Its header comes first and promises more."""
+def test_truncated_file_is_reported(tmp_path, capsys, caplog):
+    """The header comes first and promises more frames."""
     path = tmp_path / "cut.mp4"
     frames = (np.random.default_rng(0).uniform(size=(90, HEIGHT, WIDTH, 3)) * 255).astype(np.uint8)
     options = {"codec": "libx264", "macro_block_size": 2, "output_params": ["-movflags", "+faststart"]}
@@ -408,14 +408,14 @@ def test_a_file_that_ends_early_is_said(tmp_path, capsys, caplog):
     "name, message",
     [("none.mp4", "none.mp4 does not exist."), ("folder", "folder holds no video: no file ending in .mp4")],
 )
-def test_paths_without_a_video(name, message, tmp_path, capsys):
+def test_paths_without_a_video_raise(name, message, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     assert main(["drift", str(tmp_path / name)]) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("tokentrim drift: error: ") and message in printed.err
 
 
-def test_pictures_of_two_sizes(tmp_path):
+def test_pictures_of_two_sizes_raise(tmp_path):
     for number, size in enumerate([(8, 6), (8, 8)]):
         Image.new("RGB", size).save(tmp_path / f"{number}.png")
     with pytest.raises(ValueError, match="1.png is 8 x 8, the pictures before it 8 x 6."):
@@ -425,13 +425,13 @@ def test_pictures_of_two_sizes(tmp_path):
         list(read_frames(tmp_path))
 
 
-def test_a_figure_of_no_known_kind_is_refused_before_anything_is_read(capsys):
+def test_unknown_figure_format_raises_before_reading(capsys):
     with pytest.raises(SystemExit) as end:
         main(["drift", "none.mp4", "--plot", "drift.doc"])
     assert end.value.code == 2 and "--plot must end with .png, .pdf or .svg" in capsys.readouterr().err
 
 
-def test_it_needs_no_torch(folder, tmp_path):
+def test_drift_does_not_import_torch(folder, tmp_path):
     (tmp_path / "tokentrim").symlink_to(ROOT)
     script = "import sys; from tokentrim.tools.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
     command = [sys.executable, "-c", script, "drift", str(folder / "clip.mp4")]

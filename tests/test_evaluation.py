@@ -1,4 +1,4 @@
-"""The instrument: its checker on rendered truth, its experiments, its controls, its defects, its arithmetic."""
+"""The measuring code: its checker on rendered truth, experiments, controls, defects and arithmetic."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ def first_look(seed: int) -> tuple[Appearance, np.ndarray]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_layers_compose_to_their_frame_and_are_found_again(seed):
+def test_layers_compose_to_their_frame(seed):
     appearance, frames = first_look(seed)
     np.testing.assert_allclose(appearance.render((0, 0)), frames[1], atol=1e-6)
     moved = appearance.render((-3.5, 2.0))
@@ -60,8 +60,8 @@ def test_layers_compose_to_their_frame_and_are_found_again(seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_floor_of_the_identity_error(seed):
-    """What is left where nothing drifts: edges that lie between two pixels."""
+def test_identity_error_of_rendered_clips_is_small(seed):
+    """Without drift, only edges between two pixels remain."""
     prompt, frames = rendered(seed)
     rows = measure_chunks(frames, prompt, 3)
     assert max(row["identity_error"] for row in rows) < 0.03
@@ -69,7 +69,7 @@ def test_floor_of_the_identity_error(seed):
     assert max(row["background_error"] for row in rows) < 1.5
 
 
-def test_identity_error_sees_what_drifts():
+def test_identity_error_grows_with_drift():
     prompt, frames = rendered(2)
     clean = measure_chunks(frames, prompt, 3)[-1]
     fade = np.linspace(1, 0.7, len(frames))[:, None, None, None]
@@ -82,7 +82,7 @@ def test_identity_error_sees_what_drifts():
     assert not measure_chunks(gone, prompt, 3)[-1]["present"]
 
 
-def test_scattered_sees_an_object_in_pieces():
+def test_scattered_detects_an_object_in_pieces():
     prompt, frames = rendered(2)
     clean = measure_chunks(frames, prompt, 3)[-1]
     tiled = np.tile(frames[:, ::2, ::2], (1, 2, 2, 1))  # four small ones
@@ -90,7 +90,7 @@ def test_scattered_sees_an_object_in_pieces():
     assert clean["scattered"] < 0.05 and pieces["scattered"] == pytest.approx(0.75, abs=0.05)
 
 
-def test_looks_without_a_prompt():
+def test_looks_work_without_a_prompt():
     _, frames = rendered(0, 6)
     still = np.repeat(frames[:1], 3, axis=0)
     assert frame_look(still)["flow"] == pytest.approx(0, abs=1e-3) and frame_look(still)["flicker"] == 0
@@ -136,7 +136,7 @@ def test_controls_share_the_first_trigger_and_differ_after_it(pipe, name):
         assert not torch.allclose(ours.frames[video, :, start:], theirs.frames[video, :, start:], atol=1e-2)
 
 
-def test_a_correction_after_the_fact_changes_what_is_shown_and_nothing_that_is_read(pipe):
+def test_correction_afterwards_changes_frames_but_not_the_context(pipe):
     plain, chunks = latents_of(pipe, seeds=(5,), num_chunks=3, method="plain")
     shown = pipe.decode_latents(correct_afterwards(plain.frames, 3), "pt")
     held = torch.cat([MatchDistribution(chunks[0][0])(chunk[0])[None] for chunk in chunks], dim=2)
@@ -144,7 +144,7 @@ def test_a_correction_after_the_fact_changes_what_is_shown_and_nothing_that_is_r
     assert (shown - pipe.decode_latents(plain.frames, "pt")).abs().amax(dim=(0, 2, 3, 4))[-1] > 0.01
 
 
-def test_a_correction_in_pixels_gives_back_the_colors_of_the_first_chunk():
+def test_correction_in_pixels_restores_the_first_colors():
     frames = np.random.default_rng(0).uniform(0.3, 0.7, size=(2, 1, 8, 8, 3)).astype(np.float32)
     faded = np.concatenate([frames, 0.8 * frames + 0.05, frames[:, :, ::-1]], axis=1)
     corrected = correct_in_pixels(faded, 1)
@@ -164,7 +164,7 @@ def test_defects_hit_one_chunk_of_one_video(pipe, kind):
     assert difference[0, 2] > 1 and difference.count_nonzero() == 1
 
 
-def test_a_painted_chunk_is_what_the_next_one_is_compared_with(pipe):
+def test_next_chunk_is_compared_with_the_painted_one(pipe):
     painted = Painted(["noise_region"], [5], at_chunk=2)
     clean, _ = latents_of(pipe, seeds=(5,), num_chunks=4, method="plain")
     broken, _ = latents_of(pipe, seeds=(5,), num_chunks=4, method=[painted, {"tokentrim": {"max_regenerations": 0}}])
@@ -172,7 +172,7 @@ def test_a_painted_chunk_is_what_the_next_one_is_compared_with(pipe):
     assert severities[0][:3] == severities[1][:3] and severities[1][3] > severities[0][3]
 
 
-def test_signals_start_at_zero_and_see_a_shift(pipe):
+def test_signals_start_at_zero_and_detect_a_shift(pipe):
     _, latents = latents_of(pipe, num_chunks=4, method="plain")
     shifted = [*latents[:3], latents[3] + 2]
     for name, signal in SIGNALS.items():
@@ -218,7 +218,7 @@ def run(path, out, processes=2):
     )
 
 
-def test_an_experiment_resumes_grows_and_refuses_other_settings(tmp_path):
+def test_experiment_resumes_grows_and_refuses_other_settings(tmp_path):
     path, out = write(tmp_path), tmp_path / "out"
     done = run(path, out)
     assert done.returncode == 0, done.stderr
@@ -259,7 +259,7 @@ def test_an_experiment_resumes_grows_and_refuses_other_settings(tmp_path):
 
 
 def test_a_file_of_prompts_needs_no_world(tmp_path, pipe):
-    """As for a checkpoint of one's own: measured and reported is what needs no true video."""
+    """For a custom checkpoint, the report has the measures that need no true video."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle moving right over a blue background\n\na green square over a white background\n")
     experiment = Experiment.load(write(tmp_path, prompts_file=str(prompts), num_seeds=3, first_seed=4))
@@ -278,7 +278,7 @@ def test_a_file_of_prompts_needs_no_world(tmp_path, pipe):
     assert "prompts of" in report and "flow" in report and (tmp_path / "curves.png").exists()
 
 
-def test_a_crashed_worker_keeps_what_is_finished(tmp_path):
+def test_crashed_worker_keeps_finished_results(tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "model_index.json").write_text('{"_class_name": "none"}')
@@ -305,12 +305,12 @@ def test_a_crashed_worker_keeps_what_is_finished(tmp_path):
         ({"seeds": 4}, "unknown settings .*seeds.*first_seed"),
     ],
 )
-def test_bad_experiments(settings, message, tmp_path):
+def test_bad_experiments_raise(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         Experiment.load(write(tmp_path, **settings))
 
 
-def test_an_experiment_has_the_settings_of_its_base_but_for_its_own(tmp_path):
+def test_experiment_inherits_settings_of_its_base(tmp_path):
     base = Experiment.load(write(tmp_path))
     (tmp_path / "longer.yaml").write_text("base: small.yaml\nnum_chunks: 8\n")
     longer = Experiment.load(tmp_path / "longer.yaml")
@@ -329,7 +329,7 @@ def test_committed_experiments_load(path, tmp_path):
     assert len(experiment.jobs()) == len(experiment.methods) * -(-experiment.num_seeds // experiment.batch_size)
 
 
-def test_videos_that_were_released_are_those_that_are_not_as_held():
+def test_released_videos_differ_from_held_ones():
     drift = {"plain": [0.3, 0.2, 0.1], "tokentrim_plus": [0.2, 0.04, 0.02], "held for good": [0.05, 0.04, 0.02]}
     rows = [(method, seed, each, each) for method, each_seed in drift.items() for seed, each in enumerate(each_seed)]
     videos = pd.DataFrame(rows, columns=["method", "seed", "excess_drift", "color_drift"])

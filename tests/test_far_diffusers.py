@@ -1,7 +1,7 @@
-"""What Diffusers asks of every pipeline, asked of ours on an AnyFlow-FAR transformer: its checks in our own words.
+"""Diffusers' checks of every pipeline, rewritten for ours on an AnyFlow-FAR transformer.
 
-Of the checks of its common pipeline tests, those for DDUF files, xFormers, IP adapters, the Hub, and U-Nets do not
-apply to this pipeline, upstream's own included; those marked `needs_accelerator` run where there is one.
+Of its common pipeline tests, those for DDUF files, xFormers, IP adapters, the Hub and U-Nets do not apply here, nor
+upstream. Those marked `needs_accelerator` run if there is one.
 """
 
 import inspect
@@ -57,8 +57,8 @@ def test_inference():
     close(call(build(), method="plain", output_type="latent", latents=NOISE), theirs, 1e-5)
 
 
-def test_signature_takes_all_that_upstreams_takes():
-    """Under the same names, in the same order, and all optional."""
+def test_signature_accepts_all_upstream_arguments():
+    """With the same names, in the same order, all optional."""
     names = list(inspect.signature(AnyFlowFARPipeline.__call__).parameters)
     parameters = inspect.signature(TokenTrimPipeline.__call__).parameters
     assert list(parameters)[: len(names)] == names
@@ -114,7 +114,7 @@ def test_prompt_is_encoded_in_isolation():
 # Callbacks
 
 
-def test_callback_gets_what_it_asks_for():
+def test_callback_gets_the_requested_tensors():
     pipe, seen = build(), []
 
     def callback(pipe, step, timestep, tensors):
@@ -132,7 +132,7 @@ def test_callback_gets_what_it_asks_for():
 
 
 def test_callback_changes_the_latents_of_its_chunk():
-    """Diffusers' check zeroes the last step of the whole call; here every chunk has a last step."""
+    """Diffusers' check zeroes the last step of the call; here, every chunk has a last step."""
 
     def callback(pipe, step, timestep, tensors):
         return {"latents": tensors["latents"] * (step == 0)}
@@ -152,7 +152,7 @@ def test_callback_changes_guidance():
 
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_interrupt(at):
-    """Finished chunks come out, and the transformer is as before."""
+    """Finished chunks are returned, and the transformer is restored."""
     steps, pipe = [], build()
     before = processors(pipe.transformer)
 
@@ -184,7 +184,7 @@ def test_interrupt_in_the_first_chunk_gives_no_frames(output_type):
     assert output.decisions == [[]] and output.chunk_frames == []
 
 
-def test_after_an_error_the_next_call_is_as_new():
+def test_call_after_an_error_equals_a_first_call():
     pipe, forwards = build(), []
     before = processors(pipe.transformer)
 
@@ -203,7 +203,7 @@ def test_after_an_error_the_next_call_is_as_new():
 
 
 @pytest.mark.parametrize("forward, place", [(0, "chunk 0, step 0"), (2, "chunk 0, .*context"), (4, "chunk 1, step 1")])
-def test_output_of_the_model_that_is_not_finite_is_an_error(forward, place):
+def test_model_output_that_is_not_finite_raises(forward, place):
     pipe, forwards = build(), []
 
     def poison(module, args, output):
@@ -231,8 +231,8 @@ def test_save_and_load(tmp_path):
     close(call(stock, output_type="latent", latents=NOISE), ours, 1e-5)
 
 
-def test_custom_pipeline_is_all_that_a_stock_folder_needs(tmp_path):
-    """In a fresh process, as a user of a published checkpoint does it."""
+def test_stock_folder_loads_with_custom_pipeline(tmp_path):
+    """In a fresh process, as users of a published checkpoint do."""
     stock = quiet(AnyFlowFARPipeline(**far_components()))
     stock.save_pretrained(tmp_path / "checkpoint")
     script = f"""
@@ -303,7 +303,7 @@ def test_to_dtype():
 
 
 def test_bf16_stays_close_to_fp32():
-    """And no further from it than upstream."""
+    """And no farther from it than upstream."""
     size = {"height": 64, "width": 96, "chunk_partition": [1, 2, 2, 2, 2], "num_frames": 33, "output_type": "latent"}
     exact = call(build(), method="plain", **size)
     rough = call(build(transformer=tiny_far().bfloat16()), method="plain", **size)

@@ -1,4 +1,4 @@
-"""The two-sided measure: near zero on true videos, ordered on drifts of known size, and pleased by no frozen video."""
+"""The two-sided measure: near zero on true videos, ordered on drifts of known size, and bad for frozen videos."""
 
 import json
 from functools import partial
@@ -48,7 +48,7 @@ def as_uint8(frames):
 
 
 def drifted(videos: np.ndarray, change) -> np.ndarray:
-    """`change(frame, share)` of each frame in [0, 1], by its share of the time."""
+    """Apply `change(frame, share)` to each frame in [0, 1], with its share of the time."""
     chunks = videos.shape[1]
     return np.stack([[as_uint8(change(frame / 255, n / chunks)) for n, frame in enumerate(video)] for video in videos])
 
@@ -67,8 +67,8 @@ def measured(true, videos, kind):
     return Infidelity(looks, reference), life(looks, reference)
 
 
-def test_renders_are_of_the_worlds():
-    """The middle frame of a chunk and the next, of one hidden draw."""
+def test_renders_match_their_worlds():
+    """The middle frame of a chunk and the next one, from the same hidden draw."""
     for of, prompt in (
         (world, "a red circle moving right over a blue background"),
         (travelling, "a fast journey right over hills by noon"),
@@ -99,7 +99,7 @@ def test_infidelity_grows_with_the_drift(true, kind, name):
     assert growths == sorted(growths) and growths[2] > growths[0] + 0.01
 
 
-def test_life_tells_frozen_from_drifting(true):
+def test_life_distinguishes_frozen_from_drifting(true):
     frozen = np.repeat(true[1][:, :1], NUM_CHUNKS, axis=1)
     assert measured(true[0], frozen, "features")[1] == 0
     once = measured(true[0], true[1], "features")[1]
@@ -107,7 +107,7 @@ def test_life_tells_frozen_from_drifting(true):
 
 
 def test_energy_distance_is_unbiased():
-    """Against the formula written out over all pairs of different prompts, and around zero for equal distributions."""
+    """Against the formula written out over all pairs of different prompts; near zero for equal distributions."""
     generator = np.random.default_rng(0)
     ours, theirs = generator.normal(size=(2, 6, 3, 2))
     matrices = pair_distances(ours, theirs), pair_distances(ours, ours), pair_distances(theirs, theirs)
@@ -137,8 +137,9 @@ def test_energy_distance_is_unbiased():
     assert abs(np.mean(distances)) < 3 * np.std(distances) / np.sqrt(len(distances))
 
 
-def test_the_table_of_an_experiment(tmp_path):
-    """From the files that `research.evaluation.run` leaves, without a model: true videos as plain, darker ones as another method."""
+def test_two_sided_prints_the_table_of_an_experiment(tmp_path):
+    """From files as `research.evaluation.run` writes them, without a model: true videos as plain, darker ones as
+    another method."""
     config = tmp_path / "small.yaml"
     config.write_text(
         "checkpoint: checkpoints/travelling-world\nfirst_seed: 7\nnum_seeds: 6\nnum_chunks: 4\nbatch_size: 3\n"
@@ -175,7 +176,7 @@ def test_the_table_of_an_experiment(tmp_path):
     assert text.count("\n| ") == 5 and "| darker | " in text
 
 
-def test_some_methods_of_an_experiment(monkeypatch, capsys):
+def test_two_sided_takes_a_subset_of_methods(monkeypatch, capsys):
     config = str(ROOT / "research" / "evaluation" / "configs" / "plus.yaml")
     monkeypatch.setattr("sys.argv", ["two_sided", "--config", config, "--methods", "plain", "best"])
     with pytest.raises(SystemExit):
@@ -183,10 +184,10 @@ def test_some_methods_of_an_experiment(monkeypatch, capsys):
     assert "unknown --methods best; there are plain, tokentrim_plus" in capsys.readouterr().err
 
 
-def test_experiments_name_a_world(tmp_path):
+def test_experiments_know_their_world(tmp_path):
     config = tmp_path / "x.yaml"
     for settings, message in (
-        ("checkpoint: checkpoints/travelling-world\nscenes: [turn]", "`scenes` and `defects` are of the tiny world"),
+        ("checkpoint: checkpoints/travelling-world\nscenes: [turn]", "`scenes` and `defects` work with the tiny world only"),
         ("checkpoint: nowhere", "`checkpoint` must be a pipeline's folder"),
     ):
         config.write_text(f"methods: {{plain: {{method: plain}}}}\n{settings}\n")
@@ -195,8 +196,8 @@ def test_experiments_name_a_world(tmp_path):
     assert (ROOT / "checkpoints" / "travelling-world").is_dir()
 
 
-def test_kinds_of_drift_are_told_apart():
-    """Videos that walk on, each its own way, and videos that run to one colour and stay."""
+def test_kinds_of_drift_are_distinguished():
+    """Videos that keep walking, each in its own direction, and videos that run to one color and stay."""
     generator = np.random.default_rng(0)
     start, time = generator.uniform(20, 80, size=(40, 1, 3)), np.linspace(0, 1, 61)[None, :, None]
     ways = generator.normal(size=(40, 1, 3))

@@ -33,7 +33,7 @@ ITERATIONS, LEARNING_RATE = 5, 0.005
 
 
 class X0:
-    """x0 prediction of a transformer, x_t - sigma * flow, that records the motion variances it leads to."""
+    """The x0 prediction of a transformer, x_t - sigma * flow; it records the motion variances."""
 
     def __init__(self, transformer, text):
         self.transformer = transformer
@@ -73,13 +73,13 @@ def motion_variance_of(video):
 
 
 @pytest.mark.parametrize("num_frames", [3, 4, 7])
-def test_motion_variance_equals_the_loops(num_frames):
+def test_motion_variance_equals_the_slow_way(num_frames):
     videos = randn(2, CHANNELS, num_frames, HEIGHT, WIDTH, seed=num_frames)
     expected = [motion_variance_of(video) for video in videos]
     assert motion_variance(videos).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_three_frames_are_two_motions():
+def test_three_frames_give_two_motions():
     first, second, third = randn(3, 1, CHANNELS, 1, 1)
     expected = (((third - second).abs() - (second - first).abs()) ** 2 / 4).mean()
     torch.testing.assert_close(motion_variance(torch.stack([first, second, third], dim=2)), expected[None])
@@ -94,7 +94,7 @@ def test_still_and_even_motion_are_at_zero():
     assert motion_variance(start + time**2 * velocity).min() > 0.1
 
 
-def test_motion_variance_looks_at_the_most_uneven_patch():
+def test_motion_variance_uses_the_most_uneven_patch():
     video = torch.zeros(1, CHANNELS, 3, HEIGHT, WIDTH)
     video[:, :, 2, 0, 0] = 2.0  # motions 0 and 2: variance 1
     video[:, :, 2, 2:4, 2:4] = 1.6  # motions 0 and 1.6: variance 0.64
@@ -128,8 +128,8 @@ def test_guidance_lowers_the_motion_variance(seed):
     assert (variances[-1] < 0.95 * variances[0]).all()
 
 
-def test_first_step_is_adams():
-    """Whose first step is eta in the direction of the gradient's signs."""
+def test_first_step_equals_adam():
+    """Adam's first step is eta times the signs of the gradient."""
     latents, text, transformer = noise(1), embeds(), tiny_transformer()
     leaf = latents.clone().requires_grad_()
     gradient = torch.autograd.grad(motion_variance(X0(transformer, text)(leaf)).sum(), leaf)[0]
@@ -150,7 +150,7 @@ def test_no_iterations_return_the_latents_themselves():
     assert guide(latents, None, 0, LEARNING_RATE) is latents
 
 
-def test_nothing_stays_but_the_guided_latents():
+def test_guidance_leaves_only_the_guided_latents():
     transformer, latents = tiny_transformer().requires_grad_(True), noise(1)
     weights = {name: weight.clone() for name, weight in transformer.named_parameters()}
     given = latents.clone()
@@ -181,12 +181,12 @@ def test_steps_too_small_for_bf16_add_up():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_gradient_that_is_not_finite(value):
+def test_gradient_that_is_not_finite_raises(value):
     with pytest.raises(RuntimeError, match="gradient is not finite .* in iteration 0"):
         guide(noise(1), lambda latents: latents * value, 1, LEARNING_RATE)
 
 
-def test_inference_mode_is_named():
+def test_inference_mode_raises():
     with torch.inference_mode(), pytest.raises(RuntimeError, match="torch.no_grad"):
         guide(noise(1), lambda latents: latents, 1, LEARNING_RATE)
 
@@ -220,7 +220,7 @@ def test_checkpointed_gradients_are_the_same_and_stores_less():
 @pytest.mark.parametrize("num_past", [0, 1])
 @pytest.mark.parametrize("videos", [[0, 1], [1]])
 def test_checkpointed_gradients_through_the_cache_are_the_same(videos, num_past):
-    """The past must stay as it was when blocks are recomputed; the prompt may be projected by the first forward."""
+    """The past must not change while blocks are recomputed; the first forward may project the prompt."""
     transformer, text, latents = tiny_transformer().requires_grad_(True), embeds(2), noise(1, 2)[videos]
 
     def result():
@@ -350,12 +350,12 @@ def test_trimming_on_top_of_flowmo_in_a_batch_equals_single_runs(rollout):
         ({"chunks": "all"}, "`flowmo: chunks`", {"drift_signal": "first_step"}),
     ],
 )
-def test_bad_input(settings, name, arguments):
+def test_bad_input_raises(settings, name, arguments):
     with pytest.raises(ValueError, match=re.escape(f"{name} must be")):
         roll(latent_pipeline(), noise(2), method=flowmo(**settings), **arguments)
 
 
-def test_a_failing_guidance_leaves_nothing_behind():
+def test_failing_guidance_leaves_nothing():
     pipe = latent_pipeline()
     before = processors(pipe.transformer)
     with pytest.raises(RuntimeError, match="not finite"):

@@ -1,4 +1,4 @@
-"""Reading pictures and videos: every mode and format as people have them, and only formats that hold their own frames."""
+"""Reading pictures and videos: every common mode and format, and only formats that hold their own frames."""
 
 import json
 import os
@@ -68,8 +68,8 @@ def test_files_of_every_mode_keep_their_levels(form, tmp_path):
         assert_is_ramp(frame)
 
 
-def test_what_is_transparent_shows_white():
-    """Whatever color is hidden there, in every way to say it."""
+def test_transparent_pixels_become_white():
+    """Whatever the hidden color, and for every kind of transparency."""
     color = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
     color.putpixel((0, 0), (7, 7, 7, 0))
     expected = [[[255, 255, 255], [200, 0, 0]]]
@@ -87,7 +87,7 @@ def test_what_is_transparent_shows_white():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright(orientation, tmp_path):
+def test_pictures_follow_their_exif_orientation(orientation, tmp_path):
     from PIL import ImageOps
 
     picture = Image.fromarray(np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3))
@@ -165,7 +165,7 @@ def test_a_folder_of_folders_of_pictures_may_hold_a_picture(tmp_path):
 
 
 def test_a_plot_does_not_break_the_next_run(tmp_path):
-    """Neither in a folder of pictures, of which it would be one, nor in a folder of these."""
+    """Neither inside a folder of pictures nor beside such folders."""
     pictures = make_pictures(tmp_path / "pictures")
     for folder in (pictures, tmp_path):
         for _ in range(2):
@@ -173,7 +173,7 @@ def test_a_plot_does_not_break_the_next_run(tmp_path):
     assert len(list_pictures(pictures)) == 24 and (pictures / "drift.png").exists()
 
 
-def test_files_that_systems_leave_are_ignored(tmp_path):
+def test_hidden_system_files_are_ignored(tmp_path):
     pictures = make_pictures(tmp_path / "pictures")
     (pictures / "._0.png").write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X        ")
     for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
@@ -201,7 +201,7 @@ def test_formats_of_videos(name, tmp_path, caplog):
     assert caplog.text == ""
 
 
-def test_a_video_that_is_turned_by_its_metadata_is_upright(tmp_path):
+def test_videos_follow_their_rotation_metadata(tmp_path):
     make_video(tmp_path / "x.mp4")
     ffmpeg("-display_rotation", 90, "-i", tmp_path / "x.mp4", "-c", "copy", tmp_path / "turned.mp4")
     assert next(read_frames(tmp_path / "turned.mp4")).shape == (96, 64, 3)
@@ -215,8 +215,8 @@ SPARSE = ["-vf", "select='lt(t,1)+not(mod(n,15))'", "-fps_mode", "vfr"]
     "name, arguments",
     [("x.mp4", LONG_SOUND), ("x.mkv", LONG_SOUND), ("x.mp4", SPARSE), ("x.mkv", SPARSE), ("x.gif", SPARSE)],
 )
-def test_a_complete_video_is_not_called_incomplete(name, arguments, tmp_path, caplog):
-    """Neither with longer sound nor with frames that come at no constant rate."""
+def test_complete_video_is_not_reported_as_incomplete(name, arguments, tmp_path, caplog):
+    """Neither with a longer sound track nor with a variable frame rate."""
     frames = list(read_frames(make_video(tmp_path / name, *arguments)))
     assert len(frames) == (48 if arguments is LONG_SOUND else 18) and caplog.text == ""
 
@@ -235,7 +235,7 @@ def test_a_complete_video_is_not_called_incomplete(name, arguments, tmp_path, ca
         ("x.avi", LONG_SOUND),
     ],
 )
-def test_a_video_that_is_cut_is_called_incomplete(name, arguments, tmp_path, caplog):
+def test_truncated_video_is_reported_as_incomplete(name, arguments, tmp_path, caplog):
     source = ["-f", "lavfi", "-i", "testsrc=size=96x64:rate=16:duration=3,noise=alls=60:allf=t"]
     sound = [each for each in arguments if each in LONG_SOUND]
     ffmpeg(*source, *(sound or []), *(each for each in arguments if each not in sound), "-g", "4", tmp_path / name)
@@ -283,7 +283,7 @@ def test_a_name_is_never_a_pattern_or_an_address(tmp_path, monkeypatch):
 
 
 def test_frames_with_too_many_pixels_are_refused(tmp_path):
-    """In the memory of a small video."""
+    """Within the memory of a small video."""
     ffmpeg(
         "-f",
         "lavfi",
@@ -340,7 +340,7 @@ def test_the_decoder_ends_with_its_reader(tmp_path):
     assert not list_decoders()
 
 
-def test_a_dollar_in_a_name_is_drawn(tmp_path, monkeypatch):
+def test_dollar_sign_in_a_name_is_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_video(tmp_path / "x.mp4")
     folder = tmp_path / "a $x_{ $^_$"

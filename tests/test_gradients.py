@@ -1,4 +1,4 @@
-"""No public method leaves a gradient graph on anything, though the models are trainable and gradients are on."""
+"""No public method leaves a gradient graph, although the models are trainable and gradients are on."""
 
 import inspect
 from pathlib import Path
@@ -18,7 +18,7 @@ STREAM = {**SIZE, "output_type": "pt"}
 
 
 def trainable_pipeline(**settings) -> TokenTrimPipeline:
-    """All parameters ask for gradients, as those of a checkpoint that was just loaded do."""
+    """All parameters require gradients, like those of a freshly loaded checkpoint."""
     pipe = full_pipeline(**settings)
     for model in (pipe.transformer, pipe.vae, pipe.text_encoder):
         model.requires_grad_(True)
@@ -26,7 +26,7 @@ def trainable_pipeline(**settings) -> TokenTrimPipeline:
 
 
 def tensors_of(value, seen=None):
-    """All tensors of a value, whatever holds them, but for those of models."""
+    """All tensors inside a value, except those of models."""
     seen = set() if seen is None else seen
     if id(value) in seen or isinstance(value, (torch.nn.Module, TokenTrimPipeline, type)):
         return
@@ -92,7 +92,7 @@ def closed(stream):
 
 
 def nothing(_):
-    """Of a method that takes or gives no tensors."""
+    """For a method that neither takes nor returns tensors."""
     return [randn(1)]
 
 
@@ -175,7 +175,7 @@ def test_no_public_method_leaves_a_graph(kind, name, tmp_path):
     ids=lambda inputs: " ".join(inputs),
 )
 def test_graphs_of_what_is_given_are_left_behind(inputs):
-    """As of embeddings that the caller made with gradients on: a run that holds them holds the text encoder's graph."""
+    """For example of embeddings made with gradients on: a run that kept them would keep the text encoder's graph."""
     pipe = trainable_pipeline()
     with pipe.stream(**{"prompt": PROMPT, **STREAM, "num_frames": 33, "height": 32, "width": 48, **inputs}) as stream:
         assert_no_graph(stream, stream.run)

@@ -1,4 +1,4 @@
-"""Loading, as strangers do it: in fresh processes, from files and from a Hub, every row of the table in docs/loading.md."""
+"""Loading as users do it: in fresh processes, from files and from a Hub, every row of the table in docs/loading.md."""
 
 import ast
 import json
@@ -63,7 +63,7 @@ def source_of(module):
 
 
 def relative_imports(name):
-    """Modules that a file imports from this project, by `ast` and as Diffusers finds them."""
+    """Modules that a file imports from this project, found by `ast` and by Diffusers' pattern."""
     source = source_of(name)
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.level]
     found = re.findall(r"^\s*from\s+\.(\S+)\s+import", source, flags=re.MULTILINE)
@@ -84,13 +84,13 @@ def test_the_scheduler_file_stands_alone():
     assert relative_imports("tokentrim_scheduler") == ([], [])
 
 
-def test_what_only_looking_at_a_run_needs_is_not_imported_by_the_loader():
-    """It imports whatever an import statement names, inside functions too, and warns of what is missing."""
+def test_plotting_packages_are_not_imported_at_load():
+    """The loader imports all modules of import statements, also inside functions, and warns about missing ones."""
     for name in ("pipeline_tokentrim", *SIBLINGS):
         assert not re.search(r"^\s*(from|import)\s+(matplotlib|imageio)", source_of(name), re.M)
 
 
-def test_every_export_is_there():
+def test_every_public_name_exists():
     for name in tokentrim.__all__:
         assert getattr(tokentrim, name).__name__ == name
     with pytest.raises(AttributeError, match="no_such_name"):
@@ -111,7 +111,7 @@ def latents(pipe):
 
 
 def test_from_pipe():
-    """Components are shared, the scheduler is lifted beside the other pipeline's own, settings are arguments."""
+    """Components are shared, the scheduler is lifted and the other pipeline keeps its own, settings are arguments."""
     wan = wan_pipeline()
     pipe = TokenTrimPipeline.from_pipe(wan, **SETTINGS)
     assert pipe.transformer is wan.transformer and pipe.vae is wan.vae and pipe.text_encoder is wan.text_encoder
@@ -126,8 +126,8 @@ def test_from_pipe():
     assert latents(TokenTrimPipeline.from_pipe(far, **SETTINGS)).equal(latents(full_pipeline(**SETTINGS)))
 
 
-def test_a_plain_wan_folder(tmp_path):
-    """Its scheduler's shift is kept; the transformer may be replaced by a causal one."""
+def test_plain_wan_folder_loads(tmp_path):
+    """The scheduler keeps its shift; a causal transformer may replace the folder's."""
     wan_pipeline().save_pretrained(tmp_path)
     other = tiny_transformer(seed=1)
     pipe = TokenTrimPipeline.from_pretrained(tmp_path, transformer=other, **SETTINGS)
@@ -145,14 +145,14 @@ def test_lifting_a_scheduler_is_logged(caplog):
     ]
 
 
-def test_a_checkpoint_of_another_family():
+def test_checkpoint_of_another_family_raises():
     vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=32)
     with pytest.raises(ValueError, match="`vae` must be an AutoencoderKLWan, .*but is 'AutoencoderKL'"):
         TokenTrimPipeline(None, None, tiny_transformer(), vae, None)
 
 
-def test_saving_with_and_without_code(tmp_path):
-    """Stock names without; with code, it is where the loader looks, and saving again keeps naming it."""
+def test_folders_saved_with_and_without_code_load(tmp_path):
+    """Without code, stock names. With code, it is where the loader looks, and saving again keeps naming it."""
     pipe = full_pipeline(FlowMatchLCMScheduler(shift=5.0), **SETTINGS)
 
     def save(name, **kwargs):
@@ -177,7 +177,7 @@ def test_saving_with_and_without_code(tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """What the table of docs/loading.md loads, in folders and on a Hub."""
+    """The sources of the table in docs/loading.md, in folders and on a Hub."""
     folder = tmp_path_factory.mktemp("world")
     ours = full_pipeline(FlowMatchLCMScheduler(shift=5.0), **SETTINGS)
     ours.save_pretrained(folder / "checkpoint")
@@ -213,7 +213,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def here(world, tmp_path):
-    """A folder for a script, with links to what it may load."""
+    """A folder for a script, with links to the sources that it may load."""
     for path in world.folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
     return tmp_path
@@ -243,7 +243,7 @@ print(type(pipe).__name__, type(pipe.scheduler).__name__, getattr(pipe, "revisio
 
 @pytest.fixture
 def run(world, here):
-    """Run code that makes `pipe`, which must make the expected latents, bit by bit, without a word of warning."""
+    """Run code that makes `pipe`, which must make the expected latents, bit by bit, without warnings."""
 
     def run(code, nursery=world.offline, scheduler="FlowMatchLCM", revision=None, warnings=()):
         printed, warned = nursery.run(f"{code}\n{CHECK}", here)
@@ -256,7 +256,7 @@ def run(world, here):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_in_makes_the_same_latents(way, world, here, run):
+def test_every_way_to_load_makes_the_same_latents(way, world, here, run):
     code = WAYS[way]
     script = [PREAMBLE, f"rollout = {SETTINGS}"]
     if "snapshots" in code:
@@ -294,14 +294,14 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-def test_what_cannot_be_says_what_to_do(code, world, here):
+def test_unsupported_ways_to_load_say_what_to_do(code, world, here):
     script = f"{PREAMBLE}\nimport sys\ntry:\n    {code}\nexcept Exception as error:\n    print(error)"
     nursery = world.online if '"you/' in code else world.offline
     assert re.search(REFUSALS[code], nursery.run(script, here)[0])
 
 
-def test_the_hub_is_asked_for_little_and_for_every_file_once(world, here, run):
-    """Weights and code come over the wire; a second load takes them from the cache, and asks whether they changed."""
+def test_hub_serves_every_file_once(world, here, run):
+    """Weights and code are downloaded once; a second load uses the cache and only asks for changes."""
     world.hub.requests.clear()
     load = 'pipe = load("you/weights", custom_pipeline="you/code")'
     run(f"{PREAMBLE}\n{load}\n{load}", world.online)
@@ -312,8 +312,9 @@ def test_the_hub_is_asked_for_little_and_for_every_file_once(world, here, run):
     assert sum(".py" in request for request in world.hub.requests) <= 12  # two loads, each of two files
 
 
-def test_publishing(world, here, run):
-    """What `save_pretrained(push_to_hub=True)` and `upload_folder` upload loads again; the Hub finds the cards valid."""
+def test_published_folders_load(world, here, run):
+    """Folders uploaded by `save_pretrained(push_to_hub=True)` and `upload_folder` load again, and the Hub accepts the
+    cards."""
     script = f"""{PREAMBLE}
 import huggingface_hub
 pipe = load("with-code")
@@ -331,7 +332,7 @@ for name in ("code", "both"):
 
 
 def test_saving_from_each_kind_of_pipeline(world, here, run):
-    """A pipeline that was loaded from a file, a Hub or a bundle saves its own code, and plain folders without it."""
+    """A pipeline from a file, a Hub or a bundle saves its own code, and plain folders without it."""
     sources = {
         "file": 'load("checkpoint", custom_pipeline="tokentrim/pipeline_tokentrim.py")',
         "code": 'load("with-code")',
@@ -349,8 +350,8 @@ def test_saving_from_each_kind_of_pipeline(world, here, run):
     assert "AnyFlowFARPipeline" in printed and ".FlowMatchLCMScheduler" in printed
 
 
-def test_schedulers_as_components(world, here):
-    """A scheduler's file in the scheduler's folder: each class loads alone, is kept, and saves its config."""
+def test_schedulers_work_as_components(world, here):
+    """With the scheduler's file in the scheduler's folder, each class loads alone, is kept, and saves its config."""
     code = here / "saved"
     shutil.copytree(world.folder / "with-code", code)
     shutil.copy(ROOT / "tokentrim_scheduler.py", code / "scheduler")
@@ -381,8 +382,8 @@ assert all(again.config[name] == value for name, value in {config}.items())
         assert torch.load(here / "latents.pt").equal(latents(ours))
 
 
-def test_the_wheel(world, here, run):
-    """An installation holds every module, and what `publish` reads."""
+def test_wheel_contains_what_it_needs(world, here, run):
+    """An installation holds every module, and the files that `publish` reads."""
     source = here / "source"
     ignored = shutil.ignore_patterns(".*", "checkpoints", "tests", "build", "*.egg-info", "docs", "runs", "demo")
     shutil.copytree(ROOT, source, ignore=ignored)
@@ -413,7 +414,7 @@ def test_importing_the_package_loads_nothing():
         subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)
 
 
-def test_diffusers_own_command_runs_a_folder_that_holds_the_code(world, here):
+def test_diffusers_cli_runs_a_folder_with_code(world, here):
     arguments = {"prompt": PROMPT, "num_frames": 9, **SIZE}
     script = f"""
 import json, sys

@@ -1,4 +1,4 @@
-"""LoRA files merged while converting: every layout gives W + (alpha / rank) B A, and what peft computes."""
+"""LoRA files merged during conversion: every format gives W + (alpha / rank) B A, and the result of peft."""
 
 import json
 
@@ -85,8 +85,8 @@ def load(path, **kwargs):
 @pytest.mark.parametrize(
     "write, scaled", [(write, False) for write in LAYOUTS] + [(write, True) for write in HAS_ALPHA]
 )
-def test_every_layout(write, scaled, model, tmp_path):
-    """Without an alpha, it is the rank; weights that the LoRA does not change stay as they are, bit by bit."""
+def test_every_lora_format_merges(write, scaled, model, tmp_path):
+    """Without an alpha, it is the rank. Weights that the LoRA does not change stay equal, bit by bit."""
     lora = write(tmp_path, scaled)
     weights, plain = load(model, lora=lora).state_dict(), load(model).state_dict()
     expected = merged(ALPHA if scaled else RANK)
@@ -95,7 +95,7 @@ def test_every_layout(write, scaled, model, tmp_path):
         assert weight.equal(plain[key]) != (original(key).removesuffix(".weight") in LINEAR)
 
 
-def test_the_merged_model_is_what_peft_computes(model, tmp_path):
+def test_merged_model_equals_peft(model, tmp_path):
     peft = pytest.importorskip("peft")
     modules = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     adapted = tiny_transformer()
@@ -112,7 +112,7 @@ def test_the_merged_model_is_what_peft_computes(model, tmp_path):
 
 
 def test_half_precision_is_rounded_once(tmp_path):
-    """The sum is taken in fp32, whatever the dtypes of the files."""
+    """The sum is computed in fp32, whatever the dtypes of the files."""
     weights = {name: tensor.bfloat16() for name, tensor in original_weights().items()}
     torch.save(weights, tmp_path / "original.pt")
     lora = write_longlive(tmp_path, False)
@@ -123,7 +123,7 @@ def test_half_precision_is_rounded_once(tmp_path):
     assert load(tmp_path / "original.pt", lora=lora).state_dict()[key].equal(expected)
 
 
-def test_converted_with_a_lora_is_converted_from_the_merged_model(model, tmp_path, caplog):
+def test_conversion_with_a_lora_equals_the_merged_model(model, tmp_path, caplog):
     """The same folder, byte by byte."""
     full_pipeline().save_pretrained(tmp_path / "base")
     lora = write_longlive(tmp_path, False)
@@ -139,7 +139,7 @@ def test_converted_with_a_lora_is_converted_from_the_merged_model(model, tmp_pat
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
 
 
-def test_names_of_diffusers_are_known():
+def test_diffusers_names_are_known():
     for key, name in ((key, original(key)) for key in tiny_transformer().state_dict()):
         if name.endswith(".weight") and len(SHAPES[name]) == 2:
             assert name_module(f"transformer.{key}") == f"{name_module(name)}"
@@ -187,14 +187,14 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files(case, model, tmp_path):
+def test_bad_files_raise(case, model, tmp_path):
     content, message = BAD_FILES[case]
     torch.save(content, tmp_path / "lora.pt")
     with pytest.raises(ValueError, match=f"`lora` must be .*{message}"):
         load(model, lora=tmp_path / "lora.pt")
 
 
-def test_settings_that_are_no_plain_lora(model, tmp_path):
+def test_unsupported_lora_settings_raise(model, tmp_path):
     folder = write_peft(tmp_path, True)
     (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "use_dora": True}))
     with pytest.raises(ValueError, match="`lora` must be a LoRA with one alpha and one rank, .* have use_dora"):
@@ -203,7 +203,7 @@ def test_settings_that_are_no_plain_lora(model, tmp_path):
         load(model, lora=tmp_path / "none.pt")
 
 
-def test_a_failure_leaves_nothing(model, tmp_path, capsys):
+def test_failure_leaves_nothing(model, tmp_path, capsys):
     full_pipeline().save_pretrained(tmp_path / "base")
     torch.save({}, tmp_path / "lora.pt")
     arguments = ["convert", str(model), "--lora", str(tmp_path / "lora.pt"), "--base", str(tmp_path / "base")]
@@ -212,5 +212,5 @@ def test_a_failure_leaves_nothing(model, tmp_path, capsys):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_shapes_are_those_of_the_model():
+def test_shapes_must_match_the_model():
     assert list_shapes(tiny_transformer().config) == SHAPES

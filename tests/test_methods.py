@@ -1,4 +1,4 @@
-"""What `method=` takes, what it refuses, and what a policy of one's own may return."""
+"""Values of `method=`, refused ones, and the return values of a custom policy."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def kinds(method) -> list[str]:
 
 
 class Trimmer(ContextPolicy):
-    """Asks for one eviction of some tokens at the chunk with one index."""
+    """Asks for one eviction of some tokens at one chunk."""
 
     def __init__(self, at=2, tokens=(1, 4), **attributes):
         self.at, self.tokens, self.index, self.asked = at, tokens, 0, False
@@ -43,7 +43,7 @@ class Trimmer(ContextPolicy):
 
 
 class Log(ContextPolicy):
-    """Records which verbs were called, under its name."""
+    """Records the calls of its verbs, under its name."""
 
     def __init__(self, name, log):
         self.name, self.log = name, log
@@ -91,7 +91,7 @@ def test_policies_keep_their_order_and_severity_is_always_measured(method, expec
     assert kinds(method) == expected
 
 
-def test_named_methods_are_what_the_documentation_says():
+def test_named_methods_match_the_documentation():
     assert list(METHODS) == ["plain", "tokentrim", "paper", "tokentrim_plus"]
     plus = make_method("tokentrim_plus", {}).policies
     assert (plus[1].sensitivity, plus[2].match, plus[2].tolerance) == (6.0, "near", 0.085)
@@ -119,7 +119,7 @@ def test_name_dict_and_list_of_objects_are_the_same_method(name, as_dict):
         assert torch.equal(other.frames, expected.frames) and other.decisions == expected.decisions
 
 
-def test_settings_of_a_dict_go_before_those_of_the_call():
+def test_settings_of_a_dict_override_those_of_the_call():
     method = make_method({"tokentrim": {"prune_fraction": 0.3}}, {"prune_fraction": 0.2, "warmup_chunks": 5})
     assert (method.policies[0].prune_fraction, method.policies[0].warmup_chunks) == (0.3, 5)
 
@@ -133,13 +133,13 @@ def test_settings_of_the_call_reach_a_named_tokentrim_of_a_list():
     ("signals", "expected"),
     [([], "final"), ([None], "final"), (["first_step"], "first_step"), ([None, "first_step"], "first_step")],
 )
-def test_drift_signal_is_what_the_policies_ask_for(signals, expected):
+def test_drift_signal_comes_from_the_policies(signals, expected):
     """Also for the monitor that measures severity beside them."""
     method = make_method([Trimmer(drift_signal=signal) for signal in signals], {})
     assert method.drift_signal == method.policies[0].drift_signal == expected
 
 
-def test_one_object_and_names_of_methods_in_a_list_are_methods_too():
+def test_object_and_names_in_a_list_are_methods():
     names = [type(policy).__name__ for policy in make_method(["tokentrim_plus", TokenTrim()], {}).policies]
     assert names == ["Quarantine", "Reanchor", "TokenTrim"]
     assert [type(policy).__name__ for policy in make_method(TokenTrim(), {}).policies] == ["TokenTrim"]
@@ -197,7 +197,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=[case_id(case[0]) for case in BAD])
-def test_bad_method_is_refused_before_any_model_runs(arguments, error, message):
+def test_bad_method_raises_before_any_model_runs(arguments, error, message):
     pipe, forwards = latent_pipeline(), []
     pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
     with pytest.raises(error, match=message):
@@ -208,7 +208,7 @@ def test_bad_method_is_refused_before_any_model_runs(arguments, error, message):
 # Policies of one's own
 
 
-def test_bases_of_a_method_of_ones_own_are_on_the_pipeline():
+def test_pipeline_has_the_base_class_of_policies():
     assert TokenTrimPipeline.ContextPolicy is ContextPolicy
     assert latent_pipeline().ContextPolicy is ContextPolicy
 
@@ -221,7 +221,7 @@ def test_every_policy_of_a_chain_sees_every_chunk_in_order():
     assert log == [(name, verb) for verb in verbs for name in ("one", "two")]
 
 
-def test_policies_are_copied_for_each_video_and_never_changed_themselves():
+def test_policies_are_copied_for_each_video():
     trimmer, trim, hold, quarantine = Trimmer(), TokenTrim(drift_sensitivity=0.0), Reanchor(), Quarantine()
     before = [dict(vars(each)) for each in (trimmer, trim, hold, quarantine)]
     output = roll(latent_pipeline(), noise(7, 2), method=[trimmer, trim, quarantine, hold])
@@ -233,7 +233,7 @@ def test_policies_are_copied_for_each_video_and_never_changed_themselves():
 
 
 class Counted(TokenTrim):
-    """TokenTrim that asks for nothing in a video whose first value is negative."""
+    """TokenTrim that asks for nothing in videos whose first value is negative."""
 
     def review(self, draft):
         tokens = super().review(draft)
@@ -241,7 +241,7 @@ class Counted(TokenTrim):
         return tokens if self.positive else []
 
 
-def test_a_batch_equals_single_runs_with_a_policy_of_ones_own():
+def test_a_batch_equals_single_runs_with_a_custom_policy():
     latents, text = noise(7, 3, seed=4), embeds(3)
     settings = {"method": [Counted(drift_sensitivity=0.0), "reanchor"]}
     batch = roll(latent_pipeline(), latents, prompt_embeds=text, **settings)
@@ -254,8 +254,8 @@ def test_a_batch_equals_single_runs_with_a_policy_of_ones_own():
 
 
 @pytest.mark.parametrize("tokens", [[1, 4], (4, 1, 1), {1, 4}, range(1, 5, 3), torch.tensor([1, 4]), iter([1, 4])])
-def test_tokens_of_a_review_are_evicted_and_show_in_the_decision(tokens):
-    """As if TokenTrim had found them: the same eviction as a chunk that is generated with them gone."""
+def test_reviewed_tokens_are_evicted_and_reported(tokens):
+    """Like tokens of TokenTrim: the same eviction as a chunk that is generated without them."""
     policies = ContextPolicies([Trimmer(0, tokens)], 1, GRID)
     assert policies.review(noise(1)) == {0: [1, 4]}
     policies.evicted({0: [1, 4]})
@@ -264,7 +264,7 @@ def test_tokens_of_a_review_are_evicted_and_show_in_the_decision(tokens):
 
 
 @pytest.mark.parametrize("drift_signal", ["final", "first_step"])
-def test_a_review_evicts_and_generates_again(drift_signal):
+def test_review_evicts_and_regenerates(drift_signal):
     method = [Trimmer(2, [1, 4], drift_signal=drift_signal)]
     plain = roll(latent_pipeline(), noise(4), method=[SeverityMonitor(drift_signal)])
     output = roll(latent_pipeline(), noise(4), method=method)
@@ -276,7 +276,7 @@ def test_a_review_evicts_and_generates_again(drift_signal):
     assert (output.frames - plain.frames)[:, :, 2 * CHUNK : 3 * CHUNK].abs().max() > 1e-3
 
 
-def test_tokens_that_several_policies_ask_for_are_evicted_together():
+def test_tokens_of_several_policies_are_evicted_together():
     policies = ContextPolicies([Trimmer(0, [1, 4]), Trimmer(0, [0, 1])], 1, GRID)
     assert policies.review(noise(1)) == {0: [0, 1, 4]}
     policies.evicted({0: [0, 1, 4]})
@@ -284,7 +284,7 @@ def test_tokens_that_several_policies_ask_for_are_evicted_together():
 
 
 class Endless(ContextPolicy):
-    """Never content."""
+    """Always asks for another attempt."""
 
     def __init__(self, max_regenerations=1):
         self.max_regenerations, self.reviews = max_regenerations, 0
@@ -312,7 +312,7 @@ def test_an_endless_reviewer_stops_after_max_regenerations(max_regenerations):
 
 
 def test_max_regenerations_counts_for_each_policy():
-    """One that may ask thrice goes on where another has had its turn."""
+    """A policy that may ask three times continues after another has used its turn."""
     policies = ContextPolicies([Endless(1), Endless(3)], 1, GRID)
     assert [sorted(policies.review(noise(1)).get(0, [])) for _ in range(4)] == [[1], [2], [3], []]
 
@@ -336,7 +336,7 @@ class Duck:
         pass
 
 
-def test_an_object_with_the_verbs_alone_serves():
+def test_object_with_some_verbs_is_a_policy():
     output = roll(latent_pipeline(), noise(3), method=[Duck()])
     assert [decision["tokens"] for decision in output.decisions[0]] == [[], [0], [0]]
 
@@ -345,7 +345,7 @@ def test_an_object_with_the_verbs_alone_serves():
 
 
 class Reject(ContextPolicy):
-    """Commits nothing of the chunk with one index."""
+    """Rejects one chunk."""
 
     def __init__(self, at):
         self.at, self.index, self.entered = at, 0, []
@@ -360,8 +360,8 @@ class Reject(ContextPolicy):
 
 
 @pytest.mark.parametrize("rollout", ["self_forcing", "rolling_forcing"])
-def test_no_later_chunk_depends_on_one_of_which_nothing_is_committed(rollout):
-    """Self Forcing: whatever the chunk was, the future is the same. With chunks in flight the context alone is."""
+def test_rejected_chunk_has_no_effect_on_later_chunks(rollout):
+    """Self Forcing: the future is the same whatever the chunk was. With chunks in flight, only the context is."""
     one = noise(5, 2)
     other = one.clone()
     other[0, :, 2 * CHUNK : 3 * CHUNK] *= -1
@@ -380,7 +380,7 @@ def test_no_later_chunk_depends_on_one_of_which_nothing_is_committed(rollout):
         assert not torch.allclose(entered[0][:, 3 * CHUNK :], entered[1][:, 3 * CHUNK :], atol=1e-2)
 
 
-def test_after_a_rejection_the_rest_of_the_chain_is_not_asked_but_closed():
+def test_rejection_skips_the_rest_of_the_chain_but_closes_it():
     log = []
     policies = ContextPolicies([Log("one", log), Reject(0), Log("two", log)], 1, GRID)
     policies.review(noise(1))
@@ -399,7 +399,7 @@ class Shift(ContextPolicy):
         return self.factor * chunk + self.offset
 
 
-def test_what_one_policy_commits_the_next_one_sees():
+def test_next_policy_sees_what_one_commits():
     latents = noise(1, 2)
     for chain, expected in (
         ([Shift(2, 0), Shift(1, 3)], 2 * latents + 3),
@@ -415,7 +415,7 @@ class ShiftInPlace(Shift):
         return chunk.mul_(self.factor).add_(self.offset)
 
 
-def test_a_policy_that_writes_into_the_chunk_changes_the_context_alone():
+def test_policy_that_writes_in_place_changes_only_the_context():
     for rest in ([], [Reject(1)]):
         in_place, pure = (
             roll(latent_pipeline(), noise(4, 2), method=[shift(0.5, 1.0), *rest]) for shift in (ShiftInPlace, Shift)
@@ -424,7 +424,7 @@ def test_a_policy_that_writes_into_the_chunk_changes_the_context_alone():
 
 
 @pytest.mark.parametrize("at", range(1, 9))
-def test_policies_never_see_a_draft_that_an_interrupt_left_unfinished(at):
+def test_policies_never_see_an_interrupted_draft(at):
     """Of 2 x 4 steps; the policy asks for another attempt at chunk 2, from step 5 on."""
 
     class Seen(Trimmer):
@@ -448,7 +448,7 @@ def test_policies_never_see_a_draft_that_an_interrupt_left_unfinished(at):
     assert all(torch.equal(one, other) for one, other in zip(seen, whole))
 
 
-def test_what_is_committed_is_what_later_chunks_read():
+def test_later_chunks_read_what_is_committed():
     latents = noise(3)
     shown = roll(latent_pipeline(), latents, method=[Shift(0.5, 1.0)]).frames
     context = torch.cat([0.5 * chunk + 1 for chunk in shown[:, :, : 2 * CHUNK].split(CHUNK, dim=2)], dim=2)
@@ -505,8 +505,8 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("verb", "value", "error", "valid"), WRONG)
-def test_wrong_return_of_a_policy_names_policy_and_chunk(verb, value, error, valid):
-    """And the processors are back, and the next call is as new."""
+def test_wrong_return_names_policy_and_chunk(verb, value, error, valid):
+    """The processors are restored, and the next call equals a first call."""
     pipe = latent_pipeline()
     before = processors(pipe.transformer)
     with pytest.raises(error, match=f"`chunk 1: Wrong.{verb}` must be .*{valid}"):
@@ -516,7 +516,7 @@ def test_wrong_return_of_a_policy_names_policy_and_chunk(verb, value, error, val
 
 
 @pytest.mark.parametrize("verb", ["observe", "review", "commit", "close", "prompt_changed"])
-def test_an_error_inside_a_policy_comes_out_and_the_processors_are_back(verb):
+def test_error_in_a_policy_propagates_and_restores_processors(verb):
     class Broken(ContextPolicy):
         pass
 

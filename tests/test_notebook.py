@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, and is committed as it was run."""
+"""The notebook runs from its first cell to its last, and is committed with its outputs."""
 
 import nbformat
 from conftest import ROOT

@@ -1,4 +1,4 @@
-"""What `make bench` may say: no ratio without an interval, none whose interval holds 1; and its tables run."""
+"""Output of `make bench`: a ratio has an interval and is left out if that contains 1; and its tables run."""
 
 import pytest
 
@@ -10,14 +10,14 @@ from research.benchmarks.overhead.timing import Seconds, ratio, shown, table
 ONES = [1.0] * 40
 
 
-def test_a_ratio_is_printed_where_it_differs_from_1():
+def test_ratio_is_printed_if_it_differs_from_1():
     assert shown(ratio([1.1] * 40, ONES)) == "1.100 [1.100, 1.100]"
     assert shown(ratio([0.9, 1.1] * 20, ONES)) == "[0.900, 1.100]"
     assert shown(ratio([1.1] * 5, ONES[:5])) == "(fewer than 6 pairs)"
 
 
 def test_a_trigger_in_twelve_chunks_counts_in_their_sum():
-    """The median of single chunks would not see it."""
+    """The median of single chunks would miss it."""
     triggered = Seconds(*[([1.0] * 11 + [2.0]) * 6] * 2)
     results = {"shut": Seconds([1.0] * 72, [1.0] * 72).summed(12), "open": triggered.summed(12)}
     assert "to shut: 1.083 [1.083, 1.083]" in table(results, "cpu", ["shut"])

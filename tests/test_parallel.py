@@ -1,4 +1,4 @@
-"""One video on two processes: Diffusers' Ulysses context parallelism behind the rolling cache."""
+"""One video on two processes: Diffusers' Ulysses context parallelism with the rolling cache."""
 
 import os
 import socket
@@ -34,7 +34,7 @@ CASES = {
 
 
 def roll_all(transformer, directory: str, name: str) -> None:
-    """Latents and decisions of every case, two videos that lose different tokens, into a file."""
+    """Write latents and decisions of every case, two videos that lose different tokens, to a file."""
     results = {}
     for case, settings in CASES.items():
         scheduler = (FlowMatchLCMScheduler if case == "plus" else FlowMatchEulerDiscreteScheduler)(shift=5.0)
@@ -75,7 +75,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_give_the_latents_and_decisions_of_one(case, results):
+def test_two_processes_equal_one(case, results):
     (expected, decisions), *shared = (result[case] for result in results)
     if CASES[case].get("method") is TRIM:
         assert all(map(triggers, decisions))
@@ -109,7 +109,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_processes_cannot_share_is_refused(case):
+def test_unsupported_parallelism_raises(case):
     degrees, call, message = REFUSED[case]
     pipe = latent_pipeline()
     before = processors(pipe.transformer)
@@ -122,14 +122,14 @@ def test_what_processes_cannot_share_is_refused(case):
     assert processors(pipe.transformer) == before
 
 
-def test_far_is_refused():
+def test_parallel_far_raises():
     pipe = far_pipeline()
     pipe.transformer._parallel_config = ParallelConfig(ContextParallelConfig(ulysses_degree=2))
     with pytest.raises(ValueError, match="`transformer` must be a WanTransformer3DModel under context parallelism"):
         roll(pipe, far_noise(5), generator=generators(0)[0])
 
 
-def test_a_run_on_several_processes_is_not_saved(tmp_path):
+def test_saving_a_parallel_run_raises(tmp_path):
     pipe = latent_pipeline()
     pipe.transformer._parallel_config = ParallelConfig(ContextParallelConfig(ulysses_degree=2))
     call = {"latents": noise(2), "prompt_embeds": embeds(), "generator": generators(0)[0], "output_type": "latent"}

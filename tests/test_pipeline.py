@@ -1,4 +1,4 @@
-"""The pipeline as one of Diffusers'."""
+"""The pipeline as a pipeline of Diffusers."""
 
 import gc
 import json
@@ -84,7 +84,7 @@ def test_initial_noise_comes_from_the_generator():
     assert other.frames.shape == given.frames.shape and not torch.equal(other.frames, given.frames)
 
 
-def test_embeddings_of_the_prompt_stand_for_the_prompt():
+def test_prompt_embeds_equal_the_prompt():
     pipe = full_pipeline()
     text, negative = pipe.encode_prompt(PROMPT, "green", max_sequence_length=8)
     settings = {"num_frames": 21, "guidance_scale": 2.0, "output_type": "latent"}
@@ -122,7 +122,7 @@ SINGLE_STEP = [
 
 
 @pytest.mark.parametrize("scheduler", SINGLE_STEP)
-def test_a_schedulers_own_timesteps_change_nothing(scheduler):
+def test_scheduler_timesteps_change_nothing(scheduler):
     pipe = latent_pipeline(scheduler=scheduler(shift=5.0))
     by_default = roll(pipe, noise(2), num_inference_steps=4, generator=generators(0))
     given = roll(pipe, noise(2), timesteps=pipe.scheduler.timesteps.tolist(), generator=generators(0))
@@ -178,7 +178,7 @@ WHOLE = {
 
 
 def test_method_layout_and_transition_are_settings_too(tmp_path):
-    """Saved as they are; a call that says another goes before them."""
+    """They are saved unchanged; arguments of a call override them."""
     latent_pipeline(**WHOLE).save_config(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert {name: index[name] for name in WHOLE} == WHOLE
@@ -200,13 +200,13 @@ def test_method_layout_and_transition_are_settings_too(tmp_path):
     [{"method": ["tokentrim"]}, {"layout": Layout()}, {"prompt_transition": {20: "cut"}}],
     ids=["list", "object", "by chunk"],
 )
-def test_what_no_file_can_hold_does_not_travel(setting):
+def test_objects_are_not_saved_as_settings(setting):
     ((name, _),) = setting.items()
     with pytest.raises(TypeError, match=f"`{name}` must be a name, a number or a dict of settings, to travel"):
         latent_pipeline(**setting)
 
 
-def test_a_stream_changes_the_prompt_as_the_checkpoint_says():
+def test_stream_uses_the_checkpoints_transition():
     frames = []
     for settings, transition in ((WHOLE, None), (WHOLE, "keep"), ({**WHOLE, "prompt_transition": None}, "recache")):
         pipe = latent_pipeline(**settings)
@@ -232,7 +232,7 @@ def test_settings_survive_saving(settings, tmp_path):
     np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_components_of_a_wan_pipeline_serve():
+def test_components_of_a_wan_pipeline_work():
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     stock = WanPipeline(
         tokenizer=tiny_tokenizer(),
@@ -262,7 +262,7 @@ def test_model_cpu_offload():
 
 @pytest.mark.parametrize("drift_signal", ["final", "first_step"])
 def test_latents_of_a_video_are_continued(drift_signal):
-    """Given the first chunks of a rollout, the rest comes out bit for bit."""
+    """Given the first chunks of a rollout, the rest equals it bit for bit."""
     method = [SeverityMonitor(drift_signal)]
     whole = roll(latent_pipeline(), noise(5), method=method)
     called = []
@@ -291,7 +291,7 @@ def test_frames_of_a_video_are_continued():
 
 
 def frame_by_frame(**arguments):
-    """A call on a VAE that compresses no time: one latent frame for each frame."""
+    """A call on a VAE without temporal compression: one latent frame per frame."""
     pipe = latent_pipeline()
     pipe = quiet(TokenTrimPipeline(None, None, pipe.transformer, tiny_vae(temporal_factor=1), pipe.scheduler))
     size = {"height": 32, "width": 48, "num_inference_steps": 1}
@@ -310,7 +310,7 @@ def test_one_chunk_is_enough_to_continue_without_temporal_compression():
 # Callbacks
 
 
-def test_callback_sees_each_step_and_what_it_asked_for():
+def test_callback_sees_each_step_with_the_requested_tensors():
     calls = []
 
     def callback(pipe, step, timestep, tensors):
@@ -342,7 +342,7 @@ def test_callback_may_change_latents():
 
 
 def test_callback_may_change_the_prompt():
-    """From the context pass of the first chunk on: as if that chunk had been given with the new prompt."""
+    """From the context pass of the first chunk on, as if that chunk had been given with the new prompt."""
     calls = []
 
     def callback(pipe, step, timestep, tensors):
@@ -388,7 +388,7 @@ GUIDED = {"guidance_scale": 4.0, "negative_prompt_embeds": embeds(seed=9)}
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
 def test_guidance_ends_and_begins_again_in_a_callback(scale):
-    """Off after the first step; from the second chunk on, what the callback says then: as if the first was given."""
+    """Off after the first step; from the second chunk on, the callback's value, as if the first chunk was given."""
     calls = []
 
     def callback(pipe, step, timestep, tensors):
@@ -417,7 +417,7 @@ def test_diffusers_own_callback_ends_guidance():
         roll(latent_pipeline(), noise(3, 2), **pair, callback_on_step_end=cutoff)
 
 
-def test_a_regeneration_after_guidance_ended():
+def test_regeneration_works_after_guidance_ended():
     def callback(pipe, step, timestep, tensors):
         pipe._guidance_scale = 0.0
         return {}
@@ -428,7 +428,7 @@ def test_a_regeneration_after_guidance_ended():
 
 
 @pytest.mark.parametrize("layout", ["tame", "memrope"])
-def test_a_layout_that_rewrites_memory_goes_on_after_guidance_ended(layout):
+def test_layout_that_rewrites_memory_works_after_guidance_ended(layout):
     def callback(pipe, step, timestep, tensors):
         pipe._guidance_scale = 0.0
         return {}
@@ -453,7 +453,7 @@ def test_what_a_callback_returns_is_checked(returned, error, key):
         roll(latent_pipeline(), noise(2), callback_on_step_end=lambda *_: returned)
 
 
-def test_guidance_cannot_begin_in_a_callback():
+def test_guidance_that_begins_in_a_callback_raises():
     def callback(pipe, step, timestep, tensors):
         pipe._guidance_scale = 4.0
         return {}
@@ -462,7 +462,7 @@ def test_guidance_cannot_begin_in_a_callback():
         roll(latent_pipeline(), noise(2), callback_on_step_end=callback)
 
 
-def test_callback_of_a_regeneration_sees_its_videos_alone():
+def test_callback_of_a_regeneration_sees_only_its_videos():
     sizes = []
 
     def callback(pipe, step, timestep, tensors):
@@ -477,7 +477,7 @@ def test_callback_of_a_regeneration_sees_its_videos_alone():
 
 
 def test_on_chunk_gets_copies():
-    """Of latents and decisions: what it does to them changes neither the output nor what later chunks read."""
+    """Changes to its latents and decisions affect neither the output nor later chunks."""
 
     def spoil(index, latents, decisions):
         latents.fill_(7.0)
@@ -508,7 +508,7 @@ def test_on_chunk_is_called_once_for_each_accepted_chunk():
 
 
 def interrupter(at):
-    """A callback that interrupts after so many denoising steps."""
+    """A callback that interrupts after a number of denoising steps."""
 
     def callback(pipe, step, timestep, tensors):
         steps.append(step)
@@ -526,7 +526,7 @@ def interrupter(at):
 )
 @pytest.mark.parametrize("at", range(1, 9))
 def test_interrupt_stops_at_once_and_drops_the_unfinished_chunk(at, settings):
-    """After that many of the 2 x 4 steps. A chunk whose last step has run is not accepted yet: it is dropped too."""
+    """After that many of the 2 x 4 steps. A chunk whose last step has run is not accepted yet, so it is dropped too."""
     pipe, forwards, called, latents = latent_pipeline(), [], [], noise(4, 2)
     before = processors(pipe.transformer)
     pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
@@ -565,7 +565,7 @@ def test_interrupt_in_the_first_chunk_gives_videos_without_frames(output_type):
 
 
 def test_interrupt_in_a_regeneration_drops_the_chunk():
-    """Chunk 3 would be generated again: its 2 steps are the 9th and 10th."""
+    """Chunk 3 would be regenerated: its 2 steps are the 9th and 10th."""
     output = roll(latent_pipeline(), steady_noise(5, [3]), callback_on_step_end=interrupter(9))
     expected = roll(latent_pipeline(), steady_noise(5, [3]))
     assert triggers(expected.decisions[0]) == [3]
@@ -583,7 +583,7 @@ def test_interrupt_drops_the_chunks_in_flight():
         assert output.decisions == [expected.decisions[0][:num_chunks]]
 
 
-def test_interrupt_keeps_the_chunks_that_were_given():
+def test_interrupt_keeps_given_chunks():
     given = noise(2, seed=5)
     output = roll(
         latent_pipeline(), noise(4), video_latents=given.transpose(1, 2), callback_on_step_end=interrupter(1)
@@ -673,7 +673,7 @@ def fail_in_renoise(pipe, error):
     "fail",
     [fail_in_the_transformer, fail_in_the_context_pass, fail_in_a_callback, fail_in_on_chunk, fail_in_renoise],
 )
-def test_after_an_error_the_next_call_is_as_new(fail, error):
+def test_call_after_an_error_equals_a_first_call(fail, error):
     pipe = latent_pipeline(scheduler=FlowMatchLCMScheduler(shift=5.0))
     before = processors(pipe.transformer)
     with pytest.raises(error):
@@ -686,7 +686,7 @@ def test_after_an_error_the_next_call_is_as_new(fail, error):
 
 @pytest.mark.parametrize("forward, place", [(0, "chunk 0, step 0"), (2, "chunk 0, .*context"), (4, "chunk 1, step 1")])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_output_of_the_model_that_is_not_finite_is_an_error(forward, place, value):
+def test_model_output_that_is_not_finite_raises(forward, place, value):
     pipe, forwards = latent_pipeline(), []
     before = processors(pipe.transformer)
 
@@ -703,7 +703,7 @@ def test_output_of_the_model_that_is_not_finite_is_an_error(forward, place, valu
     assert torch.equal(roll(pipe, noise(4)).frames, roll(latent_pipeline(), noise(4)).frames)
 
 
-def test_nothing_of_a_call_stays():
+def test_call_leaves_nothing_behind():
     pipe = full_pipeline()
     before = processors(pipe.transformer)
     pipe(PROMPT, num_frames=21)

@@ -28,7 +28,7 @@ KEYS = {
 
 
 def play(policy, severities):
-    """Accept chunks that drift by these severities; a pair is (first attempt, attempt after the eviction, ...)."""
+    """Accept chunks with these severities; a pair is (first attempt, attempt after the eviction, ...)."""
     policies = ContextPolicies([policy], 1, GRID, PATCH)
     decisions, level = [], 0.0
     for attempts in [0.0, *severities]:
@@ -48,7 +48,7 @@ def values(decisions, name):
     return [decision[name] for decision in decisions]
 
 
-def test_drift_and_severity_equal_the_loops():
+def test_drift_and_severity_equal_the_slow_way():
     now, before = noise(1, 2, seed=1), noise(1, 2, seed=2)
     drift = token_drift(summarize(now, PATCH), summarize(before, PATCH))
     for video in range(2):
@@ -60,7 +60,7 @@ def test_drift_and_severity_equal_the_loops():
         assert severity(drift, worst)[video].item() == pytest.approx(expected_severity, abs=1e-5)
 
 
-def test_policy_of_one_video_measures_what_the_loops_do():
+def test_policy_of_one_video_equals_the_slow_way():
     now, before = noise(1, seed=1), noise(1, seed=2)
     policy = TokenTrim(prune_fraction=0.4, warmup_chunks=0)
     assert policy.review(before[0]) == []
@@ -85,7 +85,7 @@ def test_unstable_tokens_are_ceil_p_n(prune_fraction, num_tokens, expected):
 
 @pytest.mark.parametrize("warmup_chunks, opens_at", [(0, 2), (1, 2), (2, 3), (4, 5), (6, None)])
 def test_gate_opens_after_the_warmup(warmup_chunks, opens_at):
-    """The first chunk has no severity and the second no statistics to be compared with."""
+    """The first chunk has no severity, and the second has no statistics to compare with."""
     decisions = play(TokenTrim(warmup_chunks=warmup_chunks), [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     assert [d["chunk"] for d in decisions if d["threshold"] is not None] == list(range(opens_at or 7, 7))
     assert decisions[0]["severity"] is None and values(decisions[1:], "severity") == pytest.approx([1.0] * 6)
@@ -93,7 +93,7 @@ def test_gate_opens_after_the_warmup(warmup_chunks, opens_at):
 
 @pytest.mark.parametrize("drift_sensitivity", [0.0, 1.5, 2.0])
 def test_threshold_is_mean_and_population_deviation_of_accepted_severities(drift_sensitivity):
-    """What enters is the accepted attempt's severity: 1.5 here, not the 9.0 that was thrown away."""
+    """The severity of the accepted attempt enters: 1.5 here, not the discarded 9.0."""
     decisions = play(TokenTrim(drift_sensitivity=drift_sensitivity), [1.0, 2.0, (9.0, 1.5), 1.0, 0.5])
     assert values(decisions[:4], "trim") == [False, False, False, True]
     assert (decisions[3]["severity"], decisions[3]["regenerated_severity"]) == pytest.approx((9.0, 1.5))
@@ -120,7 +120,7 @@ def test_regeneration_stops_once_normal():
     assert decision["regenerated_severity"] == pytest.approx(1.0)
 
 
-def test_each_video_has_a_gate_of_its_own():
+def test_each_video_has_its_own_gate():
     policies = ContextPolicies([TokenTrim()], 2, GRID, PATCH)
     batch = torch.zeros(2, 1, 1, 4, 6)
     for chunk in range(4):
@@ -137,7 +137,7 @@ def test_each_video_has_a_gate_of_its_own():
     assert decisions[0]["regenerated_severity"] is None
 
 
-def test_monitor_measures_as_tokentrim_does_and_accepts_everything():
+def test_monitor_measures_like_tokentrim_and_accepts_everything():
     severities = [1.0, 1.0, 9.0, 1.0]
     watched, trimmed = play(SeverityMonitor(), severities), play(TokenTrim(max_regenerations=0), severities)
     assert values(watched, "severity") == values(trimmed, "severity")
@@ -145,7 +145,7 @@ def test_monitor_measures_as_tokentrim_does_and_accepts_everything():
 
 
 @pytest.mark.parametrize(("drift_signal", "severity"), [("final", 2.0), ("first_step", None)])
-def test_frames_that_were_given_are_compared_with_where_the_signal_is_of_finished_chunks(drift_signal, severity):
+def test_only_the_final_signal_compares_with_given_frames(drift_signal, severity):
     """Given frames have no x0 prediction of a first step."""
     policy = TokenTrim(drift_signal=drift_signal)
     policy.observe(torch.zeros(1, 1, 4, 6))
@@ -154,7 +154,7 @@ def test_frames_that_were_given_are_compared_with_where_the_signal_is_of_finishe
     assert policy.close(True).get("severity") == severity
 
 
-def test_the_next_chunk_is_not_compared_with_one_that_did_not_enter():
+def test_next_chunk_is_not_compared_with_a_rejected_one():
     policy = TokenTrim()
     for level, entered, expected in ((0.0, True, None), (5.0, False, 10.0), (1.0, True, 2.0), (2.0, True, 2.0)):
         policy.review(torch.full((1, 1, 4, 6), level))
@@ -179,7 +179,7 @@ def test_token_drift_is_reported_when_it_is_asked_for():
     assert set(decisions[0]) == KEYS | {"drift"} and json.loads(json.dumps(decisions)) == decisions
 
 
-def test_policies_by_default_accept_everything():
+def test_default_policy_accepts_everything():
     policy, chunk = ContextPolicy(), randn(4, 3, 4, 6)
     assert policy.observe(chunk) is None and policy.prompt_changed() is None
     assert list(policy.review(chunk)) == [] and policy.commit(chunk) is chunk and policy.close(True) == {}
@@ -195,13 +195,13 @@ def test_policies_by_default_accept_everything():
         ({"drift_signal": "last"}, ValueError, "`drift_signal` .*'first_step'.*'last'"),
     ],
 )
-def test_bad_settings(settings, error, message):
+def test_bad_settings_raise(settings, error, message):
     with pytest.raises(error, match=message):
         TokenTrim(**settings)
 
 
 def test_state_continues_a_chain_of_policies():
-    """Between two chunks; plain values, tensors and lists, so that a run can be saved."""
+    """Between two chunks; with plain values, tensors and lists, so that a run can be saved."""
     chunks = [randn(2, 4, 3, 4, 6, seed=seed) for seed in range(6)]
 
     def advance(policies, chunks):

@@ -1,4 +1,4 @@
-"""Folders for the Hub: what is in them, and what their cards say."""
+"""Folders for the Hub, and their cards."""
 
 import ast
 import json
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def test_the_code_alone(tmp_path):
+def test_publish_without_a_checkpoint(tmp_path):
     card = publish("you/code", tmp_path)
     assert content(tmp_path) == CODE | {"LICENSE", "README.md"}
     assert (tmp_path / "pipeline_tokentrim.py").read_text() == bundle(PIPELINE)
@@ -52,8 +52,8 @@ def test_the_code_alone(tmp_path):
     assert 'custom_pipeline="you/code"' in code and 'custom_revision="v0.1.0"' in code
 
 
-def test_code_and_checkpoint(checkpoint, tmp_path):
-    """Weights are copied byte by byte; the licence is the one of the checkpoint's own card, whose text is in ours."""
+def test_publish_with_a_checkpoint(checkpoint, tmp_path):
+    """Weights are copied byte by byte; license and text come from the checkpoint's card."""
     publish("you/both", tmp_path, checkpoint, revision="v2", prompt="a red circle")
     assert content(tmp_path) == CODE | content(checkpoint) | {"LICENSE"}
     for file in content(checkpoint) - {"README.md", "model_index.json"}:
@@ -69,7 +69,7 @@ def test_code_and_checkpoint(checkpoint, tmp_path):
     assert 'pipe("a red circle"' in snippet(written)
 
 
-def test_cards_have_no_relative_links_and_no_template_left(checkpoint, tmp_path):
+def test_cards_have_no_relative_links_or_template_syntax(checkpoint, tmp_path):
     for number, card in enumerate(
         (publish("you/code", tmp_path / "code"), publish("you/both", tmp_path / "both", checkpoint))
     ):
@@ -80,12 +80,12 @@ def test_cards_have_no_relative_links_and_no_template_left(checkpoint, tmp_path)
         assert "\n\n\n" not in card.text
 
 
-def test_a_card_of_weights_has_no_numbers_of_the_toy_model(checkpoint, tmp_path):
+def test_card_of_weights_has_no_toy_numbers(checkpoint, tmp_path):
     card = publish("you/both", tmp_path, checkpoint)
     assert "toy" not in card.text and not re.search(r"\d%|0\.0\d", card.text)
 
 
-def test_numbers_of_the_card_are_those_of_the_reports(tmp_path):
+def test_numbers_of_the_card_come_from_the_reports(tmp_path):
     text = publish("you/code", tmp_path).text
     for report, numbers in {
         "paper": ["+0.001129 [-0.006153, +0.009272]", "0.06143", "| tokentrim | 4.5% | 81% |"],
@@ -117,7 +117,7 @@ def test_snippets_are_python_for_any_prompt(prompt, tmp_path):
     assert {prompt, 'v"1'} <= values
 
 
-def test_a_failure_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch):
+def test_failure_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("No space left on device")
 
@@ -127,7 +127,7 @@ def test_a_failure_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_input(checkpoint, tmp_path):
+def test_bad_input_raises(checkpoint, tmp_path):
     for repo_id in ("no-owner", "you/a b", "you/a/b", ""):
         with pytest.raises(ValueError, match="`repo_id` must be a name like 'you/name'"):
             publish(repo_id, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Quarantine: a chunk unlike the one before it is shown and never read; a change that stays enters."""
+"""Quarantine: a chunk unlike the one before it is shown but never read; a lasting change enters."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def chunks_of(latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
 # The decision
 
 
-def test_jump_ignores_places_and_measures_how_far_values_are():
+def test_jump_ignores_places_and_measures_values():
     latents = randn(CHANNELS, CHUNK, HEIGHT, WIDTH)
     values = quantiles(latents)
     assert jump(quantiles(latents.flip(1, 2, 3).roll((1, 2), (2, 3))), values) == 0
@@ -46,7 +46,7 @@ def test_jump_ignores_places_and_measures_how_far_values_are():
 
 
 def play(shifts: list[float], sensitivity: float = 6.0) -> list[int]:
-    """Which chunks of a video are rejected, the values of each shifted by so much against the first one's."""
+    """Which chunks of a video are rejected, if their values are shifted by these amounts."""
     quarantine, first, rejected = Quarantine(sensitivity), randn(CHANNELS, CHUNK, HEIGHT, WIDTH), []
     for index, shift in enumerate(shifts):
         chunk = first + shift
@@ -61,14 +61,14 @@ CALM = [0.01 * index for index in range(WARMUP_JUMPS + 1)]
 
 
 def test_quarantine_never_rejects_twice_in_a_row():
-    """A defect is gone again, a change that stays enters one chunk later."""
+    """A short defect disappears; a lasting change enters one chunk later."""
     later = CALM[-1]
     assert play([*CALM, later + 1, later + 0.01, later + 0.02]) == [len(CALM)]
     assert play([*CALM, later + 1, later + 1.01, later + 1.02]) == [len(CALM)]
     assert play([*CALM, later + 1, later + 9, later + 9.01]) == [len(CALM)]
 
 
-def test_a_sensitivity_high_enough_rejects_nothing():
+def test_very_high_sensitivity_rejects_nothing():
     assert play([*CALM, CALM[-1] + 1], 1e6) == []
 
 
@@ -78,12 +78,12 @@ def test_nothing_is_rejected_before_the_warm_up_and_slow_change_never():
 
 
 def test_rejected_jumps_do_not_enter_the_statistics():
-    """The jump back from a defect is measured from the chunk before it."""
+    """The jump back from a defect is measured from the chunk before the defect."""
     later = CALM[-1]
     assert play([*CALM, later + 1, later + 0.01, later + 1.01, later + 0.02]) == [len(CALM), len(CALM) + 2]
 
 
-def test_given_chunks_are_compared_with_but_give_no_jumps():
+def test_given_chunks_set_the_comparison_but_add_no_jumps():
     quarantine, first = Quarantine(), randn(CHANNELS, CHUNK, HEIGHT, WIDTH)
     for shift in (0.0, 5.0, 0.0):
         quarantine.observe(first + shift)
@@ -92,8 +92,8 @@ def test_given_chunks_are_compared_with_but_give_no_jumps():
     assert quarantine.jumps == [pytest.approx(0.1, abs=1e-5)]
 
 
-def test_spread_floor_holds_where_jumps_are_all_alike():
-    """Even jumps have no spread; six floors of a tenth above their mean is the least that counts."""
+def test_spread_floor_applies_to_equal_jumps():
+    """Equal jumps have no spread, so six floors of a tenth above their mean is the smallest jump that counts."""
     last, step = CALM[-1], 0.01
     assert play([*CALM, last + 1.5 * step]) == []
     assert play([*CALM, last + 1.7 * step]) == [len(CALM)]
@@ -103,8 +103,8 @@ def test_spread_floor_holds_where_jumps_are_all_alike():
 
 
 @pytest.mark.parametrize("others", [{}, {"tokentrim": {"max_regenerations": 0}}], ids=["alone", "with TokenTrim"])
-def test_no_later_chunk_depends_on_a_quarantined_one(others):
-    """Two defects: with quarantine the same future, without it two."""
+def test_quarantined_chunk_has_no_effect_on_later_chunks(others):
+    """Two defects: the same future with quarantine, different ones without it."""
     one = steady_noise(NUM_CHUNKS, [BROKEN])
     other = one.clone()
     other[:, :, BROKEN * CHUNK : (BROKEN + 1) * CHUNK] *= -1
@@ -126,7 +126,7 @@ def test_no_later_chunk_depends_on_a_quarantined_one(others):
     assert severities[0] == severities[1]  # nor is it what the next one is compared with
 
 
-def test_a_change_that_stays_is_read():
+def test_lasting_change_is_read():
     latents = steady_noise(NUM_CHUNKS, [BROKEN])
     latents[:, :, BROKEN * CHUNK :, :2, :2] = latents[:, :, BROKEN * CHUNK : (BROKEN + 1) * CHUNK, :2, :2].repeat(
         1, 1, NUM_CHUNKS - BROKEN, 1, 1
@@ -149,7 +149,7 @@ def test_a_batch_equals_single_runs(rollout):
 
 
 def test_a_rejected_chunk_is_not_held():
-    """Re-anchoring behind quarantine does not even see it."""
+    """Re-anchoring behind quarantine does not see it."""
     latents = steady_noise(NUM_CHUNKS, [BROKEN])
     for quarantine, rejected in ({"quarantine": {"sensitivity": 6.0}}, [BROKEN]), ({}, []):
         method = {**quarantine, "reanchor": {"match": "moments", "tolerance": None}}
@@ -166,7 +166,7 @@ def test_given_frames_are_never_quarantined():
     assert quarantined(output.decisions[0]) == []
 
 
-def test_a_quarantined_chunk_of_any_flow_far_is_never_read_in_full_or_compressed():
+def test_far_never_reads_a_quarantined_chunk():
     partition = [1, *[2] * 8]
     one = far_noise(1).repeat(1, 1, 17, 1, 1) + 0.05 * far_noise(17, seed=1)
     start = 1 + 2 * (BROKEN - 1)
@@ -198,12 +198,12 @@ def test_a_quarantined_chunk_of_any_flow_far_is_never_read_in_full_or_compressed
         ({"window_size": 6, "method": "tokentrim_plus"}, ValueError, "`method` .*Quarantine with `window_size` 6"),
     ],
 )
-def test_bad_input(arguments, error, message):
+def test_bad_input_raises(arguments, error, message):
     with pytest.raises(error, match=message):
         roll(latent_pipeline(), steady_noise(3, [1]), **arguments)
 
 
-def test_a_sink_is_context_enough():
+def test_sink_alone_is_enough_context():
     latents = steady_noise(NUM_CHUNKS, [BROKEN])
     output = roll(latent_pipeline(), latents, window_size=6, num_sink_frames=3, **ON)
     assert torch.isfinite(output.frames).all()

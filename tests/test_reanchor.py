@@ -1,4 +1,4 @@
-"""Re-anchoring: what becomes context is held to the first chunk, unless the change is meant."""
+"""Re-anchoring: the context is held to the first chunk, unless a change is intended."""
 
 import pytest
 import torch
@@ -18,13 +18,13 @@ def video(seed: int, shift: float = 0.0, num_frames: int = CHUNK) -> torch.Tenso
 
 
 def steady(*offsets: float) -> list[torch.Tensor]:
-    """Chunks of one video, so many standard deviations away from the first."""
+    """Chunks of one video, at these distances from the first, in standard deviations."""
     first = video(0)
     return [first + each * first.std((1, 2, 3), keepdim=True) for each in (0.0, *offsets)]
 
 
 def is_held(policy: Reanchor, chunks: list[torch.Tensor]) -> list[bool]:
-    """Whether each chunk enters the context changed. Its decision says so; a watched chunk is not touched."""
+    """Whether each chunk enters the context changed. Its decision agrees; a watched chunk is not changed."""
     held = []
     for chunk in chunks:
         is_first = policy.reference is None
@@ -43,7 +43,7 @@ def is_held(policy: Reanchor, chunks: list[torch.Tensor]) -> list[bool]:
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
-def test_strength_is_how_far_a_held_chunk_is_moved(strength):
+def test_strength_scales_how_far_a_held_chunk_moves(strength):
     policy, (first, second) = Reanchor("covariance", strength=strength), (video(0), video(1, 0.5))
     policy.commit(first)
     matched = MATCHINGS["covariance"](first)(second)
@@ -51,7 +51,7 @@ def test_strength_is_how_far_a_held_chunk_is_moved(strength):
     assert policy.close(True) == {"reanchored": "held"}
 
 
-def test_drift_is_held_and_a_change_is_followed_and_held_where_it_settles():
+def test_drift_is_held_and_a_change_is_held_after_it_settles():
     drift = steady(*[0.15] * 40)
     assert (
         is_held(Reanchor("mean", 0.2, 3), drift) == is_held(Reanchor("mean", None, 3), drift) == [False] + [True] * 40
@@ -63,7 +63,7 @@ def test_drift_is_held_and_a_change_is_followed_and_held_where_it_settles():
     torch.testing.assert_close(policy.commit(change[-1]), change[7], atol=1e-5, rtol=0)
 
 
-def test_what_has_not_changed_in_the_first_chunks_is_held_for_good():
+def test_video_without_early_change_is_held_for_good():
     late = steady(0.1, 0.11, 0.12, *[0.3 * index for index in range(1, 20)])
     policy = Reanchor("mean", 0.2, 3)
     assert is_held(policy, late) == [False] + [True] * 22
@@ -93,8 +93,8 @@ class Reject(ContextPolicy):
 
 
 @pytest.mark.parametrize(("rejected", "reference"), [([2, 3, 4], 0), ([], -1)], ids=["rejected", "entered"])
-def test_a_rejected_chunk_is_no_change_that_is_meant(rejected, reference):
-    """Behind a policy that rejects them, defects are not even watched; without it the reference follows them."""
+def test_rejected_chunk_does_not_count_as_change(rejected, reference):
+    """Behind a policy that rejects them, defects are not watched; without it, the reference follows them."""
     chunks = steady(0.1, 3.0, 3.0, 3.0, 0.1, 0.12, 0.13)
     policies = ContextPolicies([Reject(rejected), Reanchor("mean", 0.2, 3)], 1, GRID)
     for index, chunk in enumerate(chunks):
@@ -105,7 +105,7 @@ def test_a_rejected_chunk_is_no_change_that_is_meant(rejected, reference):
     torch.testing.assert_close(context, chunks[reference], atol=1e-5, rtol=0)
 
 
-def test_a_first_chunk_that_is_rejected_is_no_reference():
+def test_rejected_first_chunk_is_not_the_reference():
     policies = ContextPolicies([Reject([0]), Reanchor("moments")], 1, GRID)
     for seed in range(3):
         context = policies.commit(video(seed)[None])[0]
@@ -113,7 +113,7 @@ def test_a_first_chunk_that_is_rejected_is_no_reference():
     torch.testing.assert_close(context, MatchMoments(video(1))(video(2)))
 
 
-def test_videos_of_a_batch_are_held_one_by_one():
+def test_videos_of_a_batch_are_held_separately():
     policies = ContextPolicies([Reanchor("moments", 0.2, 2)], 2, GRID)
     for quiet, loud in zip(steady(*[0.1] * 3), steady(0.5, 1.0, 1.5)):
         context = policies.commit(torch.stack([quiet, loud]))
@@ -124,8 +124,8 @@ def test_videos_of_a_batch_are_held_one_by_one():
 
 
 @pytest.mark.parametrize(("tolerance", "settled"), [(None, 7), (0.2, 5)])
-def test_after_a_change_of_prompt_a_video_is_held_where_it_settles(tolerance, settled):
-    """Where it is after the patience, or with a tolerance where it has been since then."""
+def test_video_is_held_again_after_a_prompt_change(tolerance, settled):
+    """At its state after the patience, or with a tolerance, once it has stayed within it."""
     policy, chunks = Reanchor("mean", tolerance, 3), steady(0.1, 0.11, 0.12, 0.13, 0.8, 0.81, 0.82, 0.83, 0.84)
     assert is_held(policy, chunks[:5]) == [False] + [True] * 4
     policy.prompt_changed()
@@ -133,8 +133,8 @@ def test_after_a_change_of_prompt_a_video_is_held_where_it_settles(tolerance, se
     torch.testing.assert_close(policy.commit(chunks[-1]), chunks[settled], atol=1e-5, rtol=0)
 
 
-def test_what_comes_at_once_is_new_to_near_and_not_touched():
-    """Only what is near the reference counts as resisting: the sky stays, whatever comes into the picture."""
+def test_near_leaves_sudden_content_alone():
+    """Only values near the reference count as resisting: the sky stays, whatever enters the picture."""
     sky, both = 0.1 * video(0), torch.cat([0.1 * video(0), 0.1 * video(1, shift=50.0)], dim=2)
     policy = Reanchor("near", 0.05, 2)
     policy.commit(sky)
@@ -153,7 +153,7 @@ def test_a_change_of_prompt_before_the_first_chunk_changes_nothing():
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_references_of_a_batch_may_be_of_different_lengths(kind):
-    """FAR begins with a chunk of one frame: the video that goes away is held to a longer one."""
+    """FAR begins with a chunk of one frame; the released video is later held to a longer one."""
     policies = ContextPolicies([Reanchor(kind, 1.0, 1)], 2, GRID)
     policies.commit(torch.stack([video(0, num_frames=1), video(1, num_frames=1)]))
     second = torch.stack([video(2), video(3, shift=2.0)])
@@ -165,8 +165,8 @@ def test_references_of_a_batch_may_be_of_different_lengths(kind):
     torch.testing.assert_close(context[1], MATCHINGS[kind](second[1])(third[1]))
 
 
-def test_derived_state_is_left_out_of_what_is_saved():
-    """A matching is learned again from the reference."""
+def test_derived_state_is_not_saved():
+    """A matching is computed again from the reference."""
     one, other = (ContextPolicies([Reanchor()], 1, GRID) for _ in range(2))
     for seed in range(2):
         one.commit(video(seed)[None])
@@ -183,7 +183,7 @@ def test_derived_state_is_left_out_of_what_is_saved():
 
 
 def reanchor(match: str, **settings) -> dict:
-    """TokenTrim as always, and its context held."""
+    """TokenTrim that trims, with its context held."""
     return {"method": {"tokentrim": {}, "reanchor": {"match": match, **settings}}}
 
 
@@ -192,7 +192,7 @@ def outcomes(output, index: int = 0) -> list[str | None]:
 
 
 class Record(ContextPolicy):
-    """Behind another policy in the chain: whether what it is given differs from what was generated."""
+    """Behind another policy: records whether its chunk differs from the generated one."""
 
     def __init__(self):
         self.draft, self.changed = None, None
@@ -210,8 +210,8 @@ class Record(ContextPolicy):
         return {"changed": changed}
 
 
-def test_a_prompt_that_a_callback_changes_stops_holding():
-    """In chunk 3: the two chunks from there on are not changed, without that they are. The last is not committed."""
+def test_prompt_change_in_a_callback_stops_holding():
+    """In chunk 3: the next two chunks are not changed; without the callback they are. The last is not committed."""
     latents, calls = noise(7), []
 
     def change(pipe, step, timestep, tensors):
@@ -253,7 +253,7 @@ def test_off_by_default():
 
 @pytest.mark.parametrize("kind", sorted(MATCHINGS))
 def test_later_chunks_read_the_held_chunk_and_the_video_shows_the_generated_one(kind):
-    """The same as continuing from the first chunk and the held second one."""
+    """Equals continuing from the first chunk and the held second one."""
     latents = noise(3)
     plain, held = roll(latent_pipeline(), latents).frames, roll(latent_pipeline(), latents, **reanchor(kind)).frames
     assert torch.equal(held[:, :, : 2 * CHUNK], plain[:, :, : 2 * CHUNK])
@@ -264,7 +264,7 @@ def test_later_chunks_read_the_held_chunk_and_the_video_shows_the_generated_one(
     assert not torch.allclose(third, plain[:, :, 2 * CHUNK :], atol=1e-3)
 
 
-def test_a_given_video_is_read_as_it_is_and_its_last_chunk_is_the_reference():
+def test_last_given_chunk_is_the_reference():
     latents, given = noise(4), noise(2, seed=5)
     plain, held = (
         roll(latent_pipeline(), latents, video_latents=given.transpose(1, 2), **settings)
@@ -281,8 +281,8 @@ def test_a_given_video_is_read_as_it_is_and_its_last_chunk_is_the_reference():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("match", ["near", "distribution", "covariance"])
-def test_a_held_video_does_not_hang_on_rounding(match):
-    """On the trained world, ten held chunks: noise that differs by a millionth, and a batch in the place of one video."""
+def test_rounding_hardly_changes_a_held_video(match):
+    """On the trained world, ten held chunks: noise that differs by a millionth, and a batch instead of one video."""
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     latents, prompts = draw_noise(pipe, [5, 6], 33), ["a red circle moving right over a blue background"] * 2
@@ -332,7 +332,7 @@ def test_a_tolerance_lets_a_change_through():
         ({"force": 1.0}, ValueError, "'match', 'tolerance', 'patience'.*'force'"),
     ],
 )
-def test_bad_input(settings, error, message):
+def test_bad_input_raises(settings, error, message):
     """The message names the policy and the setting."""
     with pytest.raises(error, match=f"'reanchor'.*{message}"):
         roll(latent_pipeline(), noise(2), method={"reanchor": settings})

@@ -1,4 +1,4 @@
-"""Published outputs of the reference code; skipped unless TOKENTRIM_REFERENCE_VECTORS names their folder."""
+"""Outputs of the reference code; skipped unless TOKENTRIM_REFERENCE_VECTORS names their folder."""
 
 import json
 import os
@@ -22,7 +22,7 @@ skip_without_vectors = pytest.mark.skipif(not FOLDER, reason="TOKENTRIM_REFERENC
 
 
 def load_case(case):
-    """Meta data, tensors, the transformer with the reference's weights, and what `renoise(chunk, step)` must give."""
+    """Metadata, tensors, the transformer with the reference's weights, and the noise of `renoise(chunk, step)`."""
     meta = json.loads((Path(FOLDER) / f"{case}.json").read_text())
     tensors = load_file(Path(FOLDER) / f"{case}.safetensors")
     transformer = WanTransformer3DModel(**meta["diffusers_config"]).eval()
@@ -39,7 +39,7 @@ def load_case(case):
 @skip_without_vectors
 @pytest.mark.parametrize("case", ["sf_global", "sf_global_b2", "sf_local9_sink3"])
 def test_self_forcing_reference(case):
-    """Final latents, and the x0 prediction of every step as it shows in the latents after the step."""
+    """Final latents, and the x0 prediction of every step, derived from the latents after the step."""
     meta, tensors, transformer, renoise = load_case(case)
     sigmas, steps = [*meta["denoising_sigmas"], 0.0], []
     output = latent_pipeline(transformer, TokenTrimFlowMatchLCMScheduler(shift=5.0))(
@@ -86,7 +86,7 @@ TRAINING_FREE = {
 
 
 class Recording:
-    """A layout that writes down what each of its views says: query positions, and [frame, position, log weight]."""
+    """A layout that records its views: query positions, and [frame, position, log weight]."""
 
     def __init__(self, layout):
         self.layout, self.passes = layout, []
@@ -104,7 +104,7 @@ class Recording:
 
 
 def check_traces(passes, traces):
-    """A recache of the reference also encodes frames that nothing reads."""
+    """A recache of the reference also encodes frames that no pass reads."""
     kinds = {"denoise": "denoise", "context": "commit", "recache": "recache"}
     assert len(passes) == len(traces) - 1  # the last chunk is not committed
     for (kind, queries, keys), trace in zip(passes, traces):
@@ -124,7 +124,7 @@ def check_traces(passes, traces):
 @skip_without_vectors
 @pytest.mark.parametrize("case", TRAINING_FREE)
 def test_training_free_reference(case):
-    """Final latents, and what each pass reads, where it stands and what it weighs."""
+    """Final latents, and the frames, positions and weights of each pass."""
     meta, tensors, transformer, renoise = load_case(case)
     settings = dict(TRAINING_FREE[case])
     layout = Recording(make_layout(settings.pop("layout")))
@@ -144,7 +144,7 @@ def test_training_free_reference(case):
 
 
 def memories(case, hook, found, num_chunks):
-    """What `found(memory)` says after each call of a layout's hook, by chunk, then layer."""
+    """Results of `found(memory)` after each call of a layout's hook, by chunk, then layer."""
     meta, tensors, transformer, renoise = load_case(case)
     layout, log = make_layout(TRAINING_FREE[case]["layout"]), []
     rewrite = getattr(layout, hook)
@@ -193,7 +193,7 @@ def test_deep_sink_selects_the_tokens_of_the_reference():
 @skip_without_vectors
 @pytest.mark.parametrize("case", ["rf_b5", "rf_b12"])
 def test_rolling_forcing_reference(case):
-    """Final latents, and the x0 predictions of every window as they show in the latents after its forward."""
+    """Final latents, and the x0 predictions of every window, derived from the latents after its forward."""
     meta, tensors, transformer, renoise = load_case(case)
     sigmas, windows = [*meta["denoising_sigmas"], 0.0], []
     num_steps = len(sigmas) - 1

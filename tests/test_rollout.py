@@ -1,4 +1,4 @@
-"""The pipeline's latents and decisions against algorithm 1 written out with masks instead of a cache."""
+"""Latents and decisions of the pipeline against algorithm 1 written out with masks instead of a cache."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Schedulers that go back to a chunk's start, and what they do to the schedule and the config."""
+"""Schedulers that return to the start of a chunk, and their effect on schedule and config."""
 
 from inspect import signature
 
@@ -50,7 +50,7 @@ every = pytest.mark.parametrize("stock", ALL.values(), ids=ALL)
 
 
 def flow_of(sample, timestep, context=0.0):
-    """Stands for the model: a smooth function of what it is given."""
+    """Stands for the model: a smooth function of its inputs."""
     return torch.sin(3 * sample + timestep.float() / 300 + context)
 
 
@@ -126,7 +126,7 @@ def test_given_sigmas_are_shifted(stock):
 
 
 @pytest.mark.parametrize("name, argument", [("UniPC", "timesteps"), ("DPM++", "sigmas"), ("Heun", "timesteps")])
-def test_schedules_that_a_scheduler_does_not_take_are_refused(name, argument):
+def test_unsupported_schedules_raise(name, argument):
     with pytest.raises(ValueError, match=f"`{argument}` must be None for TokenTrim"):
         lift_scheduler(ALL[name]()).set_rollout_timesteps(2, **{argument: [1.0, 0.5]})
 
@@ -164,7 +164,7 @@ def test_rewind_of_some_videos_repeats_their_rows(stock):
 
 
 @pytest.mark.parametrize("name", DRAWING)
-def test_the_next_chunk_draws_anew(name):
+def test_next_chunk_draws_new_noise(name):
     scheduler = lift_scheduler(ALL[name]())
     scheduler.set_rollout_timesteps(4)
     generator = torch.Generator().manual_seed(0)
@@ -175,7 +175,7 @@ def test_the_next_chunk_draws_anew(name):
 
 
 @every
-def test_a_new_chunk_forgets_the_last(stock):
+def test_new_chunk_resets_the_solver(stock):
     scheduler = started(stock)
     trajectory(scheduler, context=5.0)
     scheduler.begin_chunk([torch.Generator().manual_seed(seed) for seed in (0, 1)])
@@ -184,7 +184,7 @@ def test_a_new_chunk_forgets_the_last(stock):
 
 @every
 def test_prediction_of_a_step_is_x0(stock):
-    """x0 = x_t - sigma * flow, found again from a sample mixed of a known x0 and eps."""
+    """x0 = x_t - sigma * flow, recovered from a sample mixed from a known x0 and eps."""
     scheduler = started(stock)
     x0, eps = randn(*SHAPE, seed=1), randn(*SHAPE, seed=2)
     for index, timestep in enumerate(scheduler.timesteps):
@@ -195,7 +195,7 @@ def test_prediction_of_a_step_is_x0(stock):
 
 @pytest.mark.parametrize("name", ["FlowMatchLCM", "stochastic Euler"])
 def test_given_noise_renoises(name):
-    """(1 - sigma) x0 + sigma eps, and nothing after the last step."""
+    """(1 - sigma) x0 + sigma eps, and no noise after the last step."""
     scheduler = lift_scheduler(ALL[name]())
     scheduler.set_rollout_timesteps(2)
     x0, first, second = (randn(*SHAPE, seed=seed) for seed in (1, 2, 3))
@@ -207,7 +207,7 @@ def test_given_noise_renoises(name):
 
 
 @every
-def test_one_trajectory_sees_one_context(stock):
+def test_changed_context_within_a_trajectory_raises(stock):
     scheduler, sample = started(stock), randn(*SHAPE)
     first, second = scheduler.timesteps[:2]
     scheduler.step(sample, first, sample, context_version=1)
@@ -217,20 +217,20 @@ def test_one_trajectory_sees_one_context(stock):
     scheduler.step(sample, first, sample, context_version=2)
 
 
-def test_noise_for_a_scheduler_that_does_not_renoise_is_refused():
+def test_noise_for_a_scheduler_without_renoising_raises():
     scheduler, sample = started(unipc), randn(*SHAPE)
     with pytest.raises(ValueError, match="`noise`"):
         scheduler.step(sample, scheduler.timesteps[0], sample, noise=sample)
 
 
-def test_step_before_set_timesteps_is_refused():
+def test_step_before_set_timesteps_raises():
     with pytest.raises(RuntimeError, match="set_timesteps"):
         lift_scheduler(unipc()).step(randn(1), 1000, randn(1))
 
 
 @pytest.mark.parametrize("stock", CONCRETE.values(), ids=CONCRETE)
 def test_config_survives_saving(stock, tmp_path):
-    """A lifted scheduler's folder is also the stock scheduler's."""
+    """The folder of a lifted scheduler is also the stock scheduler's."""
     ours = lift_scheduler(stock())
     ours.save_pretrained(tmp_path)
     for cls in (type(ours), type(stock())):

@@ -1,4 +1,4 @@
-"""The Space without its page: what a run writes, what ends it, and what is refused. The page is in tests/test_app.py."""
+"""The Space without its page: the files and the end of a run, and refused requests. tests/test_app.py tests the page."""
 
 import contextlib
 import dataclasses
@@ -55,8 +55,8 @@ def test_weights_are_shared_and_modules_are_not(studio):
     assert pairs and all(first is second for first, second in pairs)
 
 
-def test_the_script_makes_the_same_files(studio, home, tmp_path, monkeypatch):
-    """Also where the prompt was changed while it ran, and where the run was stopped."""
+def test_script_makes_the_same_files(studio, home, tmp_path, monkeypatch):
+    """Also if the prompt was changed during the run, and if the run was stopped."""
     settings = dataclasses.replace(SETTINGS, num_chunks=9)
     for state in studio.roll_out(settings, tmp_path / "run"):
         if state["made"] == 2 and state["status"] == "running":
@@ -81,7 +81,7 @@ def test_the_script_makes_the_same_files(studio, home, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["stop", "leave", "close"])
-def test_a_run_ends_within_a_chunk_and_leaves_the_model_free(studio, tmp_path, how):
+def test_run_stops_within_a_chunk_and_frees_the_model(studio, tmp_path, how):
     folder = tmp_path / "run"
     states = studio.roll_out(dataclasses.replace(SETTINGS, num_chunks=20), folder)
     for _ in range(3):
@@ -100,7 +100,7 @@ def test_a_run_ends_within_a_chunk_and_leaves_the_model_free(studio, tmp_path, h
             next(stream)
 
 
-def test_changes_are_made_once_and_when_they_are_due(tmp_path):
+def test_changes_happen_once_and_on_time(tmp_path):
     inbox = runs.Inbox(tmp_path)
     now, later = runs.Change(GREEN, None, "cut"), runs.Change(SETTINGS.prompt, 3, "keep")
     runs.ask_to_change(tmp_path, later)
@@ -123,7 +123,7 @@ def test_changes_are_made_once_and_when_they_are_due(tmp_path):
         ({"layout": "magic"}, "`layout`"),
     ],
 )
-def test_what_makes_no_video_is_told_in_a_sentence(studio, wrong, sentence):
+def test_invalid_settings_raise_a_sentence(studio, wrong, sentence):
     studio.check(SETTINGS)
     with pytest.raises((TypeError, ValueError), match=sentence):
         studio.check(dataclasses.replace(SETTINGS, **wrong))
@@ -137,13 +137,13 @@ def test_what_makes_no_video_is_told_in_a_sentence(studio, wrong, sentence):
         (runs.Change(GREEN, 1, "melt"), "prompt_transition"),
     ],
 )
-def test_a_change_that_cannot_be_made_is_told_before(studio, change, sentence):
+def test_impossible_change_raises_early(studio, change, sentence):
     studio.check(SETTINGS, runs.Change(GREEN, 1, "cut"))
     with pytest.raises(ValueError, match=sentence):
         studio.check(SETTINGS, change)
 
 
-def test_words_are_those_of_the_world():
+def test_words_match_the_world():
     assert world.COLORS == tuple(COLORS) and world.SHAPES == SHAPES and world.DIRECTIONS == tuple(DIRECTIONS)
     assert world.make_sentence("orange ring", "up", "white") == Scene("orange", "ring", "up", "white").prompt
     assert all(parse(example) for example in world.EXAMPLES)
@@ -167,8 +167,8 @@ def test_measuring_ends_at_each_limit(limit, video, tmp_path, monkeypatch):
     assert not numbers.exists()
 
 
-def test_measuring_ends_with_its_visitor(video, tmp_path, monkeypatch):
-    """Whose folder is removed."""
+def test_measuring_stops_when_the_visitor_leaves(video, tmp_path, monkeypatch):
+    """When the visitor leaves, the folder is removed."""
     folder, read = tmp_path / "visitor", []
     folder.mkdir()
 

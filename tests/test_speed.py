@@ -1,4 +1,4 @@
-"""Nothing stands between a user and the denoiser's arithmetic: waiting, graphs, kernels."""
+"""No overhead beside the denoiser: waiting, graphs, kernels."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Reads(TorchDispatchMode):
-    """Counts what waits for a device: a tensor that becomes a number or a bool."""
+    """Counts operations that wait for a device: a tensor that becomes a number or a bool."""
 
     WAITING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero)
 
@@ -27,8 +27,8 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("make_scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler])
 @pytest.mark.parametrize("settings", [{}, {"rollout": "rolling_forcing"}], ids=["chunks", "rolling"])
 def test_no_denoising_step_waits_for_the_device(make_scheduler, settings):
-    """What a chunk reads of it does not grow with its steps; with Rolling Forcing, where each pass is a chunk's, neither
-    does what four chunks in flight read grow above that of two."""
+    """The reads of a chunk do not grow with its steps. With Rolling Forcing, where each pass finishes a chunk, four
+    chunks in flight need no more reads than two."""
     counts = []
     for num_steps in (2, 4):
         pipe = latent_pipeline(scheduler=make_scheduler(shift=5.0))
@@ -44,7 +44,7 @@ def test_no_denoising_step_waits_for_the_device(make_scheduler, settings):
 
 
 @pytest.mark.parametrize("at", [2, 4], ids=["denoising", "context pass"])
-def test_what_is_not_finite_is_named_and_not_saved(at, tmp_path):
+def test_output_that_is_not_finite_raises_and_is_not_saved(at, tmp_path):
     pipe, calls = latent_pipeline(), []
 
     def spoil(module, args, output):
@@ -76,7 +76,7 @@ def shallow(num_layers: int = 1):
 
 
 def compiled(compile_: Callable, latents: torch.Tensor, num_layers: int = 1, **call):
-    """A rollout on a compiled transformer, and how many graphs there are after each chunk."""
+    """A rollout on a compiled transformer, and the number of graphs after each chunk."""
     torch._dynamo.reset()
     counters.clear()
     transformer, graphs = shallow(num_layers), []
@@ -89,8 +89,8 @@ def compiled(compile_: Callable, latents: torch.Tensor, num_layers: int = 1, **c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_chunks, way, num_layers", [(40, "blocks", 2), (12, "all of it", 1)])
-def test_compiled_it_gives_the_same_with_no_graph_after_the_window_is_full(num_chunks, way, num_layers):
-    """In one graph each, with evictions after the window is full."""
+def test_compiled_model_is_equal_and_makes_no_late_graphs(num_chunks, way, num_layers):
+    """One graph each, with evictions after the window is full."""
     latents = steady_noise(num_chunks, [num_chunks // 2 + 2])
     expected = roll(latent_pipeline(shallow(num_layers)), latents, **TRIM)
     output, graphs = compiled(COMPILED[way], latents, num_layers, **TRIM)
@@ -102,7 +102,7 @@ def test_compiled_it_gives_the_same_with_no_graph_after_the_window_is_full(num_c
 
 @pytest.mark.slow
 def test_compiled_blocks_break_where_a_layout_rewrites_keys():
-    """The same, without `fullgraph=True`, which PyTorch refuses by the method's name."""
+    """The same without `fullgraph=True`, which PyTorch refuses with the method's name."""
     call = {"layout": "memrope", "method": "plain", "num_inference_steps": 2}
     output, graphs = compiled(lambda model: model.compile_repeated_blocks(backend="eager"), noise(9), **call)
     assert graphs[-1] == graphs[6]

@@ -1,4 +1,4 @@
-"""Statistics of latents against their formulas, and what each matching takes and keeps."""
+"""Statistics of latents against their formulas, and the values that each matching takes and keeps."""
 
 import math
 
@@ -60,7 +60,7 @@ def test_spread_floor_is_a_share_of_the_mean_and_the_least_spread():
 
 
 def test_threshold_is_computed_in_float64():
-    """Values that differ by less than fp32 can tell at their size."""
+    """Values that differ by less than fp32 resolves at their size."""
     history = [1e8, 1e8 + 1]
     assert outlier_threshold(history, 2.0, 1) == pytest.approx(1e8 + 0.5 + 2 * 0.5, rel=1e-15)
 
@@ -105,13 +105,13 @@ def test_channels_take_the_mean_of_the_reference(kind, num_frames):
     torch.testing.assert_close(matched.mean((1, 2, 3)), reference.mean((1, 2, 3)), atol=tolerance, rtol=0)
 
 
-def test_mean_keeps_the_rest():
+def test_mean_matching_changes_only_the_mean():
     latents = video(0)
     difference = MatchMean(video(1, 2.0, 0.7))(latents) - latents
     torch.testing.assert_close(difference, difference[:, :1, :1, :1].expand_as(difference))
 
 
-def test_moments_take_the_spread_and_keep_the_form():
+def test_moment_matching_takes_the_spread():
     latents, reference = video(0), video(1, 2.0, 0.7)
     matched = MatchMoments(reference)(latents)
     torch.testing.assert_close(matched.std((1, 2, 3)), reference.std((1, 2, 3)))
@@ -120,8 +120,8 @@ def test_moments_take_the_spread_and_keep_the_form():
     assert torch.isfinite(MatchMoments(reference)(torch.zeros(CHANNELS, CHUNK, HEIGHT, WIDTH))).all()
 
 
-def test_histogram_takes_the_form_of_the_values_too():
-    """A long tail on one side: moments keep both sides alike."""
+def test_histogram_matching_takes_the_shape():
+    """A long tail on one side: moments keep both sides equal."""
     latents, reference = video(0), video(1).exp()
     errors = {
         match: (quantile_means(match(reference)(latents), 8) - quantile_means(reference, 8)).square().mean().sqrt()
@@ -131,14 +131,14 @@ def test_histogram_takes_the_form_of_the_values_too():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_has_the_statistics_of_the_reference_stays(kind):
+def test_matching_keeps_values_with_equal_statistics(kind):
     reference = video(1, 2.0, 0.7)
     torch.testing.assert_close(MATCHINGS[kind](reference)(reference), reference, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_nearly_equal_stays_so(kind):
-    """Flat areas get no noise, and rounding does not grow: a map by ranks fails both."""
+def test_matching_keeps_nearly_equal_values(kind):
+    """Flat areas gain no noise, and rounding does not grow: a map by ranks fails both."""
     latents, reference = video(0), video(1, 2.0, 0.7)
     latents[:, :, : HEIGHT // 2] = 0.2 + 1e-6 * latents[:, :, : HEIGHT // 2]
     match = MATCHINGS[kind](reference)
@@ -148,8 +148,8 @@ def test_what_is_nearly_equal_stays_so(kind):
     assert (match(latents * (1 + 1e-6)) - matched).abs().max() < bound
 
 
-def test_distribution_takes_what_the_channels_have_in_common_too():
-    """Channels that go together in the reference alone: histograms leave that, the joint distribution does not."""
+def test_distribution_matching_takes_the_joint_distribution():
+    """Channels that are correlated only in the reference: histograms keep that, the joint distribution does not."""
     latents, reference = video(0), video(1)
     reference[1] = reference[0] + 0.1 * reference[1]
     spread = torch.cov(reference.flatten(1))
@@ -162,8 +162,8 @@ def test_distribution_takes_what_the_channels_have_in_common_too():
     torch.testing.assert_close(torch.cov(again.flatten(1)), spread, atol=0.2, rtol=0)
 
 
-def test_covariance_is_taken_by_the_least_motion():
-    """Means and covariance become the reference's; the map is symmetric and positive, which no other such map is."""
+def test_covariance_matching_moves_least():
+    """Means and covariance become the reference's; the map is symmetric and positive, and no other such map is."""
     latents, reference = video(0), video(1, 2.0, 0.7)
     reference[1] = reference[0] + 0.1 * reference[1]
     matched = MatchCovariance(reference)(latents)
@@ -175,19 +175,19 @@ def test_covariance_is_taken_by_the_least_motion():
     assert torch.isfinite(MatchCovariance(reference)(torch.zeros(CHANNELS, CHUNK, HEIGHT, WIDTH))).all()
 
 
-def test_covariance_of_one_channel_is_its_moments():
+def test_covariance_of_one_channel_equals_moments():
     latents, reference = video(0)[:1], video(1, 2.0, 0.7)[:1]
     matched = MatchMoments(reference)(latents)
     torch.testing.assert_close(MatchCovariance(reference)(latents), matched, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_latents_with_the_statistics_of_the_reference_stay(kind):
+def test_latents_with_equal_statistics_do_not_change(kind):
     torch.testing.assert_close(MATCHINGS[kind](video(0))(video(0)), video(0), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_is_matched_as_each_video_by_itself(kind):
+def test_a_batch_is_matched_like_single_videos(kind):
     references, latents = (torch.stack([video(seed, 2.0, 0.7), video(seed + 1)]) for seed in (1, 5))
     batch = MATCHINGS[kind](references)(latents)
     for index in range(2):
@@ -196,7 +196,7 @@ def test_a_batch_is_matched_as_each_video_by_itself(kind):
 
 
 def scene(*, ground: float, share: float = 0.5, shift: float = 0.0) -> torch.Tensor:
-    """A sky at -1 in all channels, and a ground that has this share of the picture, a little uneven both."""
+    """A sky at -1 in all channels, and a ground with this share of the picture, both slightly uneven."""
     rows = round(share * HEIGHT)
     latents = torch.full((CHANNELS, CHUNK, HEIGHT, WIDTH), -1.0)
     latents[:, :, HEIGHT - rows :] = ground
@@ -219,9 +219,9 @@ def test_near_is_the_difference_of_two_mean_shifts():
     torch.testing.assert_close(matched.flatten(1).T, expected, atol=1e-5, rtol=0)
 
 
-def test_near_takes_back_a_small_shift_and_leaves_what_is_new():
-    """The ground turns into another, which takes more room, while the sky shifts: the sky comes home, and the new ground
-    stays where it is. A matching that holds the whole distribution makes some of it sky."""
+def test_near_undoes_a_small_shift_and_leaves_new_content():
+    """The ground turns into another, larger one, while the sky shifts: the sky returns, and the new ground stays. A
+    matching that holds the whole distribution turns some of it into sky."""
     reference = scene(ground=1.0)
     shifted = scene(ground=1.0, shift=0.1)
     assert (MatchNear(reference)(shifted) - reference).abs().mean() < 0.3 * 0.1
@@ -233,8 +233,8 @@ def test_near_takes_back_a_small_shift_and_leaves_what_is_new():
     assert (MatchDistribution(reference)(other) - other)[:, :, rows:].abs().max() > 0.5
 
 
-def test_near_looks_at_some_of_many_tokens():
-    """The same densities in 64 times as many tokens, of which it looks at a few evenly spaced ones."""
+def test_near_samples_tokens_of_large_latents():
+    """The same densities in 64 times as many tokens, of which it uses a few evenly spaced ones."""
     large = scene(ground=1.0).repeat(1, 4, 8, 8)
     assert large[0].numel() > 2 * MAX_NEIGHBOURS
     assert (MatchNear(large)(large + 0.1) - large).mean().abs() < 0.3 * 0.1

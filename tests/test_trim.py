@@ -1,4 +1,4 @@
-"""What trimming does to a rollout, what it leaves alone, and that a video never notices the others of its batch."""
+"""Effects of trimming on a rollout, the parts that it must not change, and independence of the videos of a batch."""
 
 import json
 
@@ -52,12 +52,12 @@ both_signals = pytest.mark.parametrize("drift_signal", ["final", "first_step"])
 
 
 def eager(**settings):
-    """TokenTrim that trims at the least excuse."""
+    """TokenTrim that trims at the smallest drift."""
     return {"tokentrim": {"drift_sensitivity": 0.0, **settings}}
 
 
 def same_draws(seed=5):
-    """Re-noising draws that are nearly the same for every chunk: what drifts is the context's doing."""
+    """Re-noising draws that are nearly equal in every chunk, so that drift comes from the context."""
     return lambda chunk, step: randn(1, CHANNELS, CHUNK, HEIGHT, WIDTH, seed=seed + step)
 
 
@@ -86,7 +86,7 @@ def test_a_gate_that_never_triggers_changes_no_bit(stock, drift_signal):
 
 
 def by_hand(transformer, stock, latents, text, decisions, generator, num_steps):
-    """Every chunk a fresh scheduler's only trajectory, on a context that was pruned before it began."""
+    """Every chunk is a fresh scheduler's only trajectory, on a context that was pruned before it began."""
     cache = RollingKVCache(GRID, rotary_dims(transformer), 1)
     chunks = []
 
@@ -115,7 +115,7 @@ def by_hand(transformer, stock, latents, text, decisions, generator, num_steps):
 @every_scheduler
 @both_signals
 def test_regeneration_equals_a_fresh_trajectory_on_the_pruned_context(stock, drift_signal):
-    """Bit for bit, up to the last chunk: what was pruned stays pruned."""
+    """Bit for bit, up to the last chunk: pruned tokens stay pruned."""
     transformer, latents = tiny_transformer(), noise(9, seed=3)
     output = roll(
         latent_pipeline(transformer, stock()),
@@ -137,7 +137,7 @@ def test_regeneration_equals_a_fresh_trajectory_on_the_pruned_context(stock, dri
 
 @every_scheduler
 @both_signals
-def test_trimmed_and_plain_part_at_the_first_trigger(stock, drift_signal):
+def test_trimmed_and_plain_differ_from_the_first_trigger_on(stock, drift_signal):
     plain, trimmed = (
         roll(
             latent_pipeline(scheduler=stock()),
@@ -153,8 +153,8 @@ def test_trimmed_and_plain_part_at_the_first_trigger(stock, drift_signal):
 
 
 @both_signals
-def test_an_outlier_triggers_where_it_is(drift_signal):
-    """The paper's settings; token 0 of the grid is the corner that jumps."""
+def test_outlier_triggers_at_its_chunk(drift_signal):
+    """With the paper's settings; token 0 of the grid is the corner that jumps."""
     output = roll(latent_pipeline(), steady_noise(6, [4]), drift_signal=drift_signal)
     decisions = output.decisions[0]
     assert triggers(decisions) == [4]
@@ -162,7 +162,7 @@ def test_an_outlier_triggers_where_it_is(drift_signal):
     assert decisions[4]["severity"] > decisions[4]["threshold"]
 
 
-def test_a_defect_of_one_attempt_is_gone_after_the_next():
+def test_second_attempt_removes_a_defect_of_the_first():
     def spoil_first_attempt(pipe, step, timestep, tensors):
         if step == 1 and len(steps) == 2 * 4 + 1:
             tensors["latents"][..., :2, :2] += 9
@@ -204,8 +204,8 @@ def test_cost_of_a_rollout_in_forwards(max_regenerations, drift_signal):
     assert costs == [4, 4, 4, 4 + regenerations, 3]
 
 
-def test_renoise_is_asked_once_for_each_chunk_and_step():
-    """And never after the last step; a regeneration replays what it gave."""
+def test_renoise_is_called_once_per_chunk_and_step():
+    """And never after the last step; a regeneration replays its results."""
     asked = []
 
     def renoise(chunk, step):
@@ -249,7 +249,7 @@ NOTHING_TO_EVICT = {
 
 @both_signals
 @pytest.mark.parametrize("settings", NOTHING_TO_EVICT.values(), ids=NOTHING_TO_EVICT)
-def test_a_chunk_is_not_generated_again_where_nothing_can_leave(settings, drift_signal):
+def test_chunk_is_not_regenerated_if_nothing_can_leave(settings, drift_signal):
     asked = []
 
     class Eager(ContextPolicy):
@@ -267,8 +267,8 @@ def test_a_chunk_is_not_generated_again_where_nothing_can_leave(settings, drift_
     assert torch.equal(output.frames, plain.frames) and output.decisions == plain.decisions
 
 
-def test_attempts_end_where_one_would_repeat_itself():
-    """The same tokens again: nothing of them is left. A batch's other video asks for others, and goes on."""
+def test_attempts_stop_if_one_would_repeat():
+    """The same tokens again have already left. The other video of the batch asks for other tokens and continues."""
 
     class Eager(ContextPolicy):
         max_regenerations = 3
@@ -319,7 +319,7 @@ def test_a_batch_equals_single_runs(stock, drift_signal, guidance_scale):
             assert (ours["trim"], ours["tokens"]) == (theirs["trim"], theirs["tokens"])
 
 
-def test_guidance_matters_and_one_eviction_serves_both_branches():
+def test_one_eviction_serves_both_guidance_branches():
     """With the prompt on both branches, guidance changes nothing, not even after an eviction."""
     settings = {"drift_sensitivity": 0.0, "prompt_embeds": embeds(), "prune_fraction": 0.4}
     plain = roll(latent_pipeline(), noise(9, seed=3), **settings)
@@ -350,7 +350,7 @@ def test_prompts_and_videos_per_prompt_equal_single_runs():
         torch.testing.assert_close(batch.frames[[video]], single.frames, atol=1e-5, rtol=0)
 
 
-def test_embeddings_and_videos_per_prompt():
+def test_embeddings_work_with_videos_per_prompt():
     settings = {"num_videos_per_prompt": 2, "generator": generators(0, 1, 2, 3), "height": 32, "width": 48}
     pipe = latent_pipeline()
     batch = pipe(
@@ -367,7 +367,7 @@ def test_embeddings_and_videos_per_prompt():
 
 
 @both_signals
-def test_decisions_serialise_to_json(drift_signal):
+def test_decisions_serialize_to_json(drift_signal):
     decisions = roll(latent_pipeline(), steady_noise(5, [3, 4]), drift_signal=drift_signal).decisions
     assert json.loads(json.dumps(decisions)) == decisions
     keys = {"chunk", "severity", "threshold", "trim", "tokens", "regenerated_severity", "quarantined"}

@@ -1,7 +1,7 @@
 """VBench: videos of its prompts, the calls of its package, and its published arithmetic.
 
-The package itself is not installed for the tests. In its place stands a double: a real virtual environment with a
-package `vbench` that has two prompts and the interface of the real one, and a score only for `temporal_flickering`.
+The tests do not install the package. A double replaces it: a real virtual environment with a package `vbench` that has
+two prompts, the interface of the real package, and a score only for `temporal_flickering`.
 """
 
 import json
@@ -85,7 +85,7 @@ def python(tmp_path_factory):
 
 
 def named(folder, *names):
-    """A folder of files that only have names."""
+    """A folder of empty files with names."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).touch()
@@ -122,7 +122,7 @@ def start(nursery, folder, python, *arguments):
 
 
 def test_generate_and_score(tmp_path, python):
-    """Names are VBench's, noise is the same for all methods, what is there stays, and the videos can be scored."""
+    """Names are VBench's, noise is equal for all methods, existing videos stay, and the videos can be scored."""
     full_pipeline(FlowMatchLCMScheduler(shift=5.0)).save_pretrained(tmp_path / "checkpoint")
     (tmp_path / "plain.json").write_text(json.dumps({"method": "plain"}))
     (tmp_path / "others.yaml").write_text(yaml.safe_dump({"methods": {"shut": {"method": "plain"}}}))
@@ -152,7 +152,7 @@ def jobs(*arguments):
 
 
 def test_jobs(tmp_path):
-    """25 videos to filter and 5 otherwise, a seed for each video of every method, and the same in any part of them."""
+    """25 videos to filter and 5 otherwise; a video has the same seed in every method and in any part."""
     seeds = {job.path.name: job.seed for job in jobs()}
     assert len(jobs()) == 2 * len(seeds) and len(seeds) == len(set(seeds.values())) == 25 + 5 + 5
     assert all(job.seed == seeds[job.path.name] for job in jobs())
@@ -189,8 +189,8 @@ def test_scores_are_kept_until_something_changes(tmp_path, python):
     ]
 
 
-def test_static_filter(tmp_path, python):
-    """VBench's way for temporal_flickering: 25 videos of a prompt, of which those are scored that hold still."""
+def test_static_filter_selects_still_videos(tmp_path, python):
+    """VBench's rule for temporal_flickering: of 25 videos of a prompt, the still ones are scored."""
     folder = named(tmp_path / "plain", *(f"a red circle, frozen-{index}.mp4" for index in range(5)))
     assert score(python, folder, "--dimensions", "temporal_flickering") == 1
     named(folder, *(f"a red circle, frozen-{index}.mp4" for index in range(25)))
@@ -199,7 +199,7 @@ def test_static_filter(tmp_path, python):
 
 
 @pytest.mark.parametrize("mode, names", [("long_vbench_standard", 5), ("long_custom_input", 7)])
-def test_long_videos(mode, names, tmp_path, python):
+def test_long_videos_are_scored(mode, names, tmp_path, python):
     folder = named(tmp_path / "plain", "one.mp4", "two_2.mp4", *(f"a green circle-{index}.mp4" for index in range(5)))
     script = tmp_path / "VBench" / "vbench2_beta_long" / "eval_long.py"
     named(script.parent)
@@ -213,7 +213,7 @@ def test_long_videos(mode, names, tmp_path, python):
 
 
 def test_missing_weights_and_videos_name_the_dimension(tmp_path, python, capsys):
-    """What fails is said, and the other dimensions are scored."""
+    """The failure is reported, and the other dimensions are scored."""
     folder = named(tmp_path / "any", "one.mp4", "two_2.mp4")
     dimensions = ["--dimensions", "motion_smoothness", "temporal_flickering"]
     assert score(python, folder, "--mode", "custom_input", *dimensions) == 1
@@ -240,13 +240,13 @@ def test_missing_weights_and_videos_name_the_dimension(tmp_path, python, capsys)
         ),
     ],
 )
-def test_bad_arguments(arguments, message, capsys):
+def test_bad_arguments_exit_with_2(arguments, message, capsys):
     with pytest.raises(SystemExit):
         vbench.parse(arguments)
     assert message in capsys.readouterr().err
 
 
-def test_bad_environments_and_methods(tmp_path):
+def test_bad_environments_and_methods_raise(tmp_path):
     venv.create(tmp_path / "empty", symlinks=True)
     for python, message in (
         (tmp_path / "none", "is not there"),
@@ -290,14 +290,14 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_totals_are_the_leaderboards(model):
+def test_totals_equal_the_leaderboard(model):
     scores, published = PUBLISHED[model]
     found = totals({name: value / 100 for name, value in zip(DIMENSIONS, scores, strict=True)})
     assert [100 * found[name] for name in ("quality", "semantic", "total")] == pytest.approx(published, abs=0.011)
 
 
 def test_table(tmp_path):
-    """Totals are of all dimensions on all videos, or they are left out and the reason is said."""
+    """Totals need all dimensions on all videos; otherwise they are missing, with the reason."""
     scores = {name: value / 100 for name, value in zip(DIMENSIONS, PUBLISHED["VideoCrafter-2.0"][0])}
     (tmp_path / "whole.json").write_text(
         json.dumps({name.replace("_", " "): [value, []] for name, value in scores.items()})
