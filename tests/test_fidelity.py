@@ -187,7 +187,10 @@ def test_two_sided_takes_a_subset_of_methods(monkeypatch, capsys):
 def test_experiments_know_their_world(tmp_path):
     config = tmp_path / "x.yaml"
     for settings, message in (
-        ("checkpoint: checkpoints/travelling-world\nscenes: [turn]", "`scenes` and `defects` work with the tiny world only"),
+        (
+            "checkpoint: checkpoints/travelling-world\nscenes: [turn]",
+            "`scenes` and `defects` work with the tiny world only",
+        ),
         ("checkpoint: nowhere", "`checkpoint` must be a pipeline's folder"),
     ):
         config.write_text(f"methods: {{plain: {{method: plain}}}}\n{settings}\n")
