@@ -34,7 +34,8 @@ class TokenTrimPipelineOutput(BaseOutput):
             `decisions[video][chunk]`, plain JSON types: `chunk`, `severity` (`None` for the first), `threshold`
             (`None` while the gate is closed), `trim`, `tokens` (evicted grid indices), `regenerated_severity` (`None`
             where nothing was regenerated), `quarantined`, `reanchored` (`"held"`, `"watched"` or `None`), and facts of
-            custom policies. `method=["token_drift", ...]` adds `drift`, one number for each token of the grid.
+            custom policies. The first chunk of a new prompt or a cut has `prompt_changed` (`True`).
+            `method=["token_drift", ...]` adds `drift`, one number for each token of the grid.
         grid (`tuple[int, int]`): tokens of a latent frame, (height, width).
         chunk_frames (`list[int]`, *optional*): frames of each chunk, `None` where the videos are latents.
         fps (`float`, *optional*): frames per second that the model makes.

@@ -25,7 +25,7 @@ DECISION = {
 }
 
 
-RESERVED = ("chunk", "trim", "tokens", "quarantined")  # facts that no policy may overwrite
+RESERVED = ("chunk", "trim", "tokens", "quarantined", "prompt_changed")  # facts that no policy may overwrite
 
 
 def plain_state(policy: Any) -> dict:
@@ -112,8 +112,9 @@ class ContextPolicies:
         return decisions
 
     def prompt_changed(self, videos: Iterable[int]) -> None:
-        """Another prompt serves some videos."""
+        """A new scene begins in some videos."""
         for video in videos:
+            self._decisions[video]["prompt_changed"] = True
             for policy in self.chains[video]:
                 policy.prompt_changed()
 

@@ -29,7 +29,7 @@ class Quarantine(ContextPolicy):
     def __init__(self, sensitivity: float = 6.0):
         check_number("sensitivity", sensitivity, lambda value: value >= 0, "a finite number >= 0")
         self.sensitivity = sensitivity
-        self.jumps: list[float] = []  # of accepted chunks
+        self.jumps: list[float] = []  # of accepted chunks, since the last change of prompt
         self.last_quantiles: torch.Tensor | None = None  # of the last accepted chunk
         self.rejected = False  # whether the chunk before was
 
@@ -37,7 +37,8 @@ class Quarantine(ContextPolicy):
         self.last_quantiles = quantiles(chunk)
 
     def prompt_changed(self) -> None:
-        self.last_quantiles = None  # the next chunk is meant to differ
+        """The next chunk is meant to differ, and those after it are judged by the jumps of the new scene alone."""
+        self.jumps, self.last_quantiles, self.rejected = [], None, False
 
     def commit(self, chunk: torch.Tensor) -> torch.Tensor | None:
         """The chunk, or `None` where it is rejected."""

@@ -20,8 +20,10 @@ class Reanchor(ContextPolicy):
     Drift is slow, and a change that a prompt asks for begins with it. A held chunk starts from context at the reference,
     so what holding takes away from it is how the model resists: where the mean over the first `patience` held chunks
     exceeds the tolerance, the video is released and watched. A chunk that leaves the tolerance is then the next
-    reference, and a video that stays within it for `patience` chunks is held again, on the same terms. A change of prompt
-    releases too.
+    reference, and a video that stays within it for `patience` chunks is held again, on the same terms.
+
+    A change of prompt releases the video too. `patience` chunks of the new scene pass as they are, the reference is taken
+    from them, and the chunk after them is held.
 
     Decisions gain `reanchored`: `"held"`, `"watched"`, or `None` for a chunk that is the reference itself.
 
@@ -58,11 +60,12 @@ class Reanchor(ContextPolicy):
         self.reference: torch.Tensor | None = None  # (C, T, H, W)
         self.watched = False
         self.offsets: list[torch.Tensor] = []  # (C,), of the first chunks since the video was held or released
+        self.num_new: int | None = None  # chunks of a new scene, until it is held
         self.outcome: str | None = None  # of the chunk at hand
         self._matching = None  # learned from the reference
 
     def observe(self, chunk: torch.Tensor) -> None:
-        self._refer_to(chunk, watched=False)
+        self._hold(chunk)
 
     def commit(self, chunk: torch.Tensor) -> torch.Tensor:
         """The chunk as it is held, or as it is while the video is watched."""
@@ -85,7 +88,15 @@ class Reanchor(ContextPolicy):
 
     def prompt_changed(self) -> None:
         if self.reference is not None:
-            self._refer_to(self.reference, watched=True)
+            self._watch(self.reference)
+            self.num_new = 0
+
+    def _hold(self, reference: torch.Tensor) -> None:
+        self._refer_to(reference, watched=False)
+        self.num_new = None
+
+    def _watch(self, reference: torch.Tensor) -> None:
+        self._refer_to(reference, watched=True)
 
     def _refer_to(self, reference: torch.Tensor, watched: bool) -> None:
         self.reference, self.watched, self.offsets, self._matching = reference, watched, [], None
@@ -101,12 +112,19 @@ class Reanchor(ContextPolicy):
             return
         self.offsets = [*self.offsets, mean_offsets(chunk, matched)]
         if len(self.offsets) == self.patience and magnitude(torch.stack(self.offsets).mean(dim=0)) > self.tolerance:
-            self._refer_to(chunk, watched=True)
+            self._watch(chunk)
 
     def _settle(self, chunk: torch.Tensor) -> None:
-        """Move the reference of a video that moves; hold it again where it does not."""
+        """Move the reference of a video that moves. Hold the video when it stays, or after `patience` chunks of a new
+        scene."""
         self.offsets = [*self.offsets, mean_offsets(chunk, self.reference)]
-        if self.tolerance is not None and magnitude(self.offsets[-1]) > self.tolerance:
-            self._refer_to(chunk, watched=True)
-        elif len(self.offsets) == self.patience:  # without a tolerance nobody knows since when
-            self._refer_to(chunk if self.tolerance is None else self.reference, watched=False)
+        num_before, self.num_new = self.num_new, None if self.num_new is None else self.num_new + 1
+        if self.tolerance is None:  # it does not tell since when the video stays
+            if len(self.offsets) == self.patience:
+                self._hold(chunk)
+        elif num_before == self.patience:
+            self._hold(self.reference)
+        elif num_before == 0 or magnitude(self.offsets[-1]) > self.tolerance:
+            self._watch(chunk)
+        elif len(self.offsets) == self.patience:
+            self._hold(self.reference)

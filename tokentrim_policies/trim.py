@@ -129,7 +129,7 @@ class TokenTrim(SeverityMonitor):
         self.warmup_chunks = warmup_chunks
         self.max_regenerations = max_regenerations
         self.prune_weight = prune_weight
-        self.severities: list[float] = []  # of accepted chunks
+        self.severities: list[float] = []  # of accepted chunks, since the last change of prompt
 
     def threshold(self) -> float | None:
         """mu_t + lambda sigma_t (eq. 7, 8); `None` while the gate is closed."""
@@ -137,6 +137,10 @@ class TokenTrim(SeverityMonitor):
 
     def is_abnormal(self, measured: float) -> bool:
         return self.facts["threshold"] is not None and measured > self.facts["threshold"]
+
+    def prompt_changed(self) -> None:
+        super().prompt_changed()
+        self.severities = []  # a new scene is judged by its own
 
     def close(self, entered: bool) -> dict:
         facts = super().close(entered)

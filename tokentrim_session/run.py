@@ -120,12 +120,12 @@ class Rollout:
         """A context that gives a bar of the denoising steps to go, or `None`."""
         return self.pipe.progress_bar(total=self.num_steps_left()) if self.shows_steps else nullcontext()
 
-    def set_prompt(self, prompt: EncodedPrompt) -> None:
-        """Another prompt serves from the next denoising step on."""
+    def set_prompt(self, prompt: EncodedPrompt, is_cut: bool = False) -> None:
+        """Another prompt serves from the next denoising step on; a cut begins a new scene under the same prompt too."""
         old, self.denoiser.prompt = self.denoiser.prompt, prompt
         self.backbone.prompt_changed()
-        changed = [video for video, pair in enumerate(zip(old.embeds, prompt.embeds)) if not torch.equal(*pair)]
-        self.policies.prompt_changed(changed)
+        pairs = enumerate(zip(old.embeds, prompt.embeds))
+        self.policies.prompt_changed([video for video, pair in pairs if is_cut or not torch.equal(*pair)])
 
     def change_prompt(self, prompt: Any, transition: str | None, blend_chunks: int) -> None:
         """Another prompt from the next chunk on; arguments as in [`make_change`], `None` for the call's transition."""
@@ -153,7 +153,7 @@ class Rollout:
         if index not in self.changes:
             return
         embeds, transition = self.changes.pop(index)
-        self.set_prompt(EncodedPrompt(embeds, self.denoiser.prompt.negative_embeds))
+        self.set_prompt(EncodedPrompt(embeds, self.denoiser.prompt.negative_embeds), is_cut=transition == "cut")
         if transition == "recache":
             self.denoiser.recache(index)
         elif transition != "keep":
