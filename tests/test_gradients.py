@@ -125,9 +125,8 @@ WAYS = {
         ],
     },
     Rollout: {
-        "backbone": lambda run, _: [run.backbone, run],
         "remaining": lambda run, _: nothing(next(run.remaining())),
-        "goes_on": lambda run, _: nothing(run.goes_on(0)),
+        "is_last": lambda run, _: nothing(run.is_last(0)),
         "evict": lambda run, _: [run.evict({0: [1]}), run],
         "advance": lambda run, _: [next(run.pipe.roll_out(run)), run],
         "num_steps_left": lambda run, _: nothing(run.num_steps_left()),
