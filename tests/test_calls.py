@@ -1,4 +1,4 @@
-"""What people pass to a call: in other forms than ours, to the same video, or to an error that says what to pass."""
+"""Arguments in other forms than ours give the same video, or an error that says what to pass."""
 
 import json
 import threading
@@ -32,7 +32,7 @@ CALL = {"prompt": "a red circle", "num_frames": 21, "height": 32, "width": 48}
 # Settings
 
 
-def test_a_window_of_all_is_no_window_whatever_the_checkpoint_says():
+def test_window_all_overrides_the_checkpoints_window():
     pipe = latent_pipeline(window_size=3)
     output = roll(pipe, noise(4), window_size="all")
     assert torch.equal(output.frames, roll(latent_pipeline(), noise(4)).frames)
@@ -45,7 +45,7 @@ def test_a_window_of_all_is_no_window_whatever_the_checkpoint_says():
         roll(pipe, noise(4), window_size="al")
 
 
-def test_the_least_share_of_tokens_is_one():
+def test_smallest_prune_fraction_evicts_one_token():
     output = roll(latent_pipeline(), steady_noise(5, [3]), prune_fraction=1e-9)
     assert triggers(output.decisions[0]) == [3] and len(output.decisions[0][3]["tokens"]) == 1
     json.dumps(output.decisions, allow_nan=False)
@@ -53,7 +53,7 @@ def test_the_least_share_of_tokens_is_one():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("make, latents", [(latent_pipeline, noise(5)), (lambda: far_pipeline(tiny_far()), None)])
-def test_torchs_default_dtype_changes_nothing(make, latents, dtype):
+def test_default_dtype_of_torch_changes_nothing(make, latents, dtype):
     pipe = make()
     latents = randn(1, 4, 11, 8, 12) if latents is None else latents
     method = ["tokentrim_plus", {"tokentrim": {"drift_sensitivity": 0.0}}]
@@ -67,7 +67,7 @@ def test_torchs_default_dtype_changes_nothing(make, latents, dtype):
     assert torch.equal(output.frames, expected.frames) and output.decisions == expected.decisions
 
 
-def test_numbers_and_arrays_of_numpy_are_numbers(tmp_path):
+def test_numpy_numbers_and_arrays_are_accepted(tmp_path):
     plain = {
         "num_frames": 21,
         "sigmas": [1.0, 0.5],
@@ -104,7 +104,7 @@ def test_numbers_and_arrays_of_numpy_are_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [FlowMatchLCMScheduler, FlowMatchEulerDiscreteScheduler])
-def test_a_scheduler_that_is_set_later_serves(kind):
+def test_scheduler_set_later_works(kind):
     pipe = full_pipeline()
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     expected = full_pipeline(kind(shift=5.0))(**CALL, generator=generators(0)).frames
@@ -140,7 +140,7 @@ def test_dynamic_shifting_is_refused_before_a_run():
         ({"negative_prompt_embeds": randn(3, 8, 32)}, "negative_prompt_embeds", "prompt"),
     ],
 )
-def test_embeddings_and_a_text_of_another_length_are_refused(given, name, other):
+def test_embeddings_and_text_of_different_lengths_raise(given, name, other):
     with pytest.raises(ValueError, match=rf"`{name}` must be \(1, 8, dim\) beside `{other}`.*\(\d, \d, 32\)"):
         full_pipeline()(**CALL | given, guidance_scale=2.0)
     full_pipeline().plan(**CALL | given)  # without guidance it does not matter
@@ -169,7 +169,7 @@ def test_no_message_is_longer_than_two_lines(given):
 
 
 def forms(video):
-    """The same frames, (B, T, 3, H, W), as people have them; those of bytes are rounded."""
+    """The same frames, (B, T, 3, H, W), in common forms; forms in bytes are rounded."""
     array = video.permute(0, 1, 3, 4, 2).numpy()
     return {
         "np": array,
@@ -182,13 +182,13 @@ def forms(video):
 
 
 @pytest.mark.parametrize("form", ["np", "pt", "one video", "list of arrays", "list of tensors", "list of videos"])
-def test_frames_to_continue_in_any_form(form):
+def test_video_input_works_in_every_form(form):
     pipe, video = full_pipeline(), full_pipeline()(**CALL, output_type="pt", generator=generators(0)).frames
     expected = pipe.plan(**CALL | {"num_frames": 33, "video": video}).inputs.video
     assert torch.equal(pipe.plan(**CALL | {"num_frames": 33, "video": forms(video)[form]}).inputs.video, expected)
 
 
-def test_what_comes_out_goes_in_again(tmp_path):
+def test_output_frames_work_as_video_input(tmp_path):
     pipe = full_pipeline()
     outputs = {kind: pipe(**CALL, output_type=kind, generator=generators(0)).frames for kind in ("np", "pt", "pil")}
     call = CALL | {"num_frames": 33, "output_type": "latent"}
@@ -207,7 +207,7 @@ def test_what_comes_out_goes_in_again(tmp_path):
 
 
 @pytest.mark.parametrize("video", ["a.mp4", [], [[]], [1, 2], {"frames": 3}, 5, [None], np.zeros((3, 4))])
-def test_what_is_no_video_is_refused_by_name(video):
+def test_invalid_video_raises_with_its_name(video):
     with pytest.raises((TypeError, ValueError), match="`video`"):
         full_pipeline()(**CALL, video=video)
 
@@ -224,7 +224,7 @@ def test_what_is_no_video_is_refused_by_name(video):
         ({"x": {1, 2}}, TypeError),
     ],
 )
-def test_facts_that_no_decision_can_hold_are_refused(facts, error):
+def test_facts_that_are_not_json_raise(facts, error):
     class Odd(ContextPolicy):
         def close(self, entered):
             return facts
@@ -233,7 +233,7 @@ def test_facts_that_no_decision_can_hold_are_refused(facts, error):
         roll(latent_pipeline(), noise(2), method=[Odd()])
 
 
-def test_facts_of_numpy_are_numbers():
+def test_numpy_facts_become_plain_numbers():
     class Counting(ContextPolicy):
         def close(self, entered):
             return {"count": np.int64(3), "values": np.arange(2)}
@@ -243,7 +243,7 @@ def test_facts_of_numpy_are_numbers():
 
 
 @pytest.mark.parametrize("kept", [None, "all", 3, [1.5]])
-def test_a_layout_that_keeps_no_list_of_frames_is_refused(kept):
+def test_layout_that_keeps_no_list_raises(kept):
     class Odd(Layout):
         def keep(self, held, new):
             return kept
@@ -258,8 +258,8 @@ def test_a_layout_that_keeps_no_list_of_frames_is_refused(kept):
 # Random numbers
 
 
-def test_a_run_without_a_generator_has_one_of_its_own(tmp_path):
-    """What else draws meanwhile changes nothing, and a resumed run draws the same."""
+def test_run_without_a_generator_makes_one(tmp_path):
+    """Other random draws change nothing, and a resumed run draws the same numbers."""
     call = {**CALL, "num_frames": 33, "output_type": "latent"}
     pipe, again = (full_pipeline(FlowMatchLCMScheduler(shift=5.0)) for _ in range(2))
     torch.manual_seed(1)
@@ -277,7 +277,7 @@ def test_a_run_without_a_generator_has_one_of_its_own(tmp_path):
 # Interrupted and failed runs
 
 
-def test_an_interrupt_inside_a_chunk_ends_the_run_and_what_was_saved_goes_on(tmp_path):
+def test_interrupted_run_resumes_from_its_saved_state(tmp_path):
     steps, call = [], {**CALL, "num_frames": 33, "output_type": "latent"}
 
     def interrupt(pipe, step, timestep, tensors):
@@ -299,7 +299,7 @@ def test_an_interrupt_inside_a_chunk_ends_the_run_and_what_was_saved_goes_on(tmp
 
 
 def failing(pipe, at):
-    """The VAE runs out of memory in its decoder's forward number `at`, once."""
+    """The VAE runs out of memory once, in forward number `at` of its decoder."""
     forwards = []
 
     def fail(*_):
@@ -312,7 +312,7 @@ def failing(pipe, at):
 
 
 @pytest.mark.parametrize("tiled", [False, True])
-def test_a_decoding_that_runs_out_of_memory_keeps_the_latents(tiled):
+def test_out_of_memory_while_decoding_keeps_the_latents(tiled):
     expected = full_pipeline()(**CALL, generator=generators(0), output_type="latent").frames
     pipe = failing(full_pipeline(), 1 if tiled else 4)  # or in the second chunk
     if tiled:
@@ -328,7 +328,7 @@ def test_a_decoding_that_runs_out_of_memory_keeps_the_latents(tiled):
     assert pipe.decode_latents(caught.value.latents, "np").shape[1] == 21
 
 
-def test_a_stream_whose_decoding_ran_out_of_memory_goes_on_from_its_state(tmp_path):
+def test_stream_resumes_after_out_of_memory_while_decoding(tmp_path):
     expected = full_pipeline()(**CALL, num_videos_per_prompt=1, generator=generators(0)).frames
     pipe, seen = failing(full_pipeline(), 5), []
     call = {**CALL, "generator": generators(0), "on_chunk": lambda index, latents, decisions: seen.append(index)}
@@ -344,7 +344,7 @@ def test_a_stream_whose_decoding_ran_out_of_memory_goes_on_from_its_state(tmp_pa
 # Two rollouts
 
 
-def test_of_two_threads_one_gets_the_transformer_and_the_other_a_sentence():
+def test_second_thread_on_a_transformer_raises():
     pipe, inside, go_on = full_pipeline(), threading.Event(), threading.Event()
     before, expected = processors(pipe.transformer), pipe(**CALL, generator=generators(0)).frames
     outputs = []
@@ -365,7 +365,7 @@ def test_of_two_threads_one_gets_the_transformer_and_the_other_a_sentence():
     assert (outputs[0].frames == expected).all() and processors(pipe.transformer) == before
 
 
-def test_a_call_inside_a_call_is_refused_and_nothing_of_either_stays():
+def test_nested_call_raises_and_leaves_nothing():
     pipe = full_pipeline()
     before, expected = processors(pipe.transformer), pipe(**CALL, generator=generators(0)).frames
     with pytest.raises(RuntimeError, match="in a rollout already"):

@@ -1,4 +1,4 @@
-"""Bad input for AnyFlow-FAR is refused at the door, before any model runs."""
+"""Bad input for AnyFlow-FAR raises before any model runs."""
 
 import math
 
@@ -70,7 +70,7 @@ def pipeline(transformer=None):
 
 
 @each(BAD)
-def test_bad_argument(arguments, error, name, message):
+def test_bad_argument_raises(arguments, error, name, message):
     refuse(pipeline(), {**CALL, **arguments}, error, name, message)
 
 
@@ -85,12 +85,12 @@ def test_bad_argument(arguments, error, name, message):
     ],
     ids=str,
 )
-def test_model_that_upstreams_forward_cannot_run(config, name, message):
+def test_model_that_upstream_cannot_run_raises(config, name, message):
     refuse(pipeline(tiny_far(**config)), CALL, ValueError, f"transformer.config.{name}", message)
 
 
-def test_arguments_at_the_edge_are_fine():
-    """The shortest window; three chunks of a video that is smaller than a compressed patch; the longest conditioning."""
+def test_arguments_at_the_limits_are_accepted():
+    """The shortest window; three chunks of a video smaller than a compressed patch; the longest conditioning."""
     arguments = {**CALL, "num_inference_steps": 1, "output_type": "latent"}
     assert pipeline()(**arguments, window_size=5).frames.shape[2] == 6
     small = {**arguments, "height": 16, "width": 16, "chunk_partition": [1, 4, 1]}
@@ -100,7 +100,7 @@ def test_arguments_at_the_edge_are_fine():
     assert torch.equal(frames[:, :, :5], given.transpose(1, 2))
 
 
-def test_re_noising_schedulers_take_their_noise():
+def test_re_noising_schedulers_use_the_given_noise():
     pipe, components = pipeline(), far_components()
     forwards = count_forwards(pipe)
     with pytest.raises(ValueError, match="`renoise`"):

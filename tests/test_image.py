@@ -1,4 +1,4 @@
-"""`image=`: one frame, in any form, is the first of the video."""
+"""`image=`: one frame, in any form, becomes the first of the video."""
 
 import numpy as np
 import PIL.Image
@@ -64,7 +64,7 @@ GREY = {
 
 
 @pytest.mark.parametrize("form", GREY)
-def test_grey_images_of_every_mode_keep_their_levels(form):
+def test_gray_images_of_every_mode_keep_their_levels(form):
     """In `image=` and in every form of `video=`."""
     levels = np.tile(np.linspace(0, 255, WIDTH).astype(np.uint8), (HEIGHT, 1))
     image, pipe = GREY[form](levels), full_pipeline()
@@ -81,15 +81,15 @@ def test_uint16_video_is_scaled_by_its_white():
 
 
 @pytest.mark.parametrize("form", ["PIL", "array", "tensor"])
-def test_it_is_resized_as_diffusers_does(form):
+def test_image_is_resized_as_in_diffusers(form):
     image, pipe = FORMS[form](picture(20, 60)), full_pipeline()
     frame = pipe.video_processor.preprocess(image, HEIGHT, WIDTH)[:, None] / 2 + 0.5
     torch.testing.assert_close(pipe.plan(image=image, **CALL).inputs.video, frame)
     torch.testing.assert_close(generate(image=image).frames, generate(video=frame).frames, atol=1e-4, rtol=0)
 
 
-def test_it_is_the_first_frame_that_is_shown():
-    """As well as the VAE can: it has random weights, so what it makes of the frame alone is the measure."""
+def test_image_is_the_first_frame_of_the_video():
+    """Within the accuracy of the VAE: its weights are random, so its output for the frame alone is the standard."""
     pipe = full_pipeline()
     output = generate(pipe, image=picture(), output_type="pt")
     latents = pipe.encode_video(as_tensor(picture())[None, None], HEIGHT, WIDTH).transpose(1, 2)
@@ -97,7 +97,7 @@ def test_it_is_the_first_frame_that_is_shown():
     assert output.frames.shape[1] == 21
 
 
-def test_one_for_all_prompts_or_one_for_each():
+def test_one_image_serves_all_prompts_or_each_its_own():
     prompts, first, second = ["a red circle", "a blue square"], picture(), picture(seed=1)
     alike = generate(prompt=prompts, image=first, generator=generators(0, 1)).frames
     each = generate(prompt=prompts, image=[first, second], generator=generators(0, 1)).frames
@@ -107,7 +107,7 @@ def test_one_for_all_prompts_or_one_for_each():
     assert not torch.allclose(alike[1], each[1], atol=1e-2)
 
 
-def test_a_stream_and_its_resumption(tmp_path):
+def test_stream_with_an_image_resumes(tmp_path):
     call = {**CALL, "num_frames": 33, "generator": generators(0)}
     with full_pipeline().stream(image=picture(), **call, state_dir=tmp_path, save_every=1) as stream:
         chunks = [next(stream).latents for _ in range(3)]
@@ -152,12 +152,12 @@ def test_anyflow_far_begins_with_a_chunk_of_one_frame():
     ],
     ids=["path", "mixed", "empty", "int32", "floats of PIL", "range", "one channel", "four channels", "three for one"],
 )
-def test_what_is_no_image(image, error, message):
+def test_invalid_image_raises(image, error, message):
     with pytest.raises(error, match=message):
         generate(image=image)
 
 
 @pytest.mark.parametrize("other", ["video", "video_latents"])
-def test_an_image_and_frames_are_too_much(other):
+def test_image_and_video_together_raise(other):
     with pytest.raises(ValueError, match=f"`{other}` must be None where `image` is given"):
         generate(image=picture(), **{other: as_tensor(picture())[None, None]})

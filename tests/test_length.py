@@ -1,4 +1,4 @@
-"""A video of any length: whole chunks are generated, and what is beyond the last frame is cut off."""
+"""A video of any length: the pipeline generates whole chunks and cuts off frames beyond the last one."""
 
 import json
 
@@ -22,7 +22,7 @@ LENGTHS = [(1, 1, 9, [1]), (20, 6, 21, [9, 11]), (22, 7, 33, [9, 12, 1])]
 
 @pytest.mark.parametrize("num_frames, num_latent_frames, whole, chunk_frames", LENGTHS)
 @pytest.mark.parametrize("settings", [{}, ROLLING], ids=["self_forcing", "rolling_forcing"])
-def test_any_length_is_the_beginning_of_whole_chunks(num_frames, num_latent_frames, whole, chunk_frames, settings):
+def test_any_length_is_a_prefix_of_whole_chunks(num_frames, num_latent_frames, whole, chunk_frames, settings):
     output, long = (generate(length, output_type="pt", **settings) for length in (num_frames, whole))
     assert torch.equal(output.frames, long.frames[:, :num_frames])
     assert output.chunk_frames == chunk_frames and output.decisions == long.decisions
@@ -30,19 +30,19 @@ def test_any_length_is_the_beginning_of_whole_chunks(num_frames, num_latent_fram
     assert torch.equal(output.frames, long.frames[:, :, :num_latent_frames])
 
 
-def test_a_tiled_vae_is_cut_too():
+def test_tiled_vae_output_is_cut_too():
     pipe = full_pipeline()
     pipe.vae.enable_tiling()
     assert generate(20, pipe, output_type="np").frames.shape[1] == 20
 
 
-def test_the_last_chunk_of_far_is_what_is_left():
+def test_last_far_chunk_is_the_remainder():
     pipe = far_pipeline()
     sizes = pipe.plan(prompt_embeds=randn(1, 8, 32), num_frames=22, height=64, width=96, output_type="latent").sizes
     assert sizes.chunk_partition == [1, 2, 2, 2] and [sizes.chunk_frames(index) for index in range(4)] == [1, 8, 8, 5]
 
 
-def test_streams_files_and_resumed_runs_are_cut_alike(tmp_path):
+def test_streams_files_and_resumed_runs_have_one_length(tmp_path):
     whole = generate(20, output_type="np").frames
     arguments = {"prompt": "a red circle", "generator": generators(0), "num_frames": 20, **FRAMES}
     seen = []
@@ -61,7 +61,7 @@ def test_streams_files_and_resumed_runs_are_cut_alike(tmp_path):
 
 
 @pytest.mark.parametrize("num_given, partition", [(1, [1, 3, 3]), (5, [2, 3, 3]), (13, [1, 3, 3]), (9, [3, 3, 3])])
-def test_given_frames_work_the_partition_out(num_given, partition):
+def test_given_frames_determine_the_partition(num_given, partition):
     video = {"video": randn(1, num_given, 3, 32, 48).sigmoid(), "output_type": "latent"}
     sizes = full_pipeline().plan("a red circle", num_frames=25, **video, **FRAMES).sizes
     assert sizes.chunk_partition == partition and sum(partition[: sizes.num_given_chunks]) == (num_given - 1) // 4 + 1
@@ -71,7 +71,7 @@ def test_given_frames_work_the_partition_out(num_given, partition):
     assert torch.equal(output.frames, named[:, :, :7])
 
 
-def test_given_frames_of_a_video_without_an_end():
+def test_endless_video_continues_given_frames():
     pipe, latents = latent_pipeline(num_inference_steps=1), {"video_latents": randn(1, 4, 4, 4, 6)}
     call = {"prompt_embeds": randn(1, 8, 32), "num_frames": None, "output_type": "latent", **latents, **FRAMES}
     with pipe.stream(**call) as stream:
@@ -79,6 +79,6 @@ def test_given_frames_of_a_video_without_an_end():
     assert stream.first_chunk == 0
 
 
-def test_given_frames_that_leave_nothing_to_generate_are_refused():
+def test_given_frames_that_fill_the_video_raise():
     with pytest.raises(ValueError, match="`video_latents`.*leave one to generate"):
         generate(9, video_latents=randn(1, 3, 4, 4, 6))

@@ -1,4 +1,4 @@
-"""A run that is cut after any chunk, saved, and loaded by a fresh pipeline goes on to the same bits."""
+"""A run that is cut after any chunk, saved, and loaded by a fresh pipeline continues to the same bits."""
 
 import pytest
 import torch
@@ -37,13 +37,13 @@ def start(make_pipe, make_call):
 
 
 def finish(pipe, run):
-    """Latents and decisions of the chunks that are left."""
+    """Latents and decisions of the remaining chunks."""
     chunks = list(pipe.roll_out(run))
     return [chunk.latents for chunk in chunks], [chunk.decisions for chunk in chunks]
 
 
 def check_cuts(make_pipe, make_call, cuts, folder):
-    """What follows the state after `cuts` chunks, saved and loaded, equals the whole call, whose output it returns."""
+    """The chunks after `cuts`, saved and loaded, equal the whole call, whose output it returns."""
     whole = make_pipe()(**make_call())
     pipe, run = start(make_pipe, make_call)
     chunks, finished = pipe.roll_out(run), []
@@ -65,7 +65,7 @@ def check_cuts(make_pipe, make_call, cuts, folder):
 
 
 def make_calls(latents, **settings):
-    """A function that makes the arguments of a call anew, since generators move on: settings may be functions."""
+    """A function that makes fresh arguments of a call, because generators advance; settings may be functions."""
     return lambda: {
         "latents": latents,
         "prompt_embeds": embeds(1 if latents is None else len(latents)),
@@ -80,7 +80,7 @@ def make_calls(latents, **settings):
 
 @pytest.mark.parametrize("rollout", ROLLOUTS)
 @pytest.mark.parametrize("method", METHODS)
-def test_cut_after_any_chunk(method, rollout, tmp_path):
+def test_run_cut_after_any_chunk_resumes_to_the_same_bits(method, rollout, tmp_path):
     if not runs(method, rollout):
         pytest.skip("refused: the rollout cannot do the method")
     make_pipe, settings = ROLLOUTS[rollout]
@@ -99,8 +99,8 @@ def test_cut_after_any_chunk(method, rollout, tmp_path):
 @pytest.mark.parametrize("method", ["tokentrim", "reanchor with tolerance"])
 @pytest.mark.parametrize("source", GENERATORS)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_random_numbers_go_on(scheduler, source, method, tmp_path):
-    """In a guided batch of two, of which the videos are trimmed and rejected at different chunks."""
+def test_random_numbers_resume(scheduler, source, method, tmp_path):
+    """In a guided batch of two whose videos are trimmed and rejected at different chunks."""
     make_call = make_calls(
         steady_noise(8, [4, 6], seed=8),
         num_inference_steps=3,
@@ -114,8 +114,8 @@ def test_random_numbers_go_on(scheduler, source, method, tmp_path):
     assert whole.decisions[0] != whole.decisions[1]
 
 
-def test_initial_noise_that_was_drawn_goes_on(tmp_path):
-    """The fresh pipeline draws other noise, and gets that of the run."""
+def test_drawn_initial_noise_is_saved(tmp_path):
+    """The fresh pipeline draws other noise, and receives that of the run."""
     seeds = iter(range(100))
     make_call = make_calls(
         None,
@@ -136,7 +136,7 @@ def test_initial_noise_that_was_drawn_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("rollout", ROLLOUTS)
-def test_cut_behind_or_among_given_frames(rollout, tmp_path):
+def test_run_cut_among_given_frames_resumes(rollout, tmp_path):
     make_pipe, settings = ROLLOUTS[rollout]
     given = noise(2, seed=4).transpose(1, 2)
     make_call = make_calls(steady_noise(8, [5], seed=8), video_latents=given, **EAGER, **settings)
@@ -144,7 +144,7 @@ def test_cut_behind_or_among_given_frames(rollout, tmp_path):
     assert torch.equal(whole.frames[:, :, : 2 * CHUNK], given.transpose(1, 2)) and triggers(whole.decisions[0])
 
 
-def test_what_a_callback_changed_goes_on(tmp_path):
+def test_changes_of_a_callback_are_saved(tmp_path):
     """Prompt and guidance, in each step."""
 
     def callback(pipe, step, timestep, tensors):
@@ -166,8 +166,8 @@ def test_what_a_callback_changed_goes_on(tmp_path):
 
 @pytest.mark.parametrize("rollout", ROLLOUTS)
 @pytest.mark.parametrize("method", ["tokentrim", "reanchor with tolerance"])
-def test_a_run_goes_back_to_its_own_state(method, rollout):
-    """Going on does not change a state that was taken, and loading it leaves nothing of what came after."""
+def test_run_returns_to_its_saved_state(method, rollout):
+    """Continuing does not change a saved state, and loading it removes all later changes."""
     make_pipe, settings = ROLLOUTS[rollout]
     pipe, run = start(make_pipe, make_calls(steady_noise(9, [5], seed=8), **METHODS[method], **settings))
     chunks = pipe.roll_out(run)
@@ -202,7 +202,7 @@ def test_state_holds_no_noise_of_finished_chunks(tmp_path):
     ],
     ids=["longer", "shorter", "batch", "partition", "plain", "other policies"],
 )
-def test_state_of_another_call_is_refused(latents, settings):
+def test_state_of_another_call_raises(latents, settings):
     pipe, run = start(latent_pipeline, make_calls(noise(5)))
     next(pipe.roll_out(run))
     _, other = start(latent_pipeline, make_calls(latents, **settings))
@@ -238,7 +238,7 @@ def test_processors_are_restored_when_the_generator_ends(end, rollout):
     assert torch.equal(pipe(**make_call()).frames, make_pipe()(**make_call()).frames)
 
 
-def test_a_run_goes_on_after_its_generator_was_closed():
+def test_run_continues_after_its_generator_was_closed():
     make_call = make_calls(noise(5))
     pipe, run = start(latent_pipeline, make_call)
     latents = []
@@ -252,7 +252,7 @@ def test_a_run_goes_on_after_its_generator_was_closed():
 # The plan
 
 
-def test_a_plan_is_that_of_the_call():
+def test_plan_equals_that_of_the_call():
     pipe = latent_pipeline(window_size=9)
     plan = pipe.plan(**make_calls(noise(5), drift_sensitivity=1.0)())
     assert plan.sizes.frame_shape == (*noise(5).shape[:2], *noise(5).shape[3:]) and plan.layout.window_size == 9

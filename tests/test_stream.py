@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""A stream: the call's video chunk by chunk, with or without an end, that leaves nothing behind however it ends."""
+"""A stream yields the call's video chunk by chunk, with or without an end, and leaves nothing behind."""
 
 import gc
 import json
@@ -36,7 +36,7 @@ def seeded(seed=0):
 
 
 def settings(num_chunks=5, seed=0, **others):
-    """Of a video of so many chunks, `None` for one without an end."""
+    """Settings for a video of this many chunks; `None` is endless."""
     num_frames = None if num_chunks is None else 4 * CHUNK * num_chunks - 3
     return {"num_frames": num_frames, "window_size": 9, "generator": seeded(seed), **EAGER, **others}
 
@@ -75,7 +75,7 @@ def test_a_stream_gives_the_chunks_of_the_call(output_type):
     assert latents_of(chunks).shape == (1, CHANNELS, 5 * CHUNK, 4, 6)
 
 
-def test_a_stream_of_a_batch_gives_what_the_call_gives():
+def test_a_stream_of_a_batch_equals_the_call():
     pipe, prompts = full_pipeline(), [PROMPT, "a green square"]
     generators = [[seeded(3), seeded(4)] for _ in range(2)]
     output = pipe(prompts, **settings(generator=generators[0]))
@@ -84,15 +84,15 @@ def test_a_stream_of_a_batch_gives_what_the_call_gives():
     assert [[chunk.decisions[video] for chunk in chunks] for video in range(2)] == output.decisions
 
 
-def test_the_noise_of_one_generator_is_that_of_a_list_of_it():
+def test_one_generator_equals_a_list_with_it():
     for pipe in (full_pipeline(), full_pipeline(FlowMatchLCMScheduler(shift=5.0))):
         videos = [pipe(PROMPT, output_type="latent", **settings(generator=each)) for each in (seeded(3), [seeded(3)])]
         torch.testing.assert_close(videos[0].frames, videos[1].frames, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
-def test_a_regeneration_takes_no_noise_of_later_chunks(stochastic):
-    """A batch in which videos are generated again equals single runs: no chunk begins from noise that was used."""
+def test_regeneration_draws_no_noise_of_later_chunks(stochastic):
+    """A batch with regenerations equals single runs: no chunk begins from used noise."""
     pipe = full_pipeline(FlowMatchEulerDiscreteScheduler(shift=5.0, stochastic_sampling=stochastic))
     arguments = {**settings(6), "output_type": "latent"}
     output = pipe([PROMPT, PROMPT], **{**arguments, "generator": [seeded(1), seeded(2)]})
@@ -109,7 +109,7 @@ SCHEDULERS = {"Euler": lambda: None, "LCM": lambda: FlowMatchLCMScheduler(shift=
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
 @pytest.mark.parametrize("generators", [1, 2])
-def test_videos_of_one_seed_begin_alike_whatever_their_length(scheduler, generators):
+def test_videos_of_one_seed_begin_alike(scheduler, generators):
     pipe = full_pipeline(scheduler())
     prompts = [PROMPT, "a green square"][:generators]
 
@@ -124,7 +124,7 @@ def test_videos_of_one_seed_begin_alike_whatever_their_length(scheduler, generat
         assert all((one.frames == other.frames).all() for one, other in zip(chunks, video))
 
 
-def test_a_stream_without_a_length_has_no_end():
+def test_stream_without_a_length_is_endless():
     pipe = full_pipeline()
     stream = pipe.stream(PROMPT, output_type="latent", method="plain", window_size=6)
     assert [chunk.index for chunk in first(stream, 9)] == list(range(9))
@@ -224,7 +224,7 @@ STOPS = [each for name, each in globals().items() if name.startswith("stop_")]
 
 
 @pytest.mark.parametrize("stop", STOPS, ids=lambda stop: stop.__name__)
-def test_nothing_stays_however_a_stream_ends(stop):
+def test_stream_leaves_nothing_however_it_ends(stop):
     pipe = full_pipeline(FlowMatchLCMScheduler(shift=5.0))
     before, timesteps = processors(pipe.transformer), pipe.transformer.condition_embedder.timesteps_proj
     expected = pipe(PROMPT, **settings(4))
@@ -248,7 +248,7 @@ def test_the_cache_is_freed(stop):
     assert held() == before
 
 
-def test_a_closed_stream_frees_its_cache_while_it_is_referred_to():
+def test_closed_stream_frees_its_cache_while_referenced():
     pipe = full_pipeline()
     stream = pipe.stream(PROMPT, **settings(None))
     next(stream)
@@ -260,7 +260,7 @@ def test_a_closed_stream_frees_its_cache_while_it_is_referred_to():
             attempt()
 
 
-def test_another_run_while_a_stream_is_open_is_refused():
+def test_second_run_while_a_stream_is_open_raises():
     pipe = full_pipeline()
     expected = list(pipe.stream(PROMPT, **settings(3)))
     with pipe.stream(PROMPT, **settings(3)) as stream:
@@ -293,7 +293,7 @@ def test_on_chunk_is_called_once_for_each_generated_chunk_with_copies(given):
     torch.testing.assert_close(latents_of(chunks), latents_of(expected), atol=0, rtol=0)
 
 
-def test_index_and_grid():
+def test_stream_knows_its_index_and_grid():
     stream = full_pipeline().stream(PROMPT, **settings(3))
     assert stream.grid == (2, 3) and stream.index == 0
     with stream:
@@ -318,7 +318,7 @@ def test_the_first_chunk_of_a_long_video_takes_the_steps_of_one_chunk():
 
 
 class Preview(torch.nn.Module):
-    """Forgets, and gives `factor` frames for each latent frame."""
+    """Forgets its past, and gives `factor` frames for each latent frame."""
 
     def __init__(self, factor=4):
         super().__init__()
@@ -331,7 +331,7 @@ class Preview(torch.nn.Module):
 
 
 @pytest.mark.parametrize("factor", [1, 4])
-def test_a_preview_vae_decodes_in_the_place_of_the_vae(factor):
+def test_preview_vae_decodes_instead_of_the_vae(factor):
     torch.manual_seed(0)
     pipe, preview = full_pipeline(), Preview(factor)
     pipe.vae_scale_factor_temporal = factor  # of the world's VAE
@@ -348,7 +348,7 @@ def test_latents_do_not_depend_on_the_preview_vae():
     torch.testing.assert_close(latents_of(chunks), latents_of(list(others)), atol=0, rtol=0)
 
 
-def test_a_tiled_vae_decodes_a_call_at_once_and_is_refused_in_a_stream():
+def test_tiled_vae_works_in_a_call_and_raises_in_a_stream():
     pipe, decodes = full_pipeline(), []
     pipe.vae.enable_tiling()
     decode = pipe.vae.decode
@@ -363,7 +363,7 @@ def test_a_tiled_vae_decodes_a_call_at_once_and_is_refused_in_a_stream():
 # Prompts
 
 
-def test_set_prompt_is_the_schedule_made_while_it_runs():
+def test_set_prompt_equals_a_schedule():
     pipe = full_pipeline()
     for transition in ("keep", "recache", "flush", "cut"):
         schedule = {"prompt_schedule": {2: "a green square"}, "prompt_transition": transition}
@@ -400,7 +400,7 @@ def test_set_prompt_twice_before_a_chunk_keeps_the_last():
         ({"prompt": "a", "blend_chunks": 1.5}, TypeError, "blend_chunks"),
     ],
 )
-def test_set_prompt_refuses_and_the_stream_goes_on(arguments, error, message):
+def test_invalid_set_prompt_raises_and_the_stream_continues(arguments, error, message):
     pipe = full_pipeline()
     expected = latents_of(list(pipe.stream(PROMPT, output_type="latent", **settings(3))))
     with pipe.stream(PROMPT, output_type="latent", **settings(3)) as stream:
@@ -414,7 +414,7 @@ def test_set_prompt_refuses_and_the_stream_goes_on(arguments, error, message):
 # Files
 
 
-def test_save_video_writes_what_the_stream_gives(tmp_path):
+def test_save_video_writes_the_frames_of_the_stream(tmp_path):
     pipe = full_pipeline()
     prompts, generator = [PROMPT, "a green square"], [seeded(1), seeded(2)]
     paths = pipe.stream(prompts, **settings(3, generator=generator)).save_video(tmp_path / "x.mp4", 8, progress=False)
@@ -433,7 +433,7 @@ def test_save_video_shows_chunks_seconds_rate_events_and_memory(tmp_path, capsys
     assert "0 held, 0 trimmed, 0 quarantined" in shown
 
 
-def test_save_video_of_latents_is_refused(tmp_path):
+def test_save_video_of_latents_raises(tmp_path):
     with full_pipeline().stream(PROMPT, output_type="latent", **settings(2)) as stream:
         with pytest.raises(ValueError, match="output_type"):
             stream.save_video(tmp_path / "x.mp4")
@@ -460,7 +460,7 @@ def test_save_video_of_latents_is_refused(tmp_path):
     ],
     ids=case_id,
 )
-def test_wrong_arguments_are_refused_at_once(arguments, error, message, tmp_path, monkeypatch):
+def test_wrong_arguments_raise_at_once(arguments, error, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pipe = full_pipeline()
     before = processors(pipe.transformer)
@@ -469,7 +469,7 @@ def test_wrong_arguments_are_refused_at_once(arguments, error, message, tmp_path
     assert processors(pipe.transformer) == before and not list(tmp_path.iterdir())
 
 
-def test_an_endless_call_is_no_call():
+def test_endless_call_raises():
     pipe = full_pipeline()
     assert len(pipe.plan(PROMPT, num_frames=None).sizes.chunk_partition) == 7  # the default
 
