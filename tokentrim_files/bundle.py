@@ -44,12 +44,21 @@ def is_bundle(path: Path) -> bool:
     return path.is_file() and MARK in path.read_text(errors="replace")[:1000]
 
 
-def sort_modules(path: Path) -> list[Path]:
-    """A module after all those that it imports."""
+def sort_modules(path: Path, sorted_: list[Path] | None = None) -> list[Path]:
+    """Sort the modules that a module needs: each comes after those that it imports.
+
+    Args:
+        path (`Path`): the module, which comes last.
+        sorted_ (`list[Path]`, *optional*): modules that are sorted already; the others are appended.
+    """
+    sorted_ = [] if sorted_ is None else sorted_
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level]
     imported = {path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py") for node in nodes}
-    needed = [each for module in sorted(imported) for each in sort_modules(module)]
-    return list(dict.fromkeys([*needed, path]))
+    for module in sorted(imported):
+        if module not in sorted_:
+            sort_modules(module, sorted_)
+    sorted_.append(path)
+    return sorted_
 
 
 def is_import(node: ast.stmt) -> bool:
