@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""`python -m tokentrim`: the command `tokentrim`, also where its script is not on the PATH."""
+"""`python -m tokentrim`: the command `tokentrim`, also if its script is not on the PATH."""
 
 import sys
 

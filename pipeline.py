@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What Diffusers reads where `custom_pipeline` is this directory or a Hub repository: all files, named one by one."""
+"""The file that Diffusers reads if `custom_pipeline` is this directory or a Hub repository. It names every module."""
 
 from .pipeline_tokentrim import TokenTrimPipeline
 from .tokentrim_backbones.attention import check_free

@@ -1,1 +1,1 @@
-"""What is written to disk beside videos: states of a run, checkpoints, the code as one file."""
+"""Files beside videos: states of a run, checkpoints, the code as one file."""

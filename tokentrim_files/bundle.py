@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The pipeline and its rooms as one file: what saved folders, the Hub and `examples/community` of Diffusers hold."""
+"""The pipeline and its rooms as one file, for saved folders, the Hub and `examples/community` of Diffusers."""
 
 import ast
 import sys
@@ -24,7 +24,7 @@ def bundle(pipeline: Path) -> str:
     The source of the pipeline and of every module that it needs, as one file.
 
     Args:
-        pipeline (`Path`): `pipeline_tokentrim.py`, beside its rooms, or a bundle, which is returned as it is.
+        pipeline (`Path`): `pipeline_tokentrim.py` beside its rooms, or a bundle, which is returned unchanged.
 
     Raises:
         `RuntimeError`: two modules define the same name.
@@ -35,7 +35,7 @@ def bundle(pipeline: Path) -> str:
     counts = Counter(name for _, _, defined in modules for name in defined)
     twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
-        raise RuntimeError(f"One file can define a name once only, but these are defined in two modules: {twice}.")
+        raise RuntimeError(f"One file can define a name only once, but two modules define {twice}.")
     imports = merge_imports([node for nodes, _, _ in modules for node in nodes])
     return "\n\n\n".join([f"{HEADER}\n{imports}", *(text for _, text, _ in modules)]) + "\n"
 
@@ -69,7 +69,7 @@ def is_import(node: ast.stmt) -> bool:
 
 
 def split_module(path: Path) -> tuple[list[ast.stmt], str, list[str]]:
-    """Imports from other packages, the rest of the text, and the names that it defines."""
+    """Split a module into imports from other packages, the rest, and the names that it defines."""
     source = path.read_text()
     docstring, *nodes = ast.parse(source).body
     lines = source.splitlines()
@@ -83,7 +83,7 @@ def split_module(path: Path) -> tuple[list[ast.stmt], str, list[str]]:
 
 
 def defined_names(node: ast.stmt) -> list[str]:
-    """The names that a statement defines at the top of its module."""
+    """The names that a top-level statement defines."""
     if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
         return [node.name]
     targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
@@ -91,7 +91,7 @@ def defined_names(node: ast.stmt) -> list[str]:
 
 
 def merge_imports(nodes: list[ast.stmt]) -> str:
-    """Each module once, in the order of isort."""
+    """Merge imports: each module once, in the order of isort."""
     whole, parts = set(), {}
     for node in nodes:
         if isinstance(node, ast.Import):

@@ -1,1 +1,1 @@
-"""Latents to frames, frames to files, and looking at a run."""
+"""Latents to frames, frames to files, and pictures of a run."""

@@ -21,13 +21,13 @@ PREVIEW_OVERLAP = 8  # latent frames; TAEHV's decoder remembers 3 + 3 + 3 / 2
 
 class FrameDecoder:
     r"""
-    Decodes a video of an [`AutoencoderKLWan`] chunk by chunk, bit for bit as `vae.decode` of all latents (fp32, CPU,
-    latent frames of at least 12 positions: below that, torch rounds a convolution of one frame differently).
+    Decodes the latents of an [`AutoencoderKLWan`] chunk by chunk, with the same bits as `vae.decode` of all latents (fp32,
+    CPU, latent frames of at least 12 positions; for fewer, torch rounds a convolution of one frame differently).
 
     Args:
         vae ([`AutoencoderKLWan`]):
-            Where its `decode` takes `cache=`, that is called; otherwise its `post_quant_conv` and `decoder`, behind its
-            offload hook. With slicing enabled every video is decoded by itself.
+            The decoder calls its `decode` if that accepts `cache=`, otherwise its `post_quant_conv` and `decoder`, behind its
+            offload hook. With slicing enabled, every video is decoded separately.
 
     Raises:
         `ValueError`: tiling is enabled (here or at a later [`decode`]).
@@ -42,16 +42,16 @@ class FrameDecoder:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         r"""
-        The frames of the next chunk. If it raises, the decoder is as before.
+        Decode the next chunk. If it raises, the decoder is unchanged.
 
         Args:
-            latents (`torch.Tensor`): as the transformer makes them, (B, C, latent frames, H, W).
+            latents (`torch.Tensor`): of the transformer, (B, C, latent frames, H, W).
 
         Returns:
             `torch.Tensor`: (B, 3, frames, height, width) in [-1, 1], in the VAE's dtype.
 
         Raises:
-            `ValueError`: another shape than the chunks before, or tiling is enabled.
+            `ValueError`: the shape differs from earlier chunks, or tiling is enabled.
         """
         check(latents.ndim == 5 and latents.shape[2] > 0, "latents", latents, "(B, C, T, H, W) with T > 0")
         shape = [*latents.shape[:2], *latents.shape[3:]]
@@ -70,11 +70,11 @@ class FrameDecoder:
         return torch.cat([frames for frames, _ in decoded])
 
     def state_dict(self) -> dict:
-        """What the next chunk depends on, as lists of tensors, `None` and strings (Wan marks a first frame "Rep")."""
+        """The state that the next chunk depends on, as lists of tensors, `None` and strings (Wan marks a first frame "Rep")."""
         return {"shape": self.shape, "features": self.features}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where another decoder of the same VAE stood."""
+        """Continue from the state of another decoder of the same VAE."""
         self.shape = None if state["shape"] is None else list(state["shape"])
         self.features = None if state["features"] is None else list(state["features"])
 
@@ -82,15 +82,15 @@ class FrameDecoder:
         if getattr(self.vae, "use_tiling", False):
             raise ValueError(
                 "Frames cannot be decoded chunk by chunk while the VAE tiles them: call `vae.disable_tiling()`. "
-                "A chunk needs little memory without."
+                "A chunk needs little memory without tiling."
             )
 
     def scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        """Of the VAE's own scale and dtype."""
+        """The latents in the VAE's scale and dtype."""
         return scaled_latents(self.vae, latents)
 
     def decode_part(self, latents: torch.Tensor, features: list | None) -> tuple[torch.Tensor, list]:
-        """Frames, and the features that the next chunk reads."""
+        """Returns frames, and the features that the next chunk reads."""
         if takes_cache(self.vae) and not self.vae.use_slicing:  # with both, `decode` refuses
             return decode_with_cache(self.vae, latents, features)
         return decode_with_features(self.vae, latents, features)
@@ -98,19 +98,19 @@ class FrameDecoder:
 
 class PreviewDecoder(FrameDecoder):
     r"""
-    The same for a small VAE that reads the transformer's latents as they are, without `latents_mean` and `latents_std`.
+    The same for a small VAE that reads the transformer's latents directly, without `latents_mean` and `latents_std`.
 
     Args:
         vae (`torch.nn.Module`):
             One of:
-            - `decode(z, return_dict=False, cache=)` as Diffusers' `AutoencoderTinyVideo` has it: (B, C, T, H, W) to
+            - `decode(z, return_dict=False, cache=)` of Diffusers' `AutoencoderTinyVideo`: (B, C, T, H, W) to
               (B, 3, frames, H, W) in [-1, 1]. Exact;
-            - `decode_video(z, show_progress_bar=False)` as TAEHV has it: (B, T, C, H, W) to (B, frames, 3, H, W) in
+            - `decode_video(z, show_progress_bar=False)` of TAEHV: (B, T, C, H, W) to (B, frames, 3, H, W) in
               [0, 1];
-            - `decode(z)` of Diffusers' shapes and range; a tensor, a tuple, or an output with `sample`.
-            The last two forget: each call decodes the last `overlap` latent frames once more.
+            - `decode(z)` with Diffusers' shapes and range, which returns a tensor, a tuple, or an output with `sample`.
+            The last two keep no state: each call decodes the last `overlap` latent frames again.
         temporal_factor (`int`, defaults to `4`): frames of a latent frame (the first one of a video may give fewer).
-        overlap (`int`, defaults to `8`): latent frames that a chunk is decoded after; 8 is all that TAEHV remembers.
+        overlap (`int`, defaults to `8`): latent frames decoded before a chunk; TAEHV remembers 8.
     """
 
     def __init__(self, vae: Any, temporal_factor: int = 4, overlap: int = PREVIEW_OVERLAP):
@@ -142,7 +142,7 @@ class PreviewDecoder(FrameDecoder):
 
 
 def make_decoder(vae: Any, preview_vae: Any = None, temporal_factor: int = 4) -> FrameDecoder:
-    """A decoder for one video or batch: of `preview_vae` if there is one, otherwise of the pipeline's own VAE."""
+    """A decoder for one video or batch: of `preview_vae` if it is set, otherwise of the pipeline's VAE."""
     return FrameDecoder(vae) if preview_vae is None else PreviewDecoder(preview_vae, temporal_factor)
 
 
@@ -155,7 +155,7 @@ def scaled_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def latents_kept(latents: torch.Tensor) -> Iterator[None]:
-    """A decoding inside may fail, as where memory runs out: the error has `latents`, so that the run is not lost."""
+    """Attach `latents` to an error of the decoding inside, for example out of memory, so that the run is not lost."""
     try:
         yield
     except Exception as error:
@@ -165,7 +165,7 @@ def latents_kept(latents: torch.Tensor) -> Iterator[None]:
 
 
 def decode_all(pipe: Any, latents: torch.Tensor, output_type: str, num_frames: int | None) -> Any:
-    """Videos of all latents at once, or their first frames; none where a run was interrupted in its first chunk."""
+    """Decode all latents at once, or their first frames; returns no frames if a run was interrupted in its first chunk."""
     with latents_kept(latents):
         if latents.shape[2] > 0:
             video = pipe.vae.decode(scaled_latents(pipe.vae, latents), return_dict=False)[0]
@@ -175,7 +175,7 @@ def decode_all(pipe: Any, latents: torch.Tensor, output_type: str, num_frames: i
         return pipe.video_processor.postprocess_video(video[:, :, :num_frames], output_type=output_type)
 
 
-@apply_forward_hook  # as `vae.decode` has it; `vae.decoder` has not
+@apply_forward_hook  # `vae.decode` does this, `vae.decoder` does not
 def decode_with_features(vae: Any, latents: torch.Tensor, features: list | None) -> tuple[torch.Tensor, list]:
     """`AutoencoderKLWan._decode`, with the features of its causal convolutions as a value."""
     num_features = sum(isinstance(module, torch.nn.Conv3d) for module in vae.decoder.modules())
@@ -203,7 +203,7 @@ def decode_with_cache(vae: Any, latents: torch.Tensor, features: list | None) ->
 
 @apply_forward_hook
 def decode_whole(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """One call of a VAE that forgets, with Diffusers' shapes and range."""
+    """One call of a VAE without state, with Diffusers' shapes and range."""
     if hasattr(vae, "decode_video"):  # TAEHV: (B, T, C, H, W), [0, 1]
         return vae.decode_video(latents.transpose(1, 2), show_progress_bar=False).transpose(1, 2) * 2 - 1
     decoded = vae.decode(latents)
@@ -218,13 +218,13 @@ def takes_cache(vae: Any) -> bool:
 
 
 def cache_type(vae: Any) -> type:
-    """The class that `decode` is annotated to take: `WanDecodeCache` of `cache: WanDecodeCache | None`."""
+    """The class in the annotation of `decode`: `WanDecodeCache` of `cache: WanDecodeCache | None`."""
     hint = typing.get_type_hints(type(vae).decode)["cache"]
     return next(each for each in (*typing.get_args(hint), hint) if each is not type(None))
 
 
 def to_device(features: Any, device: torch.device) -> Any:
-    """Lists of lists of tensors; a loaded state may lie elsewhere than the latents."""
+    """Move lists of lists of tensors to the device of the latents, because a loaded state may lie elsewhere."""
     if isinstance(features, list):
         return [to_device(each, device) for each in features]
     return features.to(device) if isinstance(features, torch.Tensor) else features
