@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from research.benchmarks.conversion import write_sparse
 from tokentrim.tools.cli import main
 from tokentrim.tools.convert import load_original_transformer
-from tokentrim.tools.headers import DTYPES, TensorInfo, read_header
+from tokentrim.tools.headers import read_header
 from tokentrim.tools.original import list_shapes
+from tokentrim.tools.tensor_info import DTYPES, TensorInfo
 from tokentrim.tools.tensors import write_safetensors
 
 

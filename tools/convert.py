@@ -86,7 +86,7 @@ class OriginalTransformer:
             weight = read(name)
             require(is_finite(weight), "path", "finite", f"{name} of {original.path} holds NaN or Inf")
             if lora is not None and name in lora.pairs:
-                weight = merge_pair(weight, lora.pairs[name], read_matrix)
+                weight = merge_pair(weight, lora.pairs[name], lora.path, read_matrix)
                 require(is_finite(weight), "lora", "finite", f"with {lora.path}, {name} holds NaN or Inf")
             if not weight.any():
                 self.zeros.append(name)

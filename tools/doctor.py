@@ -27,6 +27,9 @@ LEVELS = (0.8, 0.65, 0.5)  # of noise at which the order of frames is tested
 # What of the error is left where a model can read its neighbour. In 12 videos of the three shipped worlds and 3 of the
 # doctor's own 0.13 to 0.53 beside the past; in 5 of a world whose attention was trained without order, 0.80 to 1.10.
 HELPS = 0.7
+# Relative distance of the embeddings of two prompts. Those of the shipped worlds' encoders: 0.40 to 1.30.
+LISTENS = 0.01
+OTHER_PROMPTS = ("a green ring moving up over a white background", "an empty street at night, seen from above")
 GIB = 2**30
 
 
@@ -69,6 +72,8 @@ def examine(
         odd.append(f"NaN or Inf in the weights: {', '.join(broken[:3])}" + (", ..." if len(broken) > 3 else ""))
         found |= dict.fromkeys(("numbers", "order", "speed"), "not tried: the weights are not finite")
         return found, odd
+    if pipe.text_encoder is not None and pipe.tokenizer is not None:
+        odd += check_text_encoder(pipe, prompt)
     latents, frames, text, seconds = run_two_chunks(pipe, prompt, height, width)
     found["numbers"] = (
         f"all finite: weights and two chunks; latents of mean {latents.mean():.2f} and deviation {latents.std():.2f}"
@@ -190,6 +195,26 @@ def list_broken_weights(pipe: TokenTrimPipeline) -> list[str]:
         for key, weight in model.state_dict().items()
         if weight.is_floating_point() and not torch.isfinite(weight.float()).all()
     ]
+
+
+@torch.no_grad()
+def check_text_encoder(pipe: TokenTrimPipeline, prompt: str) -> list[str]:
+    """Encode two prompts of different tokens: what is odd if a text encoder makes the same of both, or no numbers."""
+    length = pipe.config.get("max_sequence_length") or 512
+    tokens, embeds = [], []
+    for each in (prompt, *OTHER_PROMPTS):
+        tokens.append(pipe.tokenizer(each).input_ids)
+        if len(tokens) == 1 or tokens[-1] != tokens[0]:
+            encoded = pipe.encode_prompt(each, do_classifier_free_guidance=False, max_sequence_length=length)[0]
+            embeds.append(encoded.float())
+    if not all(each.isfinite().all() for each in embeds):
+        return ["the text encoder gives NaN or Inf"]
+    if len(embeds) == 1:
+        return ["the tokenizer gives the same tokens for different prompts"]
+    distance = max((each - embeds[0]).norm() / max(each.norm(), embeds[0].norm(), 1e-12) for each in embeds[1:])
+    if distance >= LISTENS:
+        return []
+    return [f"the text encoder does not listen: embeddings of two prompts differ by {100 * distance:.2g}%"]
 
 
 def run_two_chunks(

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
-from .headers import TensorInfo
 from .lora import read_lora
 from .original import check_whole, infer_config, list_shapes, read_original
 from .presets import check_size, count_held_frames, list_presets
+from .tensor_info import TensorInfo
 
 
 HEIGHT, WIDTH, VAE_FACTOR = 480, 832, 8

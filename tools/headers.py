@@ -1,81 +1,19 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """What a weights file holds, from its header alone: names, shapes and dtypes, without a tensor and without PyTorch."""
 
-import json
 import os
 import pickle
 import struct
-import zipfile
-import zlib
-from collections import OrderedDict
-from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from .pickles import read_zip
+from .tensor_info import DAMAGED, DTYPES, MAX_HEADER, TensorInfo, brief, listed, load_json, read_shape
 
 
 FORMATS = (
     "a .pt file in the zip format of `torch.save`, a .safetensors file, its .safetensors.index.json, or their folder"
 )
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "UntypedStorage": "uint8",
-}
-SIZES = {"64": 8, "32": 4, "16": 2, "t8": 1}  # bytes, by the end of a dtype's name
-
-
-DAMAGED = (  # what Python's readers raise for a file that is none of theirs
-    zipfile.BadZipFile,
-    zlib.error,
-    json.JSONDecodeError,
-    UnicodeDecodeError,
-    struct.error,
-    LookupError,
-    TypeError,
-    AttributeError,
-    NotImplementedError,
-    EOFError,
-    OSError,
-)
-
-
-class TensorInfo(NamedTuple):
-    """A tensor in a file."""
-
-    dtype: str  # as PyTorch names it
-    shape: tuple[int, ...]
-    file: Path
-
-    @property
-    def is_float(self) -> bool:
-        return "float" in self.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        size = 1 if "float8" in self.dtype or self.dtype == "bool" else SIZES[self.dtype[-2:]]
-        return prod(self.shape) * size
 
 
 def read_header(path: Path) -> Any:
@@ -121,11 +59,16 @@ def read_folder(folder: Path) -> dict[str, TensorInfo]:
 
 
 def read_index(path: Path) -> dict[str, TensorInfo]:
-    names = json.loads(path.read_text())["weight_map"]
+    if path.stat().st_size > MAX_HEADER:
+        raise EOFError(f"an index of {path.stat().st_size} bytes is more than {MAX_HEADER}")
+    names = load_json(path.read_text())["weight_map"]
+    for name in set(names.values()):
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise ValueError(f"`path` must be an index of .safetensors files beside it, but {path} names {name!r}.")
     tensors = merge([path.parent / name for name in sorted(set(names.values()))])
     missing = [name for name in names if name not in tensors]
     if missing:
-        raise ValueError(f"`path` must be complete, but the files of {path} have no {', '.join(missing)}.")
+        raise ValueError(f"`path` must be complete, but the files of {path} have no {listed(missing)}.")
     return {name: tensors[name] for name in names}
 
 
@@ -139,7 +82,7 @@ def merge(files: list[Path]) -> dict[str, TensorInfo]:
 
 
 def read_safetensors(path: Path) -> dict[str, TensorInfo]:
-    """Names in a file of the format: 8 bytes of length, a JSON header, and the tensors' bytes up to the end."""
+    """Names in a file of the format: 8 bytes of length, a JSON header, and the tensors' bytes, gapless up to the end."""
     header = read_safetensors_header(path)
     header.pop("__metadata__", None)
     return {name: TensorInfo(DTYPES[each["dtype"]], tuple(each["shape"]), path) for name, each in header.items()}
@@ -151,80 +94,32 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > size - 8:
             raise EOFError(f"its header ends at byte {length + 8} of {size}")
-        header = json.loads(file.read(length))
-    end = (
-        length
-        + 8
-        + max((each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"), default=0)
-    )
-    if end != size:
-        raise EOFError(f"it should end at byte {end}, and ends at {size}")
+        if length > MAX_HEADER:
+            raise EOFError(f"its header has {length} bytes, more than {MAX_HEADER}")
+        header = load_json(file.read(length))
+    if not isinstance(header, dict):
+        raise TypeError(f"its header is a {type(header).__name__}")
+    entries = {name: each for name, each in header.items() if name != "__metadata__"}
+    end = 0
+    for name, (start, stop) in sorted(read_offsets(path, entries).items(), key=lambda item: item[1]):
+        if start != end:
+            raise EOFError(f"its {brief(name)} should begin at byte {end} of the tensors, and begins at {start}")
+        end = stop
+    if length + 8 + end != size:
+        raise EOFError(f"it should end at byte {length + 8 + end}, and ends at {size}")
     return header
 
 
-def read_zip(path: Path) -> Any:
-    with path.open("rb") as file:
-        if file.read(1) == pickle.PROTO:
-            raise zipfile.BadZipFile("it is a bare pickle, as `torch.save` wrote before PyTorch 1.6: save it again")
-    with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(names) != 1:
-            raise zipfile.BadZipFile("it is a zip file that `torch.save` did not write")
-        with archive.open(names[0]) as file:
-            try:
-                return Unpickler(file, path).load()
-            except (pickle.UnpicklingError, *DAMAGED):
-                raise
-            except Exception as error:  # bytes that are no pickle can raise whatever they like
-                raise zipfile.BadZipFile(f"its pickle is damaged: {type(error).__name__}: {error}") from error
-
-
-def check_sums(path: Path) -> None:
-    """
-    Read a file of `torch.save` as a whole, and compare it with the checksums that it holds; PyTorch does not.
-
-    Raises:
-        `ValueError`: a part of it is not what was written.
-    """
-    with zipfile.ZipFile(path) as archive:
-        try:
-            damaged = archive.testzip()
-        except DAMAGED as error:
-            damaged = str(error)
-    if damaged is not None:
-        raise ValueError(
-            f"`path` must be whole, but {path} is damaged: checksums do not fit ({damaged}). Download it again; one that"
-            " was saved without checksums must be saved again."
-        )
-
-
-class Unpickler(pickle.Unpickler):
-    """Plain values, and what the header of a tensor says; a storage is replaced by its dtype, and any other class or
-    function is refused."""
-
-    def __init__(self, file: Any, path: Path):
-        super().__init__(file)
-        self.path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"):
-            return getattr(self, name)
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return STORAGES[name]
-        if module == "torch" and name in (*DTYPES.values(), "Size"):
-            return tuple if name == "Size" else name
-        raise pickle.UnpicklingError(f"Unsupported class {module}.{name}")
-
-    def persistent_load(self, key: tuple) -> str:
-        return key[1]  # ("storage", its class, its file, device, size)
-
-    def _rebuild_tensor_v2(self, storage: str, offset: int, size: tuple, *_: Any) -> TensorInfo:
-        return TensorInfo(storage, tuple(size), self.path)
-
-    def _rebuild_tensor_v3(self, storage, offset, size, stride, requires_grad, hooks, dtype, *_) -> TensorInfo:
-        return TensorInfo(dtype, tuple(size), self.path)
-
-    def _rebuild_parameter(self, tensor: TensorInfo, *_: Any) -> TensorInfo:
-        return tensor
+def read_offsets(path: Path, entries: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Where each tensor begins and ends, as far as its dtype and shape need."""
+    offsets = {}
+    for name, each in entries.items():
+        if each["dtype"] not in DTYPES:
+            raise TypeError(f"its {brief(name)} has the unknown dtype {brief(each['dtype'])}")
+        needs = TensorInfo(DTYPES[each["dtype"]], read_shape(name, each["shape"]), path).num_bytes
+        start, stop = each["data_offsets"] if len(each["data_offsets"]) == 2 else (None, None)
+        if not (type(start) is type(stop) is int and start >= 0 and stop - start == needs):
+            given = brief(each["data_offsets"])
+            raise EOFError(f"its {brief(name)} needs {needs} bytes by dtype and shape, but has the offsets {given}")
+        offsets[name] = start, stop
+    return offsets

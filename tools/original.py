@@ -9,13 +9,26 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .headers import TensorInfo, read_header
+from .headers import read_header
+from .tensor_info import TensorInfo, brief, listed
 
 
 logger = logging.getLogger("tokentrim.convert")
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")  # anywhere in a key
 PREFIXES = ("module.", "model.", "diffusion_model.")  # at its start
+# The largest sizes that are believed: many times those of published models (14B: 40 blocks of width 5120).
+LIMITS = {
+    "num_attention_heads": 1024,
+    "attention_head_dim": 1024,
+    "in_channels": 1024,
+    "out_channels": 1024,
+    "text_dim": 2**16,
+    "freq_dim": 2**16,
+    "ffn_dim": 2**18,
+    "num_layers": 512,
+    "rope_max_seq_len": 2**16,
+}
 LAYOUTS = "{'generator': ..., 'generator_ema': ...}, {'model': ...} or a bare state dict"
 
 
@@ -72,21 +85,29 @@ def choose_weights(path: Path, file: Any, ema: bool | None) -> tuple[str | None,
         file = {"state dict": file}
     plain = next((name for name in ("generator", "model", "state dict") if name in file), None)
     has_ema = "generator_ema" in file
-    require(plain or has_ema, "path", layouts, f"the top level of {path} is {list(file)}")
+    require(plain or has_ema, "path", layouts, f"the top level of {path} is {brief(list(file))}")
     require(has_ema or not ema, "ema", "None or False for a file without EMA weights", f"{path} has only {plain!r}")
     valid = "None or True for a file with EMA weights alone"
     require(plain or ema is not False, "ema", valid, f"{path} has only 'generator_ema'")
 
     chosen = "generator_ema" if has_ema and ema is not False else plain
-    state = file[chosen]
+    state, hint = file[chosen], ""
+    if has_ema:
+        flag, other = ("--no-ema", plain) if chosen == "generator_ema" else ("--ema", "generator_ema")
+        hint = f"; {flag} takes {other!r}" if other else "; --no-ema would take 'generator', which is missing"
     valid = "a file whose weights are a state dict of floating-point tensors"
-    require(isinstance(state, Mapping), "path", valid, f"in {path} {chosen!r} is a {type(state).__name__}")
-    others = [key for key, value in state.items() if not (isinstance(value, TensorInfo) and value.is_float)]
-    require(not others, "path", valid, f"in {path} {chosen!r} also holds {others}")
-    left = ", ".join(name for name in file if name != chosen) or "nothing"
+    given = f"in {path} {chosen!r} is {'empty' if isinstance(state, Mapping) else f'a {type(state).__name__}'}{hint}"
+    require(isinstance(state, Mapping) and len(state) > 0, "path", valid, given)
+    others = [key for key, value in state.items() if not (type(key) is str and is_weight(value))]
+    require(not others, "path", valid, f"in {path} {chosen!r} also holds {listed(others)}")
+    left = listed([name for name in file if name != chosen]) or "nothing"
     note = "" if has_ema else " (there are no EMA weights)"
     logger.info("file      %s: takes %s%s, leaves %s", path, chosen, note, left)
     return None if bare else chosen, state
+
+
+def is_weight(value: Any) -> bool:
+    return isinstance(value, TensorInfo) and value.is_float
 
 
 def strip_prefixes(path: Path, keys: list[str]) -> dict[str, str]:
@@ -114,8 +135,10 @@ def infer_config(path: Path, tensors: Mapping[str, TensorInfo], attention_head_d
     require(not lacks, "path", "a Wan transformer under its original names", given)
     width, in_channels, *patch_size = shapes["patch_embedding"]
     valid = f"a divisor of the width {width} of {path}"
-    require(width % attention_head_dim == 0, "attention_head_dim", valid, f"is {attention_head_dim}")
-    return {
+    is_size = type(attention_head_dim) is int and attention_head_dim > 0
+    require(is_size and width % attention_head_dim == 0, "attention_head_dim", valid, f"is {attention_head_dim!r}")
+    require(all(0 < side <= 64 for side in patch_size), "path", "of patches of 1 to 64", f"{path} has {patch_size}")
+    config = {
         "patch_size": tuple(patch_size),
         "num_attention_heads": width // attention_head_dim,
         "attention_head_dim": attention_head_dim,
@@ -126,6 +149,15 @@ def infer_config(path: Path, tensors: Mapping[str, TensorInfo], attention_head_d
         "ffn_dim": shapes["blocks.0.ffn.0"][0],
         "num_layers": len({match[0] for match in map(re.compile(r"blocks\.\d+\.").match, tensors) if match}),
     }
+    check_limits("path", path, config)
+    return config
+
+
+def check_limits(name: str, path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse sizes of a config that no model has: a file may promise any, and they decide how much is allocated."""
+    for key in LIMITS.keys() & config.keys():
+        size, valid = config[key], f"of a `{key}` of 1 to {LIMITS[key]}"
+        require(type(size) is int and 0 < size <= LIMITS[key], name, valid, f"{path} has {brief(size)}")
 
 
 def list_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -168,5 +200,5 @@ def check_whole(original: Original, config: Mapping[str, Any]) -> None:
             if tensor.shape != expected.get(name, tensor.shape)
         ],
     }
-    report = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in wrong.items() if names)
+    report = "; ".join(f"{len(names)} {what}: {listed(names, 30)}" for what, names in wrong.items() if names)
     require(not report, "path", "a text-to-video Wan transformer", f"in {original.path} are {report}")

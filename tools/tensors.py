@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .headers import DTYPES, TensorInfo, check_sums
-from .lora import Pair
+from .lora import Pair, check_alpha
+from .pickles import check_sums
+from .tensor_info import DTYPES, TensorInfo
 
 
 CODES = {name: code for code, name in DTYPES.items()}
@@ -57,9 +58,11 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all())
 
 
-def merge_pair(weight: torch.Tensor, pair: Pair, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """W + (alpha / rank) B A, in fp32."""
-    alpha = float(read(pair.alpha)) if isinstance(pair.alpha, str) else pair.alpha
+def merge_pair(weight: torch.Tensor, pair: Pair, path: Path, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """W + (alpha / rank) B A, in fp32; raises `ValueError` naming the LoRA's `path` if its alpha is not finite."""
+    alpha = pair.alpha
+    if isinstance(alpha, str):
+        alpha = check_alpha(path, read(alpha).item(), alpha)
     scale = 1.0 if alpha is None else alpha / pair.rank
     return torch.addmm(weight.float(), read(pair.up).float(), read(pair.down).float(), alpha=scale)
 
