@@ -56,6 +56,7 @@ from .tokentrim_files.run_state import (
     recall,
     record_call,
     settings_of,
+    whole_state,
 )
 from .tokentrim_frames.colors import color_drift
 from .tokentrim_frames.comparison import Comparison
@@ -420,17 +421,21 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
             `ValueError`: no whole state, other weights, or other arguments; what differs is in the message.
         """
         state = load_state(state_dir)
-        keep_method(state, DEFAULT_METHOD)
-        call = recall(state["call"], objects)
-        check_same(state["settings"], settings_of(self), [name for name in SETTINGS if call[name] is not None])
-        check_weights(state["weights"], {"transformer": self.transformer, "vae": self.vae, "preview_vae": preview_vae})
-        run = self.begin(plan_rollout(self, call, may_be_endless=True))
-        run.load_state_dict(state["run"])
-        decoder = None if state["decoder"] is None else self._make_decoder(preview_vae)
-        if decoder is not None:
-            decoder.load_state_dict(state["decoder"])
-        saved = [state.get(name) for name in ("save_every", "call", "files", "undecoded")]
-        return Stream(self, run, decoder, state_dir, *saved)
+        with whole_state(state_dir):
+            keep_method(state, DEFAULT_METHOD)
+            call = recall(state["call"], objects)
+            check_same(state["settings"], settings_of(self), [name for name in SETTINGS if call[name] is not None])
+            models = {"transformer": self.transformer, "vae": self.vae, "preview_vae": preview_vae}
+            check_weights(state["weights"], models)
+            plan = plan_rollout(self, call, may_be_endless=True)
+        run = self.begin(plan)
+        with whole_state(state_dir):
+            run.load_state_dict(state["run"])
+            decoder = None if state["decoder"] is None else self._make_decoder(preview_vae)
+            if decoder is not None:
+                decoder.load_state_dict(state["decoder"])
+            saved = [state.get(name) for name in ("save_every", "call", "files", "undecoded")]
+            return Stream(self, run, decoder, state_dir, *saved)
 
     @torch.no_grad()
     def plan(self, *args, **kwargs) -> RolloutPlan:

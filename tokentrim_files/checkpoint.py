@@ -17,6 +17,16 @@ INDEX, PIPELINE, PIPELINE_FILE = "model_index.json", "TokenTrimPipeline", "pipel
 # Arguments of the call that default to what travels with a checkpoint.
 SCHEDULE_SETTINGS = ("num_inference_steps", "height", "width", "max_sequence_length")
 ROLLOUT_SETTINGS = ("rollout", "num_frames_per_chunk", "window_size", "num_sink_frames", "relative_positions")
+# The largest that are believed: a stranger's checkpoint says how much a call allocates.
+SETTINGS_LIMITS = {
+    "num_inference_steps": 1000,
+    "height": 2**14,
+    "width": 2**14,
+    "max_sequence_length": 2**14,
+    "num_frames_per_chunk": 2**10,
+    "window_size": 2**16,
+    "num_sink_frames": 2**16,
+}
 SETTINGS = (*ROLLOUT_SETTINGS, *SCHEDULE_SETTINGS, "method", "layout", "prompt_transition")
 
 
@@ -29,6 +39,17 @@ def check_portable(settings: dict[str, Any]) -> None:
             portable = False
         valid = "a name, a number or a dict of settings, to travel with a checkpoint; the call takes the others"
         check(portable, name, value, valid, TypeError)
+        _check_limits(name, value)
+
+
+def _check_limits(name: str, value: Any) -> None:
+    """Refuse a setting, also inside of a layout's or a method's, that is beyond its limit."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            _check_limits(key, each)
+    elif name in SETTINGS_LIMITS and isinstance(value, (int, float)):
+        largest = SETTINGS_LIMITS[name]
+        check(value <= largest, name, value, f"at most {largest}, to travel with a checkpoint")
 
 
 def write_code(folder: str | os.PathLike, pipeline: Path) -> None:

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..tokentrim_checks import check
+from ..tokentrim_checks import check, shown
 
 
 CODE_VERSION = "0.1.0"  # the package's, also where these files are loaded without it
 STATE_VERSION = 1  # of the format
 STATE, TENSORS = "state.json", "tensors.safetensors"
+UNREADABLE = (  # what damaged and made-up states raise, of JSON, safetensors, PyTorch, and Python where they are used
+    OSError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    OverflowError,
+    SafetensorError,
+)
 state_logger = logging.getLogger("tokentrim.state")
 
 
@@ -82,27 +94,49 @@ def load_state(folder: str | os.PathLike) -> dict:
     for path in reversed(_states(Path(folder))):
         try:
             record = json.loads((path / STATE).read_text())
-            version = record["version"]
-        except (OSError, KeyError, TypeError, ValueError):
+            version, code, plain = record["version"], record.get("code", "unknown versions"), record["state"]
+            text = json.dumps(plain)
+        except UNREADABLE:
             damaged.append(path.name)
             continue
-        code, ours = record.get("code", "unknown versions"), _code_versions()
+        ours = _code_versions()
         if version != STATE_VERSION:
             valid = f"a state of format {STATE_VERSION}, as {ours} writes it"
-            raise ValueError(f"`state_dir` must hold {valid}, but {path} has format {version}, by {code}.")
+            raise ValueError(
+                f"`state_dir` must hold {valid}, but {path} has format {shown(version)}, by {str(code)[:100]}."
+            )
         try:
-            plain = json.dumps(record["state"])
-            if [_sha256(plain.encode()), _sha256_of_file(path / TENSORS)] == record["sha256"]:
+            if [_sha256(text.encode()), _sha256_of_file(path / TENSORS)] == record["sha256"]:
                 if code != ours:
-                    state_logger.warning(
-                        "%s was written by %s, and goes on with %s: bits may differ.", path, code, ours
-                    )
-                return _with_tensors(record["state"], load_file(path / TENSORS))
-        except (OSError, KeyError):
-            pass
-        damaged.append(path.name)
+                    message = "%s was written by %s, and goes on with %s: bits may differ."
+                    state_logger.warning(message, path, code, ours)
+                state = _with_tensors(plain, load_file(path / TENSORS))
+                return {**{}, **state}  # a dict, or a `TypeError`
+            damaged.append(path.name)
+        except UNREADABLE as error:
+            damaged.append(f"{path.name} ({brief_reason(error)})")
     valid = "a folder with a whole state" + (f", but {', '.join(damaged)} are damaged" if damaged else "")
     raise ValueError(f"`state_dir` must be {valid}; it is {str(folder)!r}.")
+
+
+@contextmanager
+def whole_state(folder: str | os.PathLike) -> Iterator[None]:
+    """What goes wrong inside, where a state is put into a run, is a `ValueError` that names the folder: a state may be whole
+    and yet hold what no run saved."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        if str(error).startswith("`"):  # says which argument
+            raise
+        reason = brief_reason(error)
+        valid = "a folder with a state that a stream saved"
+        raise ValueError(f"`state_dir` must be {valid}, but that of {str(folder)!r} is not: {reason}") from error
+
+
+def brief_reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def has_state(folder: str | os.PathLike) -> bool:

@@ -4,7 +4,6 @@
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -19,16 +18,18 @@ from transformers import AutoConfig, AutoTokenizer, UMT5Config
 from ..pipeline_tokentrim import TokenTrimPipeline
 from ..tokentrim_checks import check_choice
 from ..tokentrim_files.checkpoint import INDEX
+from .copying import check_links, copy_part, name_weights
 from .folders import check_new_folder, new_folder
 from .headers import read_header
 from .lora import read_lora
-from .original import check_whole, infer_config, list_shapes, read_original, require
+from .original import check_limits, check_whole, infer_config, list_shapes, read_original, require
 from .presets import PRESETS, SCHEDULES, check_size
 from .tensors import TensorReader, is_finite, merge_pair, write_safetensors
 
 
 logger = logging.getLogger("tokentrim.convert")
 
+STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model"}  # names of weights
 BASE_PARTS = {  # library and class, as a checkpoint's index names them
     "tokenizer": ["transformers", None],
     "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -175,6 +176,7 @@ def convert_checkpoint(
         valid = f"a Wan2.1 folder in Diffusers format, with {', '.join(f'{part}/' for part in BASE_PARTS)}"
         require((base / name).is_dir(), "base", valid, f"{base} has no {name}/")
 
+    check_links("base", base)
     source = OriginalTransformer(path, ema, dtype, lora=lora, **_base_config(base))
     config = source.config
     check_size(preset, config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"])
@@ -188,7 +190,9 @@ def convert_checkpoint(
     pipe = TokenTrimPipeline(tokenizer, None, source.model, None, scheduler, **PRESETS[preset])
     with new_folder(out) as folder:
         for name in BASE_PARTS:
-            shutil.copytree(base / name, folder / name, ignore=shutil.ignore_patterns(".*"))
+            copy_part(base / name, folder / name, STEMS.get(name))
+            if name in STEMS:
+                read_header(folder / name)  # complete, also by the index of a variant
         pipe.save_config(folder)
         _name_parts(folder / INDEX, tokenizer)
         pipe.scheduler.save_pretrained(folder / "scheduler")
@@ -205,7 +209,9 @@ def _base_config(base: Path) -> dict[str, Any]:
     if not (base / "transformer" / WanTransformer3DModel.config_name).is_file():
         return {}
     config = WanTransformer3DModel.load_config(base / "transformer", local_files_only=True)
-    return {name: config[name] for name in ("attention_head_dim", "eps", "rope_max_seq_len") if name in config}
+    known = {name: config[name] for name in ("attention_head_dim", "eps", "rope_max_seq_len") if name in config}
+    check_limits("base", base / "transformer", known)
+    return known
 
 
 def _check_part(base: Path, name: str) -> Any:
@@ -214,6 +220,7 @@ def _check_part(base: Path, name: str) -> Any:
     try:
         if name == "tokenizer":
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        name_weights(folder, STEMS[name])
         read_header(folder)
         if name == "text_encoder":
             config = AutoConfig.from_pretrained(folder, local_files_only=True)

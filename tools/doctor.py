@@ -1,7 +1,6 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """What a checkpoint is, whether it runs, and whether it learned that frames come in order."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +16,11 @@ from ..tokentrim_backbones.wan import WanBackbone
 from ..tokentrim_files.checkpoint import INDEX, SETTINGS
 from ..tokentrim_policies.stability import token_grid
 from ..tokentrim_views.layout import Layout, Pass, View
+from .component_sizes import check_components
 from .headers import read_header
 from .original import require
 from .presets import SCHEDULES, SIZES
+from .tensor_info import load_json
 
 
 REQUIRED, OPTIONAL = ("transformer", "scheduler"), ("tokenizer", "text_encoder", "vae")
@@ -113,9 +114,13 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The checkpoint's index. Whatever does not load for a simple reason is refused here."""
     valid = f"a folder in Diffusers format, with a {INDEX}"
     require((folder / INDEX).is_file(), "checkpoint", valid, f"{folder} has none")
-    index = json.loads((folder / INDEX).read_text())
+    try:
+        index = dict(load_json((folder / INDEX).read_text()))
+    except (EOFError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise ValueError(f"`checkpoint` must be {valid}, but that of {folder} is unreadable: {error}") from error
     lacks = [part for part in REQUIRED if not has_part(folder, index, part)]
     require(not lacks, "checkpoint", f"a folder with {' and '.join(REQUIRED)}", f"{folder} has no {', '.join(lacks)}")
+    check_components("checkpoint", folder)
     for part in ("transformer", "text_encoder", "vae"):
         if has_part(folder, index, part) and list((folder / part).glob("*.safetensors")):
             read_header(folder / part)  # complete, or an error that says which file is not
@@ -123,7 +128,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def has_part(folder: Path, index: dict[str, Any], part: str) -> bool:
-    return bool(index.get(part, [None])[0]) and (folder / part).is_dir()
+    named = index.get(part)
+    return isinstance(named, list) and bool(named) and bool(named[0]) and (folder / part).is_dir()
 
 
 def describe_settings(folder: Path, pipe: TokenTrimPipeline) -> dict[str, str]:

@@ -20,6 +20,7 @@ from .. import __version__
 from ..tokentrim_checks import check
 from ..tokentrim_files.checkpoint import INDEX, name_our_classes, write_code
 from .bundle import PIPELINE
+from .copying import check_links
 from .folders import check_new_folder, new_folder
 
 
@@ -74,6 +75,7 @@ def publish(
     else:
         checkpoint = Path(checkpoint)
         check((checkpoint / INDEX).is_file(), "checkpoint", str(checkpoint), f"a folder with a {INDEX}")
+        check_links("checkpoint", checkpoint)
         if (checkpoint / "README.md").is_file():
             own_card = ModelCard.load(checkpoint / "README.md")
             license, body = license or own_card.data.license, nested(own_card.text)
