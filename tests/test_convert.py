@@ -396,6 +396,23 @@ def test_ema_that_is_not_there(tmp_path):
         load(write(tmp_path, {"generator_ema": original_weights()}), ema=False)
 
 
+@pytest.mark.parametrize("ema", [{}, None, 3, [1]])
+def test_an_ema_that_is_none_names_the_way_out(ema, tmp_path):
+    path = write(tmp_path, {"generator": original_weights(), "generator_ema": ema})
+    with pytest.raises(ValueError, match="`path` must be .*'generator_ema' is .*; --no-ema takes 'generator'"):
+        load(path)
+    assert_same_weights(load(path, ema=False), tiny_transformer())
+    with pytest.raises(ValueError, match="'generator_ema' is .*; --no-ema would take 'generator', which is missing"):
+        load(write(tmp_path, {"generator_ema": ema}))
+
+
+def test_a_generator_that_is_none_names_the_way_out(tmp_path):
+    path = write(tmp_path, {"generator": {}, "generator_ema": original_weights()})
+    with pytest.raises(ValueError, match="'generator' is empty; --ema takes 'generator_ema'"):
+        load(path, ema=False)
+    assert_same_weights(load(path), tiny_transformer())
+
+
 def test_head_dim_that_does_not_divide(tmp_path):
     with pytest.raises(ValueError, match="`attention_head_dim` must be a divisor of the width 24.*is 128"):
         load_original_transformer(write(tmp_path, LAYOUTS["bare"]()))

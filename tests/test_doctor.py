@@ -8,10 +8,11 @@ import torch
 from builders import far_components, full_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_transformer, tiny_vae
 from conftest import ROOT
 from diffusers import AnyFlowFARPipeline, UniPCMultistepScheduler, WanPipeline
+from safetensors.torch import load_file, save_file
 
 from tokentrim import TokenTrimPipeline
 from tokentrim.tools.cli import main
-from tokentrim.tools.doctor import judge_order, measure_order
+from tokentrim.tools.doctor import OTHER_PROMPTS, judge_order, measure_order
 from tokentrim.tools.presets import SIZES
 
 
@@ -44,7 +45,7 @@ def test_doctor_finds_nothing_odd_in_the_shipped_world(doctor):
     assert code == 0 and lines["odd"] == "nothing"
     for topic, words in {
         "checkpoint": "WanTransformer3DModel, 4 blocks of width 128, 1.2 million parameters",
-        "rollout": "self_forcing, chunks of 3 latent frames, 8 steps, method tokentrim, prompts change by keep",
+        "rollout": "self_forcing, chunks of 3 latent frames, 8 steps, method tokentrim_plus, prompts change by keep",
         "context": "window: window_size 15, num_sink_frames 0, relative_positions True",
         "schedule": "shift 3.0, timesteps 1000 955 900 833 750 643 500 300",
         "licence": "apache-2.0",
@@ -144,3 +145,37 @@ def test_doctor_refuses_other_folders(folder, tmp_path, capsys):
     fails(folder, "truncated or something else")
     shutil.rmtree(folder / "transformer")
     fails(folder, "has no transformer")
+
+
+# The text encoder
+
+
+def change_text_encoder(folder, change):
+    path = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, {"format": "pt"})
+
+
+def zero_embeddings(weights):
+    weights["shared.weight"] = torch.zeros_like(weights["shared.weight"])
+
+
+def equal_embeddings(weights):
+    weights["shared.weight"] = weights["shared.weight"][:1].expand_as(weights["shared.weight"]).contiguous()
+
+
+def zero_last_norm(weights):
+    weights["encoder.final_layer_norm.weight"] = torch.zeros_like(weights["encoder.final_layer_norm.weight"])
+
+
+@pytest.mark.parametrize("change", [zero_embeddings, equal_embeddings, zero_last_norm])
+def test_a_text_encoder_that_does_not_listen_is_odd(change, doctor, tmp_path):
+    folder = shutil.copytree(WORLD, tmp_path / "world")
+    change_text_encoder(folder, change)
+    code, lines = doctor(folder)
+    assert code == 1 and "the text encoder does not listen: embeddings of two prompts differ by" in lines["odd"]
+
+
+def test_a_prompt_that_is_one_of_the_others_is_no_finding(doctor):
+    assert doctor(WORLD, "--prompt", OTHER_PROMPTS[0])[1]["odd"] == "nothing"

@@ -58,8 +58,34 @@ def write_with_alphas(folder, scaled):
     return folder / "lora.safetensors"
 
 
+def write_kohya(folder, scaled, prefix="lora_unet_", rename=str):
+    """As kohya's and musubi's trainers: "_" for each "."."""
+    state = {
+        f"{prefix}{rename(module).replace('.', '_')}.{matrix}": tensor
+        for module, pair in lora_matrices().items()
+        for matrix, tensor in zip(("lora_down.weight", "lora_up.weight"), pair)
+    }
+    names = {key.rpartition(".lora_down")[0] for key in state if ".lora_down" in key}
+    state |= {f"{name}.alpha": torch.tensor(ALPHA) for name in names if scaled}
+    save_file(state, folder / "lora.safetensors")
+    return folder / "lora.safetensors"
+
+
+def write_kohya_of_diffusers(folder, scaled):
+    return write_kohya(folder, scaled, "lora_transformer_", TO_DIFFUSERS.get)
+
+
+def write_alphas_that_are_numbers(folder, scaled):
+    state = lora_weights("{}.lora_A.weight", "{}.lora_B.weight") | {
+        f"{module}.alpha": ALPHA for module in LINEAR if scaled
+    }
+    torch.save(state, folder / "lora.pt")
+    return folder / "lora.pt"
+
+
 LAYOUTS = [write_longlive, write_peft, write_adapter_in_memory, write_diffusers, write_with_alphas]
-HAS_ALPHA = [write_peft, write_diffusers, write_with_alphas]
+LAYOUTS += [write_kohya, write_kohya_of_diffusers, write_alphas_that_are_numbers]
+HAS_ALPHA = [write_peft, write_diffusers, write_with_alphas, *LAYOUTS[-3:]]
 
 
 def merged(alpha: float) -> dict[str, torch.Tensor]:
@@ -214,3 +240,71 @@ def test_failure_leaves_nothing(model, tmp_path, capsys):
 
 def test_shapes_must_match_the_model():
     assert list_shapes(tiny_transformer().config) == SHAPES
+
+
+# Alpha and names that are none
+
+ALPHAS = {
+    "not a number": torch.tensor(float("nan")),
+    "infinite": torch.tensor(float("-inf")),
+    "two": torch.tensor([6.0, 7.0]),
+    "none": torch.zeros(0),
+    "a matrix": torch.ones(2, 2),
+    "truth": torch.tensor(True),
+}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("case", ALPHAS)
+def test_an_alpha_is_one_finite_number(case, suffix, model, tmp_path):
+    state = lora_weights("{}.lora_A.weight", "{}.lora_B.weight") | {f"{LINEAR[-1]}.alpha": ALPHAS[case]}
+    path = tmp_path / f"lora.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    with pytest.raises(ValueError, match=f"`lora` must be a LoRA .*alpha.*{path.name} .*{LINEAR[-1]}.alpha is "):
+        load(model, lora=path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), "6", None, [6], True, {"x": 6}, 10**400])
+def test_an_alpha_of_settings_is_one_finite_number(value, model, tmp_path):
+    folder = write_peft(tmp_path, True)
+    (folder / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": value}))
+    with pytest.raises(
+        ValueError, match="`lora` must be a LoRA whose alpha is a finite number, .*adapter_config.json"
+    ):
+        load(model, lora=folder)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "7", "{", '{"r": 4,}', '"x"'])
+def test_settings_that_are_none_name_their_file(text, model, tmp_path):
+    folder = write_peft(tmp_path, True)
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match="`lora` must be .*adapter_config.json"):
+        load(model, lora=folder)
+
+
+@pytest.mark.parametrize("rank", [RANK + 1, "4", 4.0])
+def test_a_rank_of_settings_is_that_of_the_matrices(rank, model, tmp_path):
+    folder = write_peft(tmp_path, True)
+    (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "lora_alpha": ALPHA}))
+    with pytest.raises(ValueError, match="`lora` must be .*rank"):
+        load(model, lora=folder)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+        "lora_unet_blocks_99_self_attn_q.lora_down.weight",
+        "blocks.0.self_attn.q.lokr_w1",
+        "blocks.0.self_attn.q.hada_w1_a",
+        "blocks.0.self_attn.q.diff",
+        "blocks.0.self_attn.q.dora_scale",
+    ],
+)
+def test_other_adapters_are_refused_by_name(key, model, tmp_path):
+    state = lora_weights("{}.lora_A.weight", "{}.lora_B.weight") | {key: torch.ones(RANK, 24)}
+    save_file(state, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="`lora` must be .*lora.safetensors ") as error:
+        load(model, lora=tmp_path / "lora.safetensors")
+    assert key.split(".")[0] in str(error.value)
+    assert "lora_down" in key or "pipe.load_lora_weights" in str(error.value)

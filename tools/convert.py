@@ -176,7 +176,6 @@ def convert_checkpoint(
         valid = f"a Wan2.1 folder in Diffusers format, with {', '.join(f'{part}/' for part in BASE_PARTS)}"
         require((base / name).is_dir(), "base", valid, f"{base} has no {name}/")
 
-    check_links("base", base)
     source = OriginalTransformer(path, ema, dtype, lora=lora, **_base_config(base))
     config = source.config
     check_size(preset, config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"])
@@ -186,6 +185,7 @@ def convert_checkpoint(
     valid = f"a folder that fits the text width, latent channels in and out {needs} of {path}"
     require(needs == gives, "base", valid, f"{base} is for {gives}")
 
+    check_links("base", base)
     scheduler = FlowMatchLCMScheduler(**SCHEDULES[preset])
     pipe = TokenTrimPipeline(tokenizer, None, source.model, None, scheduler, **PRESETS[preset])
     with new_folder(out) as folder:

@@ -75,8 +75,8 @@ def name_weights(folder: Path, stem: str) -> dict[str, str]:
     if any((folder / name).is_file() for name in standard):
         return {}
     single, index = (
-        rf"{re.escape(stem)}\.([\w-]+)\.safetensors",
-        rf"{re.escape(stem)}\.safetensors\.index\.([\w-]+)\.json",
+        rf"{re.escape(stem)}\.(?!.*-\d+-of-\d+)[\w-]+\.safetensors",
+        rf"{re.escape(stem)}\.safetensors\.index\.[\w-]+\.json",
     )
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     variants = {name: standard[0] for name in files if re.fullmatch(single, name)}

@@ -207,20 +207,22 @@ def list_broken_weights(pipe: TokenTrimPipeline) -> list[str]:
 def check_text_encoder(pipe: TokenTrimPipeline, prompt: str) -> list[str]:
     """Encode two prompts of different tokens: what is odd if a text encoder makes the same of both, or no numbers."""
     length = pipe.config.get("max_sequence_length") or 512
-    tokens, embeds = [], []
-    for each in (prompt, *OTHER_PROMPTS):
-        tokens.append(pipe.tokenizer(each).input_ids)
-        if len(tokens) == 1 or tokens[-1] != tokens[0]:
-            encoded = pipe.encode_prompt(each, do_classifier_free_guidance=False, max_sequence_length=length)[0]
-            embeds.append(encoded.float())
+    tokens = [pipe.tokenizer(each).input_ids for each in (prompt, *OTHER_PROMPTS)]
+    others = [number for number, each in enumerate(tokens) if each != tokens[0]]
+    if not others:
+        return ["the tokenizer gives the same tokens for different prompts"]
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": length}
+    embeds = [pipe.encode_prompt(each, **options)[0][0].float() for each in (prompt, *OTHER_PROMPTS)]  # (text, dim)
     if not all(each.isfinite().all() for each in embeds):
         return ["the text encoder gives NaN or Inf"]
-    if len(embeds) == 1:
-        return ["the tokenizer gives the same tokens for different prompts"]
-    distance = max((each - embeds[0]).norm() / max(each.norm(), embeds[0].norm(), 1e-12) for each in embeds[1:])
-    if distance >= LISTENS:
+    distances = []
+    for number in others:  # of the tokens that both have: padding is zero
+        known = min(len(tokens[0]), len(tokens[number]), length)
+        first, second = embeds[0][:known], embeds[number][:known]
+        distances.append((second - first).norm() / max(first.norm(), second.norm(), 1e-12))
+    if max(distances) >= LISTENS:
         return []
-    return [f"the text encoder does not listen: embeddings of two prompts differ by {100 * distance:.2g}%"]
+    return [f"the text encoder does not listen: embeddings of two prompts differ by {100 * max(distances):.2g}%"]
 
 
 def run_two_chunks(

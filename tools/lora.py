@@ -2,8 +2,8 @@
 """LoRA files of Wan models, from their headers: which pair of matrices belongs to which weight, and with which scale."""
 
 import logging
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -107,7 +107,8 @@ def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
         "of each weight" if str in known else "as the rank, since none is given" if alpha is None else f"{alpha:g}"
     )
     logger.info("lora      %s: %d weights, rank %s, alpha %s", path, len(pairs), ranks, origin)
-    return Lora(path, chosen, dict(state), pairs)
+    tensors = {key: value for key, value in state.items() if isinstance(value, TensorInfo)}
+    return Lora(path, chosen, tensors, pairs)
 
 
 def read_lora_header(path: Path) -> Any:
@@ -174,7 +175,7 @@ def read_own_alpha(path: Path, key: str, value: Any) -> float | str:
 
 
 def check_alpha(path: Path, value: Any, key: str) -> float:
-    is_number = type(value) in (int, float) and math.isfinite(value)
+    is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
     require(is_number, "lora", "a LoRA whose alpha is a finite number", f"in {path} {key} is {brief(value)}")
     return float(value)
 
@@ -198,8 +199,8 @@ def read_settings(path: Path) -> tuple[float | None, int | None]:
             f"`lora` must be a LoRA with readable settings, but those of {source} are not: {error}"
         ) from error
     other = [name for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if settings.get(name)]
-    valid = f"a LoRA with one alpha and one rank ({ELSEWHERE})"
-    require(not other, "lora", valid, f"the settings of {source} have {', '.join(other)}")
+    given = f"the settings of {source} have {', '.join(other)}; {ELSEWHERE}"
+    require(not other, "lora", "a LoRA with one alpha and one rank", given)
     rank = settings.get("r")
     require(rank is None or type(rank) is int, "lora", "a LoRA of one rank", f"in {source} r is {brief(rank)}")
     if "lora_alpha" not in settings:
