@@ -205,19 +205,16 @@ class Rollout:
 
     def _check_place(self, state: dict) -> None:
         """Refuse a chunk that the call does not have, and tensors that are not of its shapes."""
-        same_call, index, (num_videos, channels, *size) = (
-            "of a run of the same call",
-            state["index"],
-            self.plan.frame_shape,
-        )
-        known = type(index) is int and index >= 0 and (index == 0 or self.plan.has_chunk(index - 1))
+        same_call, index, sizes = "of a run of the same call", state["index"], self.sizes
+        num_videos, channels, *size = sizes.frame_shape
+        known = type(index) is int and index >= 0 and (index == 0 or sizes.has_chunk(index - 1))
         check(known, "state", index, f"{same_call}, with the index of one of its chunks")
         drawn = dict(state["noise"])
         all_drawn = all(chunk in drawn for chunk in range(index, state["num_drawn"]))
         check(all_drawn, "state", state["num_drawn"], f"{same_call}, with the noise of each chunk that was drawn")
         chunks = [*drawn.items(), *enumerate((latents for latents, _ in state["in_flight"]), index)]
         for chunk, latents in chunks:
-            shape = (num_videos, channels, self.plan.chunk_size(chunk), *size)
+            shape = (num_videos, channels, sizes.chunk_size(chunk), *size)
             check(latents.shape == shape, "state", latents, f"{same_call}, with chunks of shape {shape}")
         for saved, ours in zip(state["prompt"], (self.denoiser.prompt.embeds, self.denoiser.prompt.negative_embeds)):
             fits = getattr(saved, "shape", None) == getattr(ours, "shape", None)
