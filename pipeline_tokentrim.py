@@ -67,10 +67,13 @@ from .tokentrim_frames.pictures import as_rgb
 from .tokentrim_frames.summary import tell_run
 from .tokentrim_kv.book import take_tokens
 from .tokentrim_kv.cache import RollingKVCache
+from .tokentrim_kv.reading import Reading
 from .tokentrim_kv.rewriting import LayerContext
+from .tokentrim_kv.rows import BatchRows
 from .tokentrim_kv.store import LayerStore
 from .tokentrim_policies.chain import plain_state
 from .tokentrim_policies.flowmo import FlowMo
+from .tokentrim_policies.hook import DenoisingHook
 from .tokentrim_policies.matching import MatchMean
 from .tokentrim_policies.outliers import quantiles
 from .tokentrim_policies.policy import ContextPolicy

@@ -143,6 +143,12 @@ def processors(transformer: WanTransformer3DModel) -> list[int]:
     return [id(attn.processor) for block in transformer.blocks for attn in (block.attn1, block.attn2)]
 
 
+def held_tokens(cache: RollingKVCache, video: int = 0) -> list[tuple[int, int]]:
+    """The (latent frame, token) of all that `video` can attend to, in the order of memory."""
+    held = cache.book.held[video]
+    return list(zip(cache.book.frame[video][held].tolist(), cache.book.token[video][held].tolist()))
+
+
 def begin_pass(cache: RollingKVCache, num_frames: int, kind: str = "denoise") -> None:
     """As the rollout does it before the first forward of a chunk."""
     cache.make_room(num_frames)

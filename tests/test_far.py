@@ -10,6 +10,7 @@ from builders import (
     far_noise,
     far_pipeline,
     generators,
+    held_tokens,
     quiet,
     randn,
     tiny_far,
@@ -244,7 +245,7 @@ def tokens_read(num_chunks, **settings):
         if kwargs["kv_cache_flag"]["is_cache_step"]:
             backbone = pipe.transformer.blocks[0].attn1.processor.backbone
             encoded.append(sum(backbone.pass_sizes))
-            read.append(len(backbone.cache.held_tokens()))  # full and compressed ones
+            read.append(len(held_tokens(backbone.cache)))  # full and compressed ones
 
     pipe.transformer.register_forward_pre_hook(watch, with_kwargs=True)
     arguments = {"prompt_embeds": embeds(), "chunk_partition": [2] * num_chunks, "num_inference_steps": 1}

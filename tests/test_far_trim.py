@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import embeds, far_noise, far_pipeline, tiny_far, triggers
+from builders import embeds, far_noise, far_pipeline, held_tokens, tiny_far, triggers
 from contract import EAGER
 from oracle_far import oracle_far
 
@@ -19,7 +19,7 @@ def shifted(sigmas, shift=5.0):
 
 def held_parts(backbone):
     """The full and the compressed tokens that video 0 can attend to."""
-    held, num_full = backbone.cache.held_tokens(), backbone.cache.tokens_per_frame
+    held, num_full = held_tokens(backbone.cache), backbone.cache.tokens_per_frame
     full = [(frame, token) for frame, token in held if token < num_full]
     return [full, [(frame, token - num_full) for frame, token in held if token >= num_full]]
 

@@ -5,7 +5,18 @@ import math
 
 import pytest
 import torch
-from builders import CHUNK, embeds, far_noise, far_pipeline, latent_pipeline, noise, roll, steady_noise, triggers
+from builders import (
+    CHUNK,
+    embeds,
+    far_noise,
+    far_pipeline,
+    held_tokens,
+    latent_pipeline,
+    noise,
+    roll,
+    steady_noise,
+    triggers,
+)
 
 from tokentrim import Layout, RollingKVCache
 from tokentrim.tokentrim_kv.cache import TokenBook
@@ -201,7 +212,7 @@ def test_a_renewed_sink_is_safe_from_eviction():
     cache = RollingKVCache((1, 2), (4, 4, 4), 1, layout=make_layout({"longlive": {"renew_sink": True}}))
     cache.frames, cache.book = [*range(6, 18)], TokenBook.of_frames(range(6, 18), 2, 1)
     cache.evict({0: [1]})
-    assert [frame for frame, token in cache.held_tokens() if token == 1] == [6, 7, 8]
+    assert [frame for frame, token in held_tokens(cache) if token == 1] == [6, 7, 8]
     assert cache.layout.flush(list(cache.frames)) == [6, 7, 8, 16, 17]
 
 

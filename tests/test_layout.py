@@ -9,6 +9,7 @@ from builders import (
     GRID,
     NUM_TOKENS,
     case_id,
+    held_tokens,
     latent_pipeline,
     noise,
     processors,
@@ -287,7 +288,7 @@ def test_frames_of_the_sink_are_safe_from_eviction():
     assert cache.num_protected_frames == 2
     write(cache)
     cache.evict({0: range(NUM_TOKENS)})
-    assert {frame for frame, _ in cache.held_tokens()} == {0, 1}
+    assert {frame for frame, _ in held_tokens(cache)} == {0, 1}
 
 
 @pytest.mark.parametrize(

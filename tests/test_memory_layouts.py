@@ -5,11 +5,11 @@ import torch
 from builders import CHUNK, GRID, NUM_TOKENS, embeds, latent_pipeline, randn, roll, steady_noise
 
 from tokentrim.tokentrim_kv.book import TokenBook
-from tokentrim.tokentrim_kv.rewriting import LayerContext, rewrite_memory
+from tokentrim.tokentrim_kv.rewriting import LayerContext, Rewriter
 from tokentrim.tokentrim_views.layout import Layout
 from tokentrim.tokentrim_views.memory import Memory
 from tokentrim.tokentrim_views.registry import make_layout
-from tokentrim.tokentrim_views.rope import grid_places
+from tokentrim.tokentrim_views.rope import RotaryGrid, grid_places
 
 
 HEADS, HEAD_DIM = 2, 12
@@ -213,7 +213,9 @@ def test_what_is_not_held_is_not_written_and_rows_are_their_own():
         memory.note = torch.tensor([len(seen)])
 
     query = torch.arange(4.0).view(4, 1, 1, 1)
-    rewrite_memory(hook, past, book, [0, 5], [6, 7], query, grid_places(GRID), ROPE_DIMS)
+    unrotated = torch.ones(1, 1, 1, HEAD_DIM // 2), torch.zeros(1, 1, 1, HEAD_DIM // 2)
+    rope = RotaryGrid(grid_places(GRID), ROPE_DIMS)
+    Rewriter(book, [0, 5], [6, 7], rope, unrotated).rewrite(hook, past, query)
     assert seen == [(True, [6, 7], 0.0), (False, [6, 7], 1.0), (True, [6, 7], 2.0), (False, [6, 7], 3.0)]
     expected = key + 1
     expected[[1, 3], 7] = key[[1, 3], 7]

@@ -12,6 +12,7 @@ from builders import (
     embeds,
     far_components,
     full_pipeline,
+    held_tokens,
     latent_pipeline,
     noise,
     quiet,
@@ -162,9 +163,7 @@ def caches(transition, at=4, num_chunks=6, **others):
 
     def callback(pipe, step, timestep, tensors):
         cache = stream.run.backbone.cache
-        states.setdefault(
-            stream.index, (list(cache.frames), cache.state_dict()["layers_at_home"], cache.held_tokens())
-        )
+        states.setdefault(stream.index, (list(cache.frames), cache.state_dict()["layers_at_home"], held_tokens(cache)))
         return {}
 
     arguments = {"prompt_embeds": embeds(seed=7), "num_inference_steps": 2, "callback_on_step_end": callback}

@@ -16,6 +16,7 @@ from builders import (
     embeds,
     full_pipeline,
     generators,
+    held_tokens,
     latent_pipeline,
     noise,
     processors,
@@ -288,8 +289,10 @@ def test_sink_is_never_evicted_and_never_changes(num_sink_frames):
         cache.begin_pass(CHUNK, Pass("denoise"))
         blank = torch.zeros(1, CHUNK * NUM_TOKENS, 2, 12)
         _, values, _ = cache.update(1, blank, blank)
-        keys = cache.state_dict()["layers_at_home"][1][0]  # what a pass reads of the sink is turned, always from there
-        seen.append((decisions[0], cache.held_tokens(), keys, values))
+        keys = cache.state_dict()["layers_at_home"][1][
+            0
+        ]  # what a pass reads of the sink is rotated from there, always
+        seen.append((decisions[0], held_tokens(cache), keys, values))
 
     output = rolling(
         noise(14, seed=8), pipe=pipe, window_size=18, num_sink_frames=num_sink_frames, on_chunk=on_chunk, **EAGER

@@ -9,6 +9,7 @@ from builders import (
     embeds,
     far_noise,
     far_pipeline,
+    held_tokens,
     latent_pipeline,
     noise,
     randn,
@@ -55,10 +56,10 @@ def test_weights_follow_their_tokens_through_other_changes():
     write(cache, 3)
     cache.evict({0: [0]})
     cache.retain([1, 4, 7])
-    weights = dict.fromkeys(cache.held_tokens(), 0.0)
+    weights = dict.fromkeys(held_tokens(cache), 0.0)
     assert len(weights) == 15
     weights[1, 2] = weights[4, 2] = torch.tensor(0.5).log().item()
-    assert dict(zip(cache.held_tokens(), cache.book.log_weight[0].tolist())) == pytest.approx(weights)
+    assert dict(zip(held_tokens(cache), cache.book.log_weight[0].tolist())) == pytest.approx(weights)
     state = RollingKVCache(GRID, ROPE_DIMS, 1)
     state.load_state_dict(cache.state_dict())
     assert torch.equal(state.book.log_weight, cache.book.log_weight)

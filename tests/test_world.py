@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from builders import held_tokens
 from conftest import ROOT
 from skimage.color import rgb2lab
 
@@ -149,7 +150,7 @@ def test_rolling_forcing_trims_on_the_world_and_keeps_the_sink(pipe):
 
     def on_chunk(index, latents, decisions):
         cache = pipe.transformer.blocks[0].attn1.processor.cache
-        sinks.append([cache.held_tokens(video)[: 3 * 64] for video in range(3)])
+        sinks.append([held_tokens(cache, video)[: 3 * 64] for video in range(3)])
 
     output = pipe(
         sample_prompts(seeds),

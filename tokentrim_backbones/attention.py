@@ -55,7 +55,7 @@ class CachedAttnProcessor:
         self._attention_backend = stock._attention_backend
 
     def attend(self, query, key, value, mask=None, groups=()) -> torch.Tensor:
-        """(rows, queries, heads, head_dim); `groups` are what a boolean mask leaves, as [`RollingKVCache`] has them."""
+        """(rows, queries, heads, head_dim); `groups`: the same as a boolean mask, see [`Reading`]."""
         query = query.to(value.dtype)
         if mask is None:
             return self._dispatch(query, key, value)
@@ -112,7 +112,7 @@ class CachedSelfAttnProcessor(CachedAttnProcessor):
         value = value.unflatten(2, (attn.heads, -1))
         query, key, value = map(self.exchange.split_heads, (query, key, value))
         keys, values, mask = self.cache.update(self.layer, key, value, query)
-        attended = self.attend(self.cache.rotate_queries(query), keys, values, mask, self.cache.groups)
+        attended = self.attend(self.cache.rotate_queries(query), keys, values, mask, self.cache.reading.groups)
         return self.project(attn, self.exchange.split_tokens(attended))
 
 
@@ -127,7 +127,7 @@ class CachedCrossAttnProcessor(CachedAttnProcessor):
 
         query = attn.to_q(hidden_states)
         query = attn.norm_q(query.float()).unflatten(2, (attn.heads, -1))
-        return self.project(attn, self.attend(query, *self.cache.prompt(self.layer, len(query), project)))
+        return self.project(attn, self.attend(query, *self.layer.prompt_of(self.cache.rows, len(query), project)))
 
 
 class ExactTimesteps(torch.nn.Module):

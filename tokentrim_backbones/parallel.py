@@ -83,7 +83,7 @@ def check_parallel(
     for num_tokens in sorted(set(chunk_tokens)):
         valid = f"a divisor of the {num_tokens} tokens of a chunk"
         check(num_tokens % degree == 0, "ulysses_degree", degree, valid)
-    rewrites = any(hasattr(layout, hook) for hook in ("before_chunk", "before_commit"))
+    rewrites = layout.before_chunk is not None or layout.before_commit is not None
     valid = "one that rewrites no keys under `ulysses_degree`, as each process sees its heads"
     check(not rewrites, "layout", type(layout).__name__, valid)
     names = [type(hook).__name__ for hook in hooks]

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Lets a layout's hook rewrite the past of a layer."""
+"""Lets a hook of a layout rewrite the past of a layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from ..tokentrim_views.memory import Memory
+from ..tokentrim_views.rope import Pair, RotaryGrid, rotate
 from .book import TokenBook
 
 
 @dataclass
 class LayerContext:
-    """One layer's context, (rows, tokens, heads, head_dim)."""
+    """One layer's context, (rows, tokens, heads, head_dim), keys rotated at their latent frames."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -20,32 +21,50 @@ class LayerContext:
     note: torch.Tensor | None = None  # (rows, ...)
 
 
-@torch.no_grad()
-def rewrite_memory(
-    hook: Callable,
-    past: LayerContext,
-    book: TokenBook,
-    frames: list[int],
-    new: list[int],
-    query: torch.Tensor,
-    places: torch.Tensor,
-    rope_dims: tuple[int, int, int],
-) -> None:
-    """Let `hook(memory, new, query)` rewrite the past of each row of a layer before a pass over the frames `new` reads
-    it; `query` is the pass's, (rows, seq, heads, head_dim), not rotated: of a pass that is not guided, the conditional
-    branch's serves both."""
-    columns = book.columns(frames, len(places)).to(past.key.device)
-    tag = past.key.new_zeros(*past.key.shape[:2], 3, dtype=torch.long) if past.tag is None else past.tag.clone()
-    key, value, notes = past.key.clone(), past.value.clone(), []
-    for row in range(len(key)):
-        places_of_row = columns[row % len(columns)]
-        held, taken = places_of_row >= 0, places_of_row.clamp(min=0)
-        note = None if past.note is None else past.note[row]
-        tables = (key[row][taken], value[row][taken], tag[row][taken])
-        memory = Memory(frames, held, *tables, note, places, rope_dims)
-        hook(memory, new, query[row % len(query)].detach())
-        for table, rewritten in ((key, memory.key), (value, memory.value), (tag, memory.tag)):
-            table[row, places_of_row[held]] = rewritten[held].to(table.dtype)
-        notes.append(memory.note)
-    past.key, past.value, past.tag = key, value, tag
-    past.note = None if notes[0] is None else torch.stack(notes)
+@dataclass(frozen=True)
+class Rewriter:
+    """Shows the past of a layer to a layout's hooks, before a pass reads it.
+
+    Args:
+        book ([`TokenBook`]): of the past.
+        frames (`list[int]`): its latent frames, ascending.
+        new (`list[int]`): latent frames of the pass.
+        rope ([`RotaryGrid`]): of the tokens.
+        angles (`tuple`): cosine and sine of all tokens of the book at their latent frames.
+    """
+
+    book: TokenBook
+    frames: list[int]
+    new: list[int]
+    rope: RotaryGrid
+    angles: Pair
+
+    def rewrite(self, hook: Callable, past: LayerContext, query: torch.Tensor) -> None:
+        """Let `hook(memory, new, query)` rewrite a context in place; `query` is the pass's, (rows, seq, heads, head_dim),
+        not rotated."""
+        cos, sin = self.angles
+        held = past.key
+        projected = past.key = rotate(held, cos, -sin)
+        self._rewrite_rows(hook, past, query)
+        same = (past.key == projected).flatten(2).all(dim=-1)[:, :, None, None]
+        past.key = held.where(same, rotate(past.key, cos, sin).to(held.dtype))  # unchanged keys are not rounded again
+
+    @torch.no_grad()
+    def _rewrite_rows(self, hook: Callable, past: LayerContext, query: torch.Tensor) -> None:
+        """Row by row, keys not rotated. In a pass without guidance, the queries of the conditional branch serve both."""
+        places = self.rope.places
+        columns = self.book.columns(self.frames, len(places)).to(past.key.device)
+        tag = past.key.new_zeros(*past.key.shape[:2], 3, dtype=torch.long) if past.tag is None else past.tag.clone()
+        key, value, notes = past.key.clone(), past.value.clone(), []
+        for row in range(len(key)):
+            places_of_row = columns[row % len(columns)]
+            held, taken = places_of_row >= 0, places_of_row.clamp(min=0)
+            note = None if past.note is None else past.note[row]
+            tables = (key[row][taken], value[row][taken], tag[row][taken])
+            memory = Memory(self.frames, held, *tables, note, places, self.rope.rope_dims)
+            hook(memory, self.new, query[row % len(query)].detach())
+            for table, rewritten in ((key, memory.key), (value, memory.value), (tag, memory.tag)):
+                table[row, places_of_row[held]] = rewritten[held].to(table.dtype)
+            notes.append(memory.note)
+        past.key, past.value, past.tag = key, value, tag
+        past.note = None if notes[0] is None else torch.stack(notes)

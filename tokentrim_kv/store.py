@@ -1,68 +1,49 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Keys and values of one layer in memory that is allocated once, and what a pass reads of it without a copy."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
-from ..tokentrim_views.rope import rotate
-from .book import take_tokens
+from ..tokentrim_views.rope import Pair, rotate
+from .book import Compaction, take_tokens
+from .reading import Reading
 from .rewriting import LayerContext
-
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """What a pass reads of the past, the same in all layers.
-
-    Args:
-        room (`int`): tokens of the pass, for which there must be room; 0 where they are not put behind the past.
-        limit (`int`, *optional*): tokens up to which memory grows by doubling.
-        start (`int`): the first token that is read; all behind it are.
-        columns (`torch.Tensor`, *optional*): in the place of that, the tokens that are read, (rows, read).
-        turn (`tuple`, *optional*): where keys do not stand at home: how many of the first ones that are read, and the
-            cosine and sine of the way from there, (rows or 1, turned, 1, time channels / 2).
-        rows (`slice`): of the batch.
-    """
-
-    room: int
-    limit: int | None
-    start: int
-    columns: torch.Tensor | None
-    turn: tuple[int, torch.Tensor, torch.Tensor] | None
-    rows: slice
+from .rows import BatchRows
 
 
 class LayerStore:
-    """Keys and values of one layer, (rows, capacity, heads, head_dim): the first `length` tokens are the past, behind them
-    is room for those of a pass. Grows by doubling; what leaves is compacted once.
+    """Keys and values of one layer, (rows, capacity, heads, head_dim): the first `length` tokens are the past; behind
+    them is room for those of a pass. Memory grows by doubling, and gaps are closed once for each eviction.
 
-    Keys are rotated. At home they stand at the latent frame that they are of, and so they are held; for a pass that puts
-    them elsewhere they are turned, always from home, so that nothing is rounded twice.
+    Keys are held rotated at their latent frames. A pass that reads them at other positions rotates them by the offset, in
+    place, always starting from the held values, so that nothing is rounded twice.
+
+    Args:
+        limit (`int`, *optional*): tokens up to which memory grows by doubling; `None`: without bound.
 
     Attributes:
-        keys, values: what a pass reads, its own tokens last, in one piece of memory; `None` where it is not.
-        past: where it is not: what it reads of the past.
-        new: what a commit must add that is not behind the past already.
+        keys, values: what a pass reads, its own tokens last, in one piece of memory; `None` if it is not in one piece.
+        past: if it is not in one piece, what a pass reads of the past.
+        new: tokens that a commit has to add and that are not behind the past already.
         prompt: cross-attention keys and values.
     """
 
-    def __init__(self):
+    def __init__(self, limit: int | None = None):
+        self.limit = limit
         self.key: torch.Tensor | None = None
         self.value: torch.Tensor | None = None
         self.length = 0
         self.tag: torch.Tensor | None = None  # (rows, length, 3): see `Memory`
         self.note: torch.Tensor | None = None
-        self.home: torch.Tensor | None = None  # the first tokens' time channels at home, where they are turned
-        self.start = 0  # of what is turned
+        self.original: torch.Tensor | None = None  # held time channels of the keys that are rotated by an offset now
+        self.start = 0  # the first of these keys
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.past: Pair | None = None
         self.new: Pair | None = None
         self.prompt: Pair | None = None
-        self.is_begun = False  # whether a pass of the chunk at hand has been through
+        self.is_begun = False  # whether a pass of the current chunk has read it
 
     @property
     def num_rows(self) -> int:
@@ -70,30 +51,33 @@ class LayerStore:
 
     # 1. What is held
 
-    def reserve(self, num_tokens: int, limit: int | None) -> None:
-        """Room for `num_tokens` behind the past."""
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for `num_tokens` behind the past."""
         needed, capacity = self.length + num_tokens, self.key.shape[1]
         if needed > capacity:
-            doubled = 2 * capacity if limit is None else min(2 * capacity, limit)
+            doubled = 2 * capacity if self.limit is None else min(2 * capacity, self.limit)
             self.key, self.value = (self._allocated(old, max(needed, doubled)) for old in (self.key, self.value))
 
-    def append(self, num_tokens: int, limit: int | None) -> None:
+    def append(self, num_tokens: int) -> None:
         """The tokens of the pass become past: those behind it, or `new` ones."""
         if self.new is not None:
             new, self.new = self.new, None
             if self.key is None:
                 self.key, self.value = (each.new_empty(each.shape[0], 0, *each.shape[2:]) for each in new)
-            self.reserve(num_tokens, limit)
+            self.reserve(num_tokens)
             end = self.length + num_tokens
             self.key[:, self.length : end], self.value[:, self.length : end] = new
         if self.tag is not None:
             self.tag = torch.nn.functional.pad(self.tag, (0, 0, 0, num_tokens))
         self.length += num_tokens
 
-    def take(self, columns: torch.Tensor, first: int, shift: int | None) -> None:
-        """Of the past, the tokens at `columns`, (rows, taken), stay: up to `first` where they are, and what is behind, if
-        there is a `shift`, that many to the right of where it goes in all rows."""
+    def take(self, compaction: Compaction, rows: BatchRows) -> None:
+        """Keep the tokens at the columns of a compaction, and close the gaps."""
         self.release()
+        if self.key is None:
+            return
+        columns, first, shift = compaction.columns, compaction.first, compaction.shift
+        columns = rows.repeated(columns, self.num_rows).to(self.key.device)
         self.length = columns.shape[1]
         for table in (self.key, self.value):
             if shift is None:
@@ -104,21 +88,21 @@ class LayerStore:
                 table[:, begin:end] = table[:, begin + shift : end + shift]
         self.tag = None if self.tag is None else take_tokens(self.tag, columns)
 
-    def at_home(self) -> LayerContext:
-        """Keys as they stand at home, a copy; values as they lie there."""
+    def context(self) -> LayerContext:
+        """The past: a copy of the keys, rotated at their latent frames; values without a copy."""
         key = self.key[:, : self.length].clone()
-        if self.home is not None:
-            key[:, self.start : self.start + self.home.shape[1], :, : self.home.shape[3]] = self.home
+        if self.original is not None:
+            key[:, self.start : self.start + self.original.shape[1], :, : self.original.shape[3]] = self.original
         return LayerContext(key, self.value[:, : self.length], self.tag, self.note)
 
     def saved(self) -> list[torch.Tensor | None]:
-        """The tables of the context at home, on the CPU."""
-        context = self.at_home()
+        """The tables of the past, copied to the CPU."""
+        context = self.context()
         tables = (context.key, context.value, context.tag, context.note)
         return [None if each is None else each.to("cpu", copy=True) for each in tables]
 
     def put(self, context: LayerContext) -> None:
-        """Hold this, with its keys at home."""
+        """Replace the past."""
         self.release()
         if self.length != context.key.shape[1]:
             self.key, self.value, self.length = None, None, context.key.shape[1]
@@ -129,37 +113,76 @@ class LayerStore:
 
     # 2. What a pass reads
 
-    def arrange(self, arrangement: Arrangement) -> None:
+    def arrange(self, reading: Reading) -> None:
         """Lay out what a pass reads."""
         self.release()
         if self.key is None:
             return
-        start, columns, turn, rows = arrangement.start, arrangement.columns, arrangement.turn, arrangement.rows
+        start, columns, offset = reading.start, reading.columns, reading.offset
+        if offset is not None:
+            num_moved, *angles = offset
+            if len(angles[0]) > 1:
+                offset = num_moved, *(reading.rows.repeated(table, self.num_rows) for table in angles)
         if columns is not None:
+            columns = reading.rows.repeated(columns, self.num_rows).to(self.key.device)
             key, value = (take_tokens(table, columns) for table in (self.key, self.value))
-            if turn is not None:
-                turn_keys(key, *turn)
+            if offset is not None:
+                rotate_in_place(key, *offset)
             self.past = key, value
             return
-        if arrangement.room:
-            self.reserve(arrangement.room, arrangement.limit)
-        if turn is not None:
+        rows = reading.rows.as_slice(self.num_rows, reading.num_rows)
+        if rows is not None:
+            self.reserve(reading.num_own)
+        if offset is not None:
             self.start = start
-            self.home = turn_keys(self.key[:, start:], *turn)
+            self.original = rotate_in_place(self.key[:, start:], *offset)
+        if rows is None:  # the rows that are read are copied at each pass
+            self.past = self.key[:, start : self.length], self.value[:, start : self.length]
+            return
         self.past = self.key[rows, start : self.length], self.value[rows, start : self.length]
-        if arrangement.room:
-            end = self.length + arrangement.room
-            self.keys, self.values = (table[rows, start:end] for table in (self.key, self.value))
-            # The stride of a single row, which may say how much room there is, would ask for another graph.
-            if len(self.keys) == 1:
-                self.keys, self.values = self.keys[0][None], self.values[0][None]
+        end = self.length + reading.num_own
+        self.keys, self.values = (table[rows, start:end] for table in (self.key, self.value))
+        # The stride of a single row, which may say how much room there is, would ask for another graph.
+        if len(self.keys) == 1:
+            self.keys, self.values = self.keys[0][None], self.values[0][None]
+
+    def join(self, key: torch.Tensor, value: torch.Tensor, reading: Reading, is_writing: bool) -> Pair:
+        """Put the keys of a pass, not rotated, and its values behind the past; what its queries attend to, rotated."""
+        apart = self.keys is None or key.requires_grad  # not in one piece of memory, which no gradient goes through
+        if (apart or reading.held_angles is not None) and is_writing:
+            held = reading.key_angles if reading.held_angles is None else reading.held_angles
+            self.new = rotate(key, *held).to(value.dtype), value
+        key = rotate(key, *reading.key_angles).to(value.dtype)
+        if not apart:
+            num_past = self.keys.shape[1] - key.shape[1]
+            self.keys[:, num_past:], self.values[:, num_past:] = key, value
+            return self.keys, self.values
+        if self.past is None:
+            return key, value
+        past = self.past
+        if self.keys is None:
+            past = [reading.rows.of_forward(each, reading.num_rows) for each in past]
+        return tuple(torch.cat([old, new], dim=1) for old, new in zip(past, (key, value)))
+
+    def prompt_of(self, rows: BatchRows, num_rows: int, project: Callable[[], Pair]) -> Pair:
+        """Cross-attention keys and values of the rows of a forward, (rows, text, heads, head_dim), projected once for a
+        prompt."""
+        known = 0 if self.prompt is None else len(self.prompt[0])
+        if known < rows.num_branches(num_rows) * rows.num_videos:
+            with torch.no_grad():  # a prompt is no function of the latents
+                projected = project()
+            if rows.videos is not None:
+                return projected
+            self.prompt = projected
+        key, value = self.prompt
+        return rows.of_forward(key, num_rows), rows.of_forward(value, num_rows)
 
     def release(self) -> None:
-        """No pass reads it: all keys go home."""
+        """Undo the rotation by offsets; no pass reads the layer after that."""
         self.keys = self.values = self.past = None
-        if self.home is not None:
-            self.key[:, self.start : self.start + self.home.shape[1], :, : self.home.shape[3]] = self.home
-            self.home = None
+        if self.original is not None:
+            self.key[:, self.start : self.start + self.original.shape[1], :, : self.original.shape[3]] = self.original
+            self.original = None
 
     def _allocated(self, old: torch.Tensor, size: int) -> torch.Tensor:
         with torch.inference_mode(False):  # written later, in whatever mode
@@ -168,20 +191,9 @@ class LayerStore:
         return new
 
 
-def turn_keys(key: torch.Tensor, num_tokens: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the time channels of the first tokens in place; what they were before."""
+def rotate_in_place(key: torch.Tensor, num_tokens: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the time channels of the first tokens in place; returns a copy of what they were."""
     channels = key[:, :num_tokens, :, : 2 * cos.shape[-1]]
     before = channels.clone()
     channels.copy_(rotate(before, cos, sin))
     return before
-
-
-def group_by_length(mask: torch.Tensor, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of a boolean mask, (rows, keys), that read equally many keys: their indices, (grouped,), and those of their
-    keys, (grouped, read)."""
-    lengths, groups = mask.sum(dim=1), []
-    for length in lengths.unique().tolist():
-        (rows,) = (lengths == length).nonzero(as_tuple=True)
-        columns = mask[rows].nonzero()[:, 1].view(len(rows), length)
-        groups.append((rows.to(device), columns.to(device)))
-    return groups

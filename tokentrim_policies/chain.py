@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ..tokentrim_checks import check, plain
-from .policy import ContextPolicy
+from .policy import ContextPolicy, state_holder
 
 
-# What is known of every chunk, whatever the method.
+# The facts of every chunk, with any method.
 DECISION = {
     "severity": None,
     "threshold": None,
@@ -25,29 +25,34 @@ DECISION = {
 }
 
 
-RESERVED = ("chunk", "trim", "tokens", "quarantined", "prompt_changed")  # facts that no policy may overwrite
+RESERVED = ("chunk", "trim", "tokens", "quarantined", "prompt_changed")  # facts that the rollout states
 
 
-def plain_state(policy: Any) -> dict:
-    """The state of a policy: its attributes, but for derived ones."""
-    return {name: copy.deepcopy(value) for name, value in vars(policy).items() if not name.startswith("_")}
+def plain_state(policy: ContextPolicy) -> dict:
+    """The saved state of a policy: a copy of its attributes, without those that start with an underscore."""
+    attributes = vars(state_holder(policy))
+    return {name: copy.deepcopy(value) for name, value in attributes.items() if not name.startswith("_")}
 
 
 class ContextPolicies:
     """A chain of policies for each video of a batch, as the rollout sees them.
 
-    Every policy reviews every attempt. The tokens that they ask for are evicted together. What one commits, the next
-    one sees; where one commits `None`, the rest are not asked.
+    Every policy reviews every attempt, and all tokens that they return are evicted. Each policy commits what the policy
+    before it returned; once one returns `None`, the others are not asked.
 
     Args:
-        chain (`Sequence`): objects with the verbs of [`ContextPolicy`], in order; they are copied for each video.
+        chain (`Sequence[ContextPolicy]`): in order; they are copied for each video.
         num_videos (`int`): B.
         grid (`tuple[int, int]`): tokens of a latent frame, (height, width).
         patch_size (`tuple[int, int, int]`): the transformer's.
     """
 
     def __init__(
-        self, chain: Sequence, num_videos: int, grid: tuple[int, int], patch_size: tuple[int, int, int] = (1, 2, 2)
+        self,
+        chain: Sequence[ContextPolicy],
+        num_videos: int,
+        grid: tuple[int, int],
+        patch_size: tuple[int, int, int] = (1, 2, 2),
     ):
         self.num_tokens = grid[0] * grid[1]
         self.patch_size = patch_size
@@ -56,24 +61,26 @@ class ContextPolicies:
         self._open_chunk(0)
 
     def observe(self, latents: torch.Tensor) -> None:
-        """Take a chunk that was given, (B, C, T, H, W), as it is."""
+        """Pass a chunk that was given, (B, C, T, H, W), to all policies."""
         for policies, chunk in zip(self.chains, latents):
             for policy in policies:
                 policy.observe(chunk)
 
     def review(self, judged: torch.Tensor) -> dict[int, list[int]]:
-        """The grid tokens to evict, for each video that must be generated again.
+        """Ask all policies about an attempt.
 
         Args:
-            judged (`torch.Tensor`): latents of this attempt, (B, C, T, H, W).
+            judged (`torch.Tensor`): its latents, (B, C, T, H, W).
+
+        Returns:
+            `dict[int, list[int]]`: grid tokens to evict, for each video that must be generated again.
         """
         unstable = {}
         for video in self._under_review:
             tokens = set()
             for policy in self.chains[video]:
                 asked = self._check_tokens(policy, policy.review(judged[video].clone()))
-                limit = getattr(policy, "max_regenerations", ContextPolicy.max_regenerations)
-                tokens |= asked if self._attempts < limit else set()
+                tokens |= asked if self._attempts < policy.max_regenerations else set()
             if tokens:
                 unstable[video] = sorted(tokens)
         self._under_review = list(unstable)
@@ -81,14 +88,14 @@ class ContextPolicies:
         return unstable
 
     def evicted(self, tokens: dict[int, list[int]]) -> None:
-        """The grid tokens that left each video's context; these videos are generated again, and reviewed."""
+        """Record the grid tokens that left each video's context; these videos are generated again, and reviewed."""
         self._under_review = list(tokens)
         for video, indices in tokens.items():
             decision = self._decisions[video]
             decision["trim"], decision["tokens"] = True, sorted({*decision["tokens"], *indices})
 
     def commit(self, latents: torch.Tensor) -> torch.Tensor:
-        """What becomes context in the place of accepted latents, (B, C, T, H, W); `entered` says of which videos."""
+        """What enters the context instead of accepted latents, (B, C, T, H, W); `entered` says for which videos."""
         context = latents.clone()
         for video, policies in enumerate(self.chains):
             chunk = latents[video]
@@ -102,7 +109,7 @@ class ContextPolicies:
         return context
 
     def close(self) -> list[dict]:
-        """Close the chunk: one decision for each video."""
+        """Finish the chunk: one decision for each video."""
         for policies, decision, entered in zip(self.chains, self._decisions, self.entered):
             decision["quarantined"] = not entered
             for policy in policies:
@@ -127,16 +134,16 @@ class ContextPolicies:
         known = [[type(policy).__name__ for policy in chain] for chain in self.chains]
         saved = [[name for name, _ in chain] for chain in state["chains"]]
         check(saved == known, "state", saved, f"of a run of the same method and batch, {known}")
-        self.chains = self._new_chains(len(known))  # what is derived is derived again
+        self.chains = self._new_chains(len(known))  # derived attributes are computed again
         for policies, states in zip(self.chains, state["chains"]):
             for policy, (_, attributes) in zip(policies, states):
-                vars(policy).update(copy.deepcopy(attributes))
+                vars(state_holder(policy)).update(copy.deepcopy(attributes))
         self._open_chunk(state["index"])
 
-    def _new_chains(self, num_videos: int) -> list[list]:
+    def _new_chains(self, num_videos: int) -> list[list[ContextPolicy]]:
         chains = [copy.deepcopy(self._chain) for _ in range(num_videos)]
         for video, policies in enumerate(chains):
-            for policy in policies:
+            for policy in map(state_holder, policies):
                 policy.video, policy.patch_size = video, self.patch_size
         return chains
 
@@ -167,7 +174,7 @@ class ContextPolicies:
             not set(facts) & set(RESERVED),
             name,
             list(facts),
-            f"a dict without {', '.join(RESERVED)}, which the rollout says",
+            f"a dict without {', '.join(RESERVED)}, which the rollout states",
         )
         facts = plain(facts)
         try:

@@ -12,6 +12,7 @@ import torch
 from diffusers import ModelMixin
 
 from ..tokentrim_checks import check, check_choice, check_int, check_list, check_number
+from .hook import DenoisingHook
 
 
 FLOWMO_CHUNKS = ("first", "all")
@@ -20,9 +21,9 @@ FLOWMO_CHUNKS = ("first", "all")
 def motion_variance(x0: torch.Tensor) -> torch.Tensor:
     """FlowMo's objective L: how unevenly the most uneven patch of each video moves (eq. 2, 3, 7, 8).
 
-    T latent frames make T - 1 motions, of which it takes two to vary: a chunk of 3 frames gives
-    (|x_3 - x_2| - |x_2 - x_1|)^2 / 4. A video is at 0 where every value changes by the same amount from frame to
-    frame, in whichever direction.
+    T latent frames make T - 1 motions, and at least two are needed for a variance: a chunk of 3 frames gives
+    (|x_3 - x_2| - |x_2 - x_1|)^2 / 4. The objective is 0 if every value changes by the same amount from frame to frame, in
+    either direction.
 
     Args:
         x0 (`torch.Tensor`):
@@ -49,8 +50,8 @@ def guide(
     Args:
         latents (`torch.Tensor`): noisy latents, (B, C, T, H, W) with T >= 3.
         predict_x0 (`Callable`):
-            The differentiable x0 prediction of such latents, guidance included. No video of it may depend on another.
-            Whatever it reads must stay as it is until `guide` returns: gradient checkpointing runs it again.
+            The differentiable x0 prediction of such latents, guidance included. The videos of a batch must not depend
+            on each other. What it reads must not change until `guide` returns: gradient checkpointing runs it again.
         iterations (`int`): gradient steps; 1 in the paper.
         learning_rate (`float`): eta; 0.005 in the paper.
 
@@ -58,7 +59,7 @@ def guide(
         `torch.Tensor`: like `latents`, without a graph; `latents` themselves for 0 iterations.
 
     Raises:
-        RuntimeError: where the gradient is not finite, or in `torch.inference_mode`, which knows no gradients.
+        `RuntimeError`: the gradient is not finite, or gradients are off because of `torch.inference_mode`.
     """
     if iterations == 0:
         return latents
@@ -97,8 +98,8 @@ def checkpointed(transformer: ModelMixin) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class FlowMo:
-    """A hook of the denoiser that guides latents before some of their denoising steps.
+class FlowMo(DenoisingHook):
+    """Guides latents before some of their denoising steps.
 
     Args:
         iterations (`int`, defaults to `1`): gradient steps before a denoising step; 0 is off.
@@ -129,7 +130,7 @@ class FlowMo:
         self.chunks = chunks
 
     def check(self, generated: Sequence[int], drift_signal: str) -> None:
-        """Refuse a rollout of generated chunks of so many latent frames, or a drift signal, that it cannot guide."""
+        """Refuse chunks that are too short, and a drift signal whose flow would be of other latents."""
         guided = generated[:1] if self.chunks == "first" else generated
         valid = "0 for chunks of less than 3 latent frames, whose motion has no variance"
         check(self.iterations == 0 or min(guided) >= 3, "flowmo: iterations", self.iterations, valid)
@@ -138,11 +139,10 @@ class FlowMo:
         check(fits, "flowmo: chunks", self.chunks, valid)
 
     def guides(self, generated_chunk: int, step: int, num_steps: int) -> bool:
-        """Whether it acts before `step`, of `num_steps`, of a chunk, counted from the first generated one."""
         steps = range(-(-num_steps // 4)) if self.steps is None else self.steps
         return self.iterations > 0 and step in steps and (self.chunks == "all" or generated_chunk == 0)
 
     def __call__(self, latents: torch.Tensor, predict_x0: Callable, transformer: ModelMixin) -> torch.Tensor:
-        """The guided latents; arguments as in [`guide`], and the model that `predict_x0` asks."""
+        """The guided latents, see [`guide`]."""
         with checkpointed(transformer):
             return guide(latents, predict_x0, self.iterations, self.learning_rate)

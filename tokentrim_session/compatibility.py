@@ -20,8 +20,7 @@ def check_method(method: Method, limits: Limits, chunk_sizes: Sequence[int]) -> 
     valid = f"0 for {limits.model}, which has no weights"
     check(limits.weights or not method.prune_weight, "prune_weight", method.prune_weight, valid)
     for hook in method.hooks:
-        if callable(getattr(hook, "check", None)):
-            hook.check(chunk_sizes, method.drift_signal)
+        hook.check(chunk_sizes, method.drift_signal)
 
 
 def check_layout(layout: Layout, limits: Limits, num_in_flight: int, chunk_sizes: Sequence[int]) -> None:
@@ -30,10 +29,8 @@ def check_layout(layout: Layout, limits: Limits, num_in_flight: int, chunk_sizes
     starts = range(max(len(chunk_sizes) - num_carried, 0) + 1)
     longest = max(sum(chunk_sizes[start : start + num_carried]) for start in starts)
     valid = f"another for passes of {num_carried} chunks (Rolling Forcing, AnyFlow-FAR): it needs passes of one chunk"
-    check(num_carried == 1 or not getattr(layout, "one_chunk_a_pass", False), "layout", type(layout).__name__, valid)
-    carried = "a chunk" if num_carried == 1 else f"{num_carried} chunks in one pass"
-    if callable(getattr(layout, "check", None)):
-        layout.check(longest, carried)
+    check(num_carried == 1 or not layout.one_chunk_a_pass, "layout", type(layout).__name__, valid)
+    layout.check(longest, "a chunk" if num_carried == 1 else f"{num_carried} chunks in one pass")
     if isinstance(layout, WindowLayout) and layout.num_sink_frames and not layout.relative_positions:
         if layout.window_size is not None and sum(chunk_sizes) > SINK_COLLAPSE:
             compatibility_logger.warning(
@@ -45,11 +42,11 @@ def check_layout(layout: Layout, limits: Limits, num_in_flight: int, chunk_sizes
 
 def check_rejections(method: Method, layout: Layout, num_in_flight: int, chunk_sizes: Sequence[int]) -> None:
     """Refuse a window that is empty once chunks that a policy rejected have passed through it."""
-    window_size = getattr(layout, "window_size", None)
+    window_size = layout.window_size
     if window_size is None or layout.num_sink_frames > 0:
         return
     shortest = (num_in_flight + 2) * max(chunk_sizes)
     for policy in method.policies:
-        ok = window_size >= shortest or not getattr(policy, "may_reject", False)
+        ok = window_size >= shortest or not policy.may_reject
         valid = f"without {type(policy).__name__} with `window_size` {window_size} and no sink: it needs a sink, or"
         check(ok, "method", [type(each).__name__ for each in method.policies], f"{valid} {shortest} latent frames")

@@ -134,7 +134,7 @@ def read_schedule(schedule: Any, transition: Any, blend_chunks: int, num_prompts
 def check_change(change: PromptChange, layout: Layout, limits: Limits) -> None:
     """Refuse a transition that the layout or the backbone cannot make."""
     name, transition = "prompt_transition", change.transition
-    served = getattr(layout, "transitions", ("keep",))
+    served = layout.transitions
     check(transition in served, name, transition, f"one of {served} for {type(layout).__name__}")
     served = served if limits.transitions is None else limits.transitions
     check(transition in served, name, transition, f"{' or '.join(map(repr, served))} for {limits.model}")

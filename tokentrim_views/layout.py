@@ -1,12 +1,15 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Which latent frames of the past a pass reads, and where it puts them: pure functions of frame numbers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import torch
+
 from ..tokentrim_checks import check, check_bool, check_int
+from .memory import Memory
 
 
 CUT_JUMP = 45  # where the chunk after a cut stands (Infinity-RoPE, arXiv 2511.20649)
@@ -47,49 +50,109 @@ class View:
     log_weights: Sequence[float] | None = None
 
 
+Hook = Callable[[Memory, list[int], torch.Tensor], None]
+
+
 class Layout:
     """Which latent frames of the past stay in memory, and which of them a pass reads. By default: all, at absolute
     positions.
 
-    A layout may also have hooks on keys and values, `before_chunk(memory, new, query)` and `before_commit(memory, new,
-    query)`: they rewrite the [`Memory`] of one video in one layer before the first pass over the frames `new`, or their
-    commit, reads it. `query` is what that pass asks for, (seq, heads, head_dim), not rotated.
+    A layout overrides some of the verbs below. All but the hooks are pure functions of frame numbers: the same arguments
+    always give the same result. Frames are numbered from the start of the video. A *pass* is a forward of the transformer
+    over the frames `new`; `held` are the frames in memory, ascending.
+
+    A layout that also rewrites keys and values defines one hook or both; they take `(memory, new, query)` and return
+    nothing. `before_chunk` runs before the first pass over the frames `new` reads a layer, `before_commit` before their
+    commit does. `memory` is the [`Memory`] of one video in one layer, which the hook changes in place; `query` holds the
+    queries of the pass, (seq, heads, head_dim), not rotated.
 
     Attributes:
+        window_size (`int`, *optional*): latent frames that attention spans at most; `None`: without bound.
         num_sink_frames (`int`): first latent frames that eviction leaves alone.
-        one_chunk_a_pass (`bool`): whether it counts on that, so that neither Rolling Forcing nor AnyFlow-FAR goes with it.
-        transitions (`tuple[str, ...]`): what may become of the context when the prompt changes.
+        one_chunk_a_pass (`bool`): whether it assumes that a pass carries one chunk, which excludes Rolling Forcing and
+            AnyFlow-FAR.
+        transitions (`tuple[str, ...]`): the prompt transitions that it supports.
+        before_chunk (`Callable`, *optional*), before_commit (`Callable`, *optional*): the hooks.
     """
 
-    num_sink_frames = 0
-    one_chunk_a_pass = False
-    transitions = ("keep", "recache", "flush", "cut")
+    window_size: int | None = None
+    num_sink_frames: int = 0
+    one_chunk_a_pass: bool = False
+    transitions: tuple[str, ...] = ("keep", "recache", "flush", "cut")
+    before_chunk: Hook | None = None
+    before_commit: Hook | None = None
 
     def keep(self, held: list[int], new: list[int]) -> list[int]:
-        """The frames of `held` that stay in memory while the chunk of frames `new` is generated and committed."""
+        """Which frames stay in memory while a chunk is generated and committed.
+
+        Args:
+            held (`list[int]`): latent frames in memory.
+            new (`list[int]`): latent frames of the chunk.
+
+        Returns:
+            `list[int]`: frames of `held`.
+        """
         return held
 
     def view(self, held: list[int], new: list[int], pass_: Pass) -> View:
-        """What a pass that carries the frames `new` reads of the frames `held`."""
+        """What a pass reads, and where it places what it reads and what it carries.
+
+        Args:
+            held (`list[int]`): latent frames in memory.
+            new (`list[int]`): latent frames that the pass carries.
+            pass_ ([`Pass`]): which kind of pass it is.
+
+        Returns:
+            [`View`]: of frames of `held`.
+        """
         return View(held, held, new)
 
     def sink(self, held: list[int]) -> list[int]:
-        """The frames of `held` that eviction leaves alone."""
+        """Which frames eviction leaves alone. By default the first `num_sink_frames`.
+
+        Args:
+            held (`list[int]`): latent frames in memory.
+
+        Returns:
+            `list[int]`: frames of `held`.
+        """
         return [frame for frame in held if frame < self.num_sink_frames]
 
     def flush(self, held: list[int]) -> list[int]:
-        """The frames of `held` that stay when the prompt changes and the context is flushed: the sink, the last two."""
+        """Which frames stay when the prompt changes and the context is flushed. By default the sink and the last two.
+
+        Args:
+            held (`list[int]`): latent frames in memory.
+
+        Returns:
+            `list[int]`: frames of `held`.
+        """
         kept = {*self.sink(held), *held[-2:]}
         return [frame for frame in held if frame in kept]
 
     def recache(self, held: list[int]) -> tuple[list[int], list[int]]:
-        """The frames of `held` that stay as they are when the window is encoded again under another prompt, and those that
-        are encoded, which follow each other. A sink from which frames have left stays."""
+        """Which frames are encoded again when the prompt changes. By default all but a sink from which frames have left.
+
+        Args:
+            held (`list[int]`): latent frames in memory.
+
+        Returns:
+            `tuple[list[int], list[int]]`: frames of `held` that stay as they are, and consecutive frames of `held` that
+            are encoded again.
+        """
         sink = [] if held == list(range(len(held))) else self.sink(held)
         return sink, held[len(sink) :]
 
     def check(self, longest: int, carried: str) -> None:
-        """Refuse a rollout whose passes carry up to `longest` latent frames, `carried` in words."""
+        """Refuse a rollout that the layout cannot serve. By default it serves all.
+
+        Args:
+            longest (`int`): latent frames that a pass carries at most.
+            carried (`str`): what these are, for the message of an error.
+
+        Raises:
+            `ValueError`: a setting does not fit; the message names it, its value and what is valid.
+        """
 
 
 def sink_and_newest(held: list[int], new: list[int], window_size: int | None, num_sink_frames: int) -> list[int]:
@@ -154,8 +217,8 @@ class WindowLayout(Layout):
         check(fits, "window_size", self.window_size, valid)
 
 
-def check_frames(verb: str, frames: Any, layout: Any) -> list[int]:
-    """Refuse what is no frames of the past."""
+def check_frames(verb: str, frames: Any, layout: Layout) -> list[int]:
+    """The frames that a verb of a layout returned, as a list; raises if they are no numbers of latent frames."""
     is_list = isinstance(frames, Iterable) and not isinstance(frames, (str, dict))
     frames = list(frames) if is_list else frames
     whole = is_list and all(isinstance(frame, Integral) and not isinstance(frame, bool) for frame in frames)
@@ -165,8 +228,8 @@ def check_frames(verb: str, frames: Any, layout: Any) -> list[int]:
     return frames
 
 
-def check_view(view: Any, layout: Any, held: Sequence[int], new: Sequence[int]) -> None:
-    """Refuse a view that does not fit the frames at hand."""
+def check_view(view: Any, layout: Layout, held: Sequence[int], new: Sequence[int]) -> None:
+    """Refuse a view that does not fit the frames in memory and those of the pass."""
     name = f"{type(layout).__name__}.view"
     valid = f"a View for the latent frames {new[0]} to {new[-1]}: frames of {list(held)}, a position for each"
     fits = all(hasattr(view, field) for field in View.__dataclass_fields__)

@@ -1,10 +1,14 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Rotary position embedding: angles, rotation, and the places of a token grid."""
 
+from dataclasses import dataclass
+
 import torch
 
 
-ROPE_THETA = 10000.0  # `WanRotaryPosEmbed`'s default, which the model neither changes nor keeps
+ROPE_THETA = 10000.0  # the default of `WanRotaryPosEmbed`, which Diffusers' Wan models do not store
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def rotate(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -15,7 +19,7 @@ def rotate(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 
 def rotary_angles(
     position: torch.Tensor, place: torch.Tensor, rope_dims: tuple[int, int, int], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Pair:
     """Cosine and sine at temporal positions (batch, seq) and (row, column), (batch, seq, 2) -> (batch, seq, 1,
     head_dim / 2)."""
     cos, sin = [], []
@@ -31,3 +35,24 @@ def rotary_angles(
 def grid_places(grid: tuple[int, int]) -> torch.Tensor:
     """Row and column of each token of a grid, (tokens, 2), row-major."""
     return torch.cartesian_prod(*(torch.arange(size, dtype=torch.float64) for size in grid))
+
+
+@dataclass
+class RotaryGrid:
+    """The rotary embedding of the tokens of a grid.
+
+    Args:
+        places (`torch.Tensor`): row and column of every token, (tokens, 2).
+        rope_dims (`tuple[int, int, int]`): rotary dimensions of a head for (frame, height, width).
+    """
+
+    places: torch.Tensor
+    rope_dims: tuple[int, int, int]
+
+    def angles(self, position: torch.Tensor, token: torch.Tensor, device: torch.device) -> Pair:
+        """Cosine and sine at (temporal position, token), both (batch, seq) -> (batch, seq, 1, head_dim / 2)."""
+        return rotary_angles(position, self.places[token], self.rope_dims, device)
+
+    def offset_angles(self, offset: torch.Tensor, device: torch.device) -> Pair:
+        """Cosine and sine that move keys by temporal offsets, (batch, seq) -> (batch, seq, 1, time channels / 2)."""
+        return rotary_angles(offset, torch.zeros(*offset.shape, 0), self.rope_dims[:1], device)
