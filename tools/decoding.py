@@ -1,8 +1,8 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Frames of a video file, decoded by ffmpeg in a process that ends with its reader.
 
-ffmpeg opens only formats that hold their own frames: a playlist or manifest, which names other files and addresses, is
-refused whatever its name is.
+ffmpeg opens only formats that hold their own frames. Playlists and manifests, which name other files and addresses, are
+refused whatever their name.
 """
 
 import io
@@ -24,18 +24,18 @@ logger = logging.getLogger("tokentrim.frames")
 FORMATS = (
     "mov,matroska,avi,gif,mpegts,mpeg,flv,ogg,yuv4mpegpipe"  # ffmpeg's names; mov is mp4, matroska is mkv and webm
 )
-# What ffmpeg says of a file that ends too early. Its other errors are also said of complete files.
+# Messages of ffmpeg about a file that ends too early. Its other errors also occur with complete files.
 CUT = re.compile(r"partial file|ended prematurely|corrupt input packet|Packet corrupt|LZW decode failed")
 CLOCK = r"(\d+):(\d+):([\d.]+)"
 
 
 def decode(path: Path, max_pixels: int, max_seconds: float | None = None) -> Iterator[np.ndarray]:
     """
-    Frames of a video file, uint8 (H, W, 3), as they are stored, none repeated or dropped.
+    Frames of a video file as stored, uint8 (H, W, 3); no frame is repeated or dropped.
 
     Raises:
         `ImportError`: imageio-ffmpeg is not installed.
-        `ValueError`: it cannot be decoded, a frame has more than `max_pixels`, or its frames are not read after
+        `ValueError`: the file cannot be decoded, a frame has more than `max_pixels`, or reading takes longer than
             `max_seconds`.
     """
     process = start(path, max_pixels)
@@ -74,7 +74,7 @@ def start(path: Path, max_pixels: int) -> subprocess.Popen:
 
 
 def read_ppm(stream: io.BufferedReader) -> np.ndarray | None:
-    """The next picture of a stream; None at its end, or where it is cut."""
+    """The next picture of a stream; None at its end, or if it is cut."""
     with suppress(ValueError):
         magic, size, _ = (stream.readline() for _ in range(3))
         width, height = map(int, size.split())
@@ -85,12 +85,12 @@ def read_ppm(stream: io.BufferedReader) -> np.ndarray | None:
 
 
 class Messages:
-    """What ffmpeg says: the first and the last lines, read by a thread, so that it never waits for its reader."""
+    """The first and last lines of ffmpeg's messages, read by a thread, so that ffmpeg never waits."""
 
     def __init__(self, stream: io.BufferedReader):
         self.lines: list[str] = []
         self.last: deque[str] = deque(maxlen=100)
-        self.stream = io.TextIOWrapper(stream, errors="replace")  # turns \r into ends of lines
+        self.stream = io.TextIOWrapper(stream, errors="replace")  # turns \r into line ends
         self.thread = Thread(target=self._read, daemon=True)
         self.thread.start()
 
@@ -103,12 +103,12 @@ class Messages:
         self.stream.close()
 
     def find(self, pattern: str | re.Pattern) -> re.Match | None:
-        """The last place of a pattern."""
+        """The last match of a pattern."""
         found = [match for line in (*self.lines, *self.last) if (match := re.search(pattern, line))]
         return found[-1] if found else None
 
     def reason(self, max_pixels: int) -> str:
-        """Why a file cannot be decoded, in some words."""
+        """The reason why a file cannot be decoded, in a few words."""
         if self.find("not on whitelist"):
             return f"it is in none of the formats {FORMATS.replace(',', ', ')}"
         if self.find("max pixel count"):
@@ -120,9 +120,9 @@ class Messages:
 
     def warn_if_cut(self, path: Path, count: int) -> None:
         """
-        Warn of a file that ends too early: ffmpeg or its tables say so, or its frames end before its length.
+        Warn about a file that ends too early, according to ffmpeg, its tables, or the length of the container.
 
-        The length is the container's. It is compared only where there is no sound, which may be longer.
+        The length counts only for files without sound, because sound may be longer.
         """
         length, end, rate = (self.find(each) for each in (f"Duration: {CLOCK}", f"time={CLOCK}", r", ([\d.]+) fps,"))
         ends_early, of = bool(self.find(CUT)) or is_video_cut(path), ""

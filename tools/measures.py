@@ -1,7 +1,7 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Drift of a video, measured from its frames alone, without a model. docs/drift.md says what each measure means.
+"""Drift of a video, measured from its frames alone, without a model. docs/drift.md explains each measure.
 
-A frame becomes a *look* (five numbers) and a colour histogram; a video becomes 20 segments of equal length, with the mean
+A frame becomes a *look* (five numbers) and a color histogram; a video becomes 20 segments of equal length, with the mean
 look (segments, 5) and the mean histogram (segments, 512) of each. All measures are functions of these.
 """
 
@@ -18,9 +18,9 @@ NUM_CHUNKS = 10  # as in LV-Bench
 SIDE, FLOW_SIDE = (
     240,
     120,
-)  # pixels of the shorter side that frames are reduced to, at least; for the optical flow, too
-STILL = 1e-4  # of the diagonal per frame: less is what the optical flow finds between equal frames
-LEVELS, FINE = 8, 64  # levels of each colour channel in the histogram, and in the one that it is made from
+)  # smallest shorter side of reduced frames, in pixels; also for the optical flow
+STILL = 1e-4  # share of the diagonal per frame: optical flow finds less than this between equal frames
+LEVELS, FINE = 8, 64  # levels of each color channel in the histogram, and in the finer one behind it
 # (LEVELS, FINE): the share of each level in each fine one, from linear interpolation.
 SHARES = np.maximum(1 - np.abs(np.arange(LEVELS)[:, None] - np.linspace(0, LEVELS - 1, FINE)), 0)
 
@@ -42,7 +42,7 @@ def measure_look(frame: np.ndarray, before: np.ndarray) -> np.ndarray:
     red, green, blue = cv2.split(frame)
     highest, lowest = (float(choose(choose(red, green), blue).sum()) for choose in (cv2.max, cv2.min))
     saturation = 1 - lowest / max(highest, 1)
-    if contrast < 1 / 255:  # less than a step of 8 bits: neither edges nor motion can be seen
+    if contrast < 1 / 255:  # less than a step of 8 bits: edges and motion are invisible
         return np.array([brightness, contrast, saturation, 0, 0])
     grey, grey_before = (grey - brightness) / contrast, (grey_before - brightness) / contrast
     return np.array(
@@ -51,9 +51,9 @@ def measure_look(frame: np.ndarray, before: np.ndarray) -> np.ndarray:
 
 
 def measure_motion(grey: np.ndarray, before: np.ndarray) -> float:
-    """Mean length of the Farneback flow from one grey picture (H, W) to the next, in shares of the diagonal.
+    """Mean length of the Farneback flow from one gray picture (H, W) to the next, in shares of the diagonal.
 
-    Pictures have mean 0 and deviation 1: of fading ones, this flow finds less and less."""
+    Pictures have mean 0 and deviation 1, because this flow finds less and less motion in fading ones."""
     pair = [reduce(np.clip(48 * each + 128, 0, 255).astype(np.uint8), FLOW_SIDE) for each in (before, grey)]
     flow = cv2.calcOpticalFlowFarneback(*pair, None, 0.5, 3, 15, 3, 5, 1.2, 0)
     length = np.linalg.norm(flow, axis=2).mean() / np.hypot(*flow.shape[:2])
@@ -61,10 +61,10 @@ def measure_motion(grey: np.ndarray, before: np.ndarray) -> float:
 
 
 def color_histogram(frame: np.ndarray) -> np.ndarray:
-    """Shares of the colours of a uint8 frame (H, W, 3): (512,), from black to white, summing to 1.
+    """Shares of the colors of a uint8 frame (H, W, 3): (512,), from black to white, summing to 1.
 
-    Bins are centred on 8 levels of each channel, and a colour is shared among the 8 bins around it (trilinear weights), so
-    that the histogram changes gradually with the colour.
+    Bins are centered on 8 levels of each channel. A color is shared among the 8 nearest bins (trilinear weights), so the
+    histogram changes gradually with the color.
     """
     fine = cv2.calcHist([frame], [0, 1, 2], None, [FINE] * 3, [0, 256] * 3)
     return np.einsum("rgb,ir,jg,kb->ijk", fine, *[SHARES] * 3, optimize=True).ravel() / fine.sum()
@@ -74,9 +74,9 @@ def color_histogram(frame: np.ndarray) -> np.ndarray:
 
 
 class Timeline:
-    """Means of rows over equal stretches of time, of a number of rows that is not known before the last one.
+    """Means of rows over equal stretches of time, for an unknown number of rows.
 
-    At most `limit` (even) stretches are held: when they are full, neighbours are merged and stretches become twice as long.
+    It holds at most `limit` (even) stretches. When they are full, neighbors are merged and stretches double in length.
     """
 
     def __init__(self, limit: int = 1024):
@@ -93,7 +93,7 @@ class Timeline:
         self.count += 1
 
     def split(self, num_segments: int) -> tuple[np.ndarray, np.ndarray]:
-        """Means of `num_segments` nearly equal parts, (segments, ...), and where they end, in rows (segments,)."""
+        """Means of `num_segments` nearly equal parts, (segments, ...), and the rows at which they end, (segments,)."""
         ends = np.minimum(np.arange(1, len(self.sums) + 1) * self.length, self.count)
         cuts = np.linspace(0, len(self.sums), num_segments + 1).round().astype(int)
         means = [
@@ -112,13 +112,13 @@ def start_and_end(segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def color_similarity(histogram: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """100 (1 - |h - g|_1 / 2), the histogram intersection in percent: 100 for the same colours, 0 for none in common."""
+    """100 (1 - |h - g|_1 / 2), the histogram intersection in percent: 100 for equal colors, 0 for no color in common."""
     return 100 * (1 - np.abs(histogram - other).sum(axis=-1) / 2)
 
 
 def color_distance(histogram: np.ndarray, other: np.ndarray) -> float:
-    """How far the colours have to move to become the other ones, mean of the three channels, in percent of the way from
-    black to white: the Wasserstein distance of each channel, which still grows where no colour is in common."""
+    """Wasserstein distance of the color distributions, mean of the three channels, in percent of the distance from black
+    to white. It still grows when no color is in common."""
     difference = (histogram - other).reshape(LEVELS, LEVELS, LEVELS)
     channels = np.stack([difference.sum(axis=axes) for axes in ((1, 2), (0, 2), (0, 1))])  # (3, levels)
     return float(100 * np.abs(channels.cumsum(axis=1)).sum(axis=1).mean() / (LEVELS - 1))
@@ -130,7 +130,7 @@ def fit_slope(values: np.ndarray) -> float:
 
 
 def video_drift_error(values: np.ndarray) -> float | None:
-    """VDE = sum over i = 2..N of (N - i + 1) |m_i - m_1| / m_1 for N = 10 chunks; None where m_1 is 0."""
+    """VDE = sum over i = 2..N of (N - i + 1) |m_i - m_1| / m_1 for N = 10 chunks; None if m_1 is 0."""
     chunks = values.reshape(NUM_CHUNKS, -1).mean(axis=1)
     if chunks[0] == 0:
         return None
@@ -138,5 +138,5 @@ def video_drift_error(values: np.ndarray) -> float | None:
 
 
 def color_spread(histograms: np.ndarray) -> float:
-    """Mean colour distance of pairs of videos, of histograms (videos, 512): how different the videos look."""
+    """Mean color distance of pairs of videos, from histograms (videos, 512): how different the videos look."""
     return float(np.mean([color_distance(*pair) for pair in combinations(histograms, 2)]))

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Whether an mp4 or mov file was cut, from its own tables: ffmpeg is silent where the cut lies in the sound."""
+"""Whether an mp4 or mov file was cut, from its tables: ffmpeg does not report a cut in the sound."""
 
 import os
 import struct
@@ -13,7 +13,7 @@ MAX_BOXES = 10_000  # beside each other
 
 
 def is_video_cut(path: Path) -> bool:
-    """Whether frames of a file lie beyond its end. False for other formats, and for files that say nothing about it."""
+    """Whether frames of a file lie beyond its end. False for other formats, and for files without these tables."""
     size = os.path.getsize(path)
     with path.open("rb") as file:
         try:
@@ -29,7 +29,7 @@ def is_video_cut(path: Path) -> bool:
 
 
 def last_offset(file: BinaryIO, start: int, end: int) -> int:
-    """Where the last chunk of samples of a track begins; -1 without samples."""
+    """The start of the last chunk of samples of a track; -1 without samples."""
     last = -1
     for kind, form in ((b"stco", ">I"), (b"co64", ">Q")):
         width = struct.calcsize(form)

@@ -44,7 +44,7 @@ PRESETS = {
         "layout": {"attention_bias": {"window_size": 6, "weight": 0.3}},
         "method": "plain",
     },
-    # Methods of their own on the weights of Self Forcing or Causal Forcing; nothing is added to them.
+    # Training-free methods on the weights of Self Forcing or Causal Forcing, without another method.
     "infinity_rope": {
         **CHUNKS,
         "layout": {"infinity_rope": {"window_size": 6, "num_sink_frames": 1}},
@@ -63,13 +63,13 @@ HOLD_MORE = ("ema_sink", "rolling_sink")  # layouts that hold a chunk beside the
 
 
 def list_presets(num_layers: int, width: int) -> list[str]:
-    """The presets for weights of a size; none where no published model has it."""
+    """The presets for weights of a size; none if no published model has this size."""
     size = SIZES.get((num_layers, width))
     return [] if size is None else [name for name in PRESETS if (name in LARGE) == (size == "Wan 14B")]
 
 
 def check_size(preset: str, num_layers: int, width: int) -> None:
-    """Refuse the preset of a model of another size. Weights of a size that nobody published may take any."""
+    """Refuse the preset of a model of another size. Weights of an unpublished size may take any."""
     fit = list_presets(num_layers, width)
     valid = f"one for {SIZES.get((num_layers, width))} ({', '.join(fit)})"
     require(not fit or preset in fit, "preset", valid, f"is {preset!r}, for another size")

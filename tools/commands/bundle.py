@@ -9,9 +9,9 @@ from . import add_command
 
 def add_parser(commands) -> None:
     details = "example:\n  tokentrim bundle build/tokentrim.py"
-    summary = "the pipeline and its companions as one file, for `examples/community` of Diffusers"
+    summary = "write the pipeline and its modules as one file, for `examples/community` of Diffusers"
     parser = add_command(commands, run, "bundle", summary, details)
-    parser.add_argument("out", metavar="FILE", type=Path, help="the .py file to write, new or an earlier one")
+    parser.add_argument("out", metavar="FILE", type=Path, help="the .py file to write: new, or an earlier bundle")
 
 
 def run(options: argparse.Namespace) -> int:
