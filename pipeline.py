@@ -16,6 +16,7 @@ from .tokentrim_files.run_state import load_state
 from .tokentrim_frames.colors import color_drift
 from .tokentrim_frames.comparison import Comparison
 from .tokentrim_frames.decode import make_decoder
+from .tokentrim_frames.fragments import encode_chunk
 from .tokentrim_frames.mp4 import VideoWriter
 from .tokentrim_frames.output import TokenTrimPipelineOutput
 from .tokentrim_frames.pictures import as_rgb
@@ -50,6 +51,7 @@ from .tokentrim_session.partition import partition_chunks
 from .tokentrim_session.plan import RolloutPlan
 from .tokentrim_session.progress import Progress
 from .tokentrim_session.prompts import PromptChange
+from .tokentrim_session.recording import Recording
 from .tokentrim_session.run import Rollout
 from .tokentrim_session.schedule import Scheduler
 from .tokentrim_session.stream import Stream
@@ -61,3 +63,4 @@ from .tokentrim_views.registry import make_layout
 from .tokentrim_views.rope import rotate
 from .tokentrim_views.tether import Tether
 from .tokentrim_views.windows import InfinityRope
+from .tokentrim_writing import write_whole

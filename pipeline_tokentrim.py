@@ -4,6 +4,7 @@
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from .tokentrim_files.run_state import (
     has_state,
     keep_method,
     load_state,
+    lock_state,
     recall,
     record_call,
     settings_of,
@@ -61,7 +63,8 @@ from .tokentrim_files.run_state import (
 from .tokentrim_frames.colors import color_drift
 from .tokentrim_frames.comparison import Comparison
 from .tokentrim_frames.decode import FrameDecoder, decode_all, make_decoder
-from .tokentrim_frames.mp4 import VideoWriter
+from .tokentrim_frames.fragments import encode_chunk
+from .tokentrim_frames.mp4 import FPS, VideoWriter
 from .tokentrim_frames.output import TokenTrimPipelineOutput, concatenated
 from .tokentrim_frames.pictures import as_rgb
 from .tokentrim_frames.summary import tell_run
@@ -95,6 +98,7 @@ from .tokentrim_session.partition import partition_chunks
 from .tokentrim_session.plan import RolloutPlan
 from .tokentrim_session.progress import Progress
 from .tokentrim_session.prompts import PromptChange
+from .tokentrim_session.recording import Recording
 from .tokentrim_session.run import Rollout
 from .tokentrim_session.schedule import Scheduler
 from .tokentrim_session.stream import Chunk, Stream, gather
@@ -106,6 +110,7 @@ from .tokentrim_views.registry import make_layout
 from .tokentrim_views.rope import rotate
 from .tokentrim_views.tether import Tether
 from .tokentrim_views.windows import InfinityRope
+from .tokentrim_writing import write_whole
 
 
 class TokenTrimPipeline(AnyFlowFARPipeline):
@@ -135,6 +140,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         method (`str` or `dict`, *optional*): what is done against drift.
         layout (`str` or `dict`, *optional*): which past frames a pass reads, in the place of a window.
         prompt_transition (`str`, *optional*): what becomes of the context when the prompt changes.
+        fps (`float`, *optional*): frames per second that the model makes; 16 where a checkpoint says nothing, as for Wan.
     """
 
     _optional_components = ["tokenizer", "text_encoder", "vae"]
@@ -162,6 +168,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         method: str | dict | None = None,
         layout: str | dict | None = None,
         prompt_transition: str | None = None,
+        fps: int | float | None = None,
     ):
         settings = {name: value for name, value in locals().items() if name in SETTINGS}
         check_portable(settings)
@@ -170,6 +177,15 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         scheduler = lift_scheduler(scheduler) if isinstance(scheduler, SchedulerMixin) else scheduler
         super().__init__(tokenizer, text_encoder, transformer, vae, scheduler)
         self.register_to_config(**settings)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As in Diffusers; code that a checkpoint names for its pipeline is left out, since this class is the code."""
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(index.get("_class_name"), (list, tuple)):
+            index["_class_name"] = cls.__name__
+        return loaded
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A scheduler is lifted: `pipe.scheduler = X.from_config(pipe.scheduler.config)` is all that it takes."""
@@ -403,12 +419,16 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         """
         call = read_call(self._bind(*args, **kwargs))
         check_int("save_every", save_every, 1)
-        if state_dir is not None:
-            valid = "a folder without a state: `pipe.resume(state_dir)` goes on with the run that is there"
-            check(not has_state(state_dir), "state_dir", str(state_dir), valid)
-        run = self.begin(plan_rollout(self, call, may_be_endless=True))
-        decoder = self._make_decoder(preview_vae) if run.plan.decodes else None
-        return Stream(self, run, decoder, state_dir, save_every, record_call(call))
+        plan = plan_rollout(self, call, may_be_endless=True)
+        with ExitStack() as held:
+            if state_dir is not None:
+                os.makedirs(state_dir, exist_ok=True)
+                held.enter_context(lock_state(state_dir))
+                valid = "a folder without a state: `pipe.resume(state_dir)` goes on with the run that is there"
+                check(not has_state(state_dir), "state_dir", str(state_dir), valid)
+            run = self.begin(plan)
+            decoder = self._make_decoder(preview_vae) if plan.decodes else None
+            return Stream(self, run, decoder, state_dir, save_every, record_call(call), held=held.pop_all())
 
     @torch.no_grad()
     def resume(self, state_dir: str | os.PathLike, preview_vae: Any = None, **objects) -> Stream:
@@ -423,27 +443,35 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         Raises:
             `ValueError`: no whole state, other weights, or other arguments; what differs is in the message.
         """
-        state = load_state(state_dir)
-        with whole_state(state_dir):
-            keep_method(state, DEFAULT_METHOD)
-            call = recall(state["call"], objects)
-            check_same(state["settings"], settings_of(self), [name for name in SETTINGS if call[name] is not None])
-            models = {"transformer": self.transformer, "vae": self.vae, "preview_vae": preview_vae}
-            check_weights(state["weights"], models)
-            plan = plan_rollout(self, call, may_be_endless=True)
-        run = self.begin(plan)
-        with whole_state(state_dir):
-            run.load_state_dict(state["run"])
-            decoder = None if state["decoder"] is None else self._make_decoder(preview_vae)
-            if decoder is not None:
-                decoder.load_state_dict(state["decoder"])
-            saved = [state.get(name) for name in ("save_every", "call", "files", "undecoded")]
-            return Stream(self, run, decoder, state_dir, *saved)
+        with ExitStack() as held:
+            held.enter_context(lock_state(state_dir))
+            state = load_state(state_dir)
+            with whole_state(state_dir):
+                keep_method(state, DEFAULT_METHOD)
+                call = recall(state["call"], objects)
+                given = [name for name in SETTINGS if call.get(name) is not None]
+                check_same(state["settings"], settings_of(self), given)
+                models = {"transformer": self.transformer, "vae": self.vae, "preview_vae": preview_vae}
+                check_weights(state["weights"], models)
+                plan = plan_rollout(self, call, may_be_endless=True)
+            run = self.begin(plan)
+            with whole_state(state_dir):
+                run.load_state_dict(state["run"])
+                decoder = None if state["decoder"] is None else self._make_decoder(preview_vae)
+                if decoder is not None:
+                    decoder.load_state_dict(state["decoder"])
+                saved = [state.get(name) for name in ("save_every", "call", "files", "undecoded")]
+                return Stream(self, run, decoder, state_dir, *saved, held=held.pop_all())
 
     @torch.no_grad()
     def plan(self, *args, **kwargs) -> RolloutPlan:
         """What a call with these arguments would do, completed from the checkpoint and checked; no model runs."""
         return plan_rollout(self, self._bind(*args, **kwargs))
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of the videos, as the checkpoint says, or Wan's."""
+        return self.config.get("fps") or FPS
 
     def _make_decoder(self, preview_vae: Any = None) -> FrameDecoder:
         return make_decoder(self.vae, preview_vae, self.vae_scale_factor_temporal)

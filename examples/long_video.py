@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline
 
 
 ROOT = Path(__file__).resolve().parent.parent
-FPS = 12
 PROMPTS = (
     "a red circle moving right over a blue background",
     "a red circle moving right over a yellow background",
@@ -39,7 +38,7 @@ def main() -> None:
         stream = pipe.resume(args.state_dir)
     else:
         chunk = pipe.config.num_frames_per_chunk  # in this world, a latent frame is one frame
-        num_chunks = max(round(args.minutes * 60 * FPS / chunk), len(PROMPTS))
+        num_chunks = max(round(args.minutes * 60 * pipe.fps / chunk), len(PROMPTS))
         changes = [third * num_chunks // len(PROMPTS) for third in range(len(PROMPTS))]
         stream = pipe.stream(
             prompt_schedule=dict(zip(changes, PROMPTS)),
@@ -51,7 +50,7 @@ def main() -> None:
             save_every=50,
         )
     with stream:
-        stream.save_video(args.out, FPS)
+        stream.save_video(args.out)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Studio:
     Args:
         checkpoint (`str`): folder or Hub id, in Diffusers format.
         max_chunks (`int`): limit of a run.
-        fps (`float`, *optional*): frames per second; by default 8 for the tiny world, otherwise Wan's 16.
+        fps (`float`, *optional*): frames per second; by default the checkpoint's.
         name (`str`, *optional*): name of the checkpoint in the scripts for visitors.
 
     Raises:
@@ -75,7 +75,7 @@ class Studio:
             each.set_progress_bar_config(disable=True)
         self.pool = ThreadPoolExecutor(len(SIDES))  # options of ffmpeg
         self.is_tiny_world = is_tiny_world(pipe.tokenizer)
-        self.fps = fps or (8 if self.is_tiny_world else 16)
+        self.fps = fps or pipe.fps
         if self.is_tiny_world:
             torch.set_num_threads(1)  # more threads slow down a model this small
 

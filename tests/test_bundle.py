@@ -61,7 +61,7 @@ def test_no_other_file_is_overwritten_and_the_package_is_not_shadowed(tmp_path, 
     file = tmp_path / "pipeline_tokentrim.py"
     file.write_text("mine")
     for name, valid in (
-        ("pipeline_tokentrim.py", "a new file, or one that"),
+        ("pipeline_tokentrim.py", "a new file or one that"),
         ("tokentrim.py", "of another name or in"),
     ):
         assert main(["bundle", name]) == 1

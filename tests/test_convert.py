@@ -19,10 +19,10 @@ from originals import lora_weights, original_weights
 from safetensors.torch import save_file
 
 from tokentrim import TokenTrimPipeline
+from tokentrim.tokentrim_writing import locked
 from tokentrim.tools import convert
 from tokentrim.tools.cli import main
 from tokentrim.tools.convert import convert_checkpoint, load_original_transformer
-from tokentrim.tools.folders import locked
 from tokentrim.tools.presets import PRESETS, SCHEDULES, SIZES
 
 

@@ -188,7 +188,7 @@ tensors = st.builds(
     st.integers(0, 3),
 )
 VALUES = {
-    "prompt": mostly(["a red circle", "", ["a red circle"], ["blue", "green square"]], [None, 3, [], ["a", 3], {}]),
+    "prompt": mostly(["a red circle", ["a red circle"], ["blue", "green square"]], ["", " ", ["a", ""], None, 3, [], ["a", 3], {}]),
     "negative_prompt": mostly([None, "blue", ["blue"]], [3, ["a", "b", "c"]]),
     "prompt_embeds": mostly([randn(1, 8, 32), randn(2, 8, 32), randn(1, 5, 32)], [randn(1, 8, 32) * float("nan"), randn(8, 32), "a"]),
     "negative_prompt_embeds": mostly([randn(1, 8, 32, seed=1), randn(1, 5, 32)], [randn(1, 8, 31), 3]),

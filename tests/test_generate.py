@@ -19,6 +19,7 @@ from conftest import ROOT
 from diffusers import FlowMatchLCMScheduler
 from fresh import Nursery
 
+from tokentrim.tokentrim_files.run_state import load_state
 from tokentrim.tokentrim_frames.mp4 import LineWriter, VideoWriter
 from tokentrim.tools import generate
 from tokentrim.tools.cli import main
@@ -58,7 +59,8 @@ def contents(folder):
 def test_many_prompts(here):
     """Two processes make what one makes, bit by bit; a failure is reported and the rest goes on; a second start does
     what is left; one prompt with its seed is one of them."""
-    (here / "two" / f"{NAMES[1]}.growing.mp4").mkdir(parents=True)  # a video cannot be written there
+    (here / "two").mkdir()
+    (here / "two" / f".{NAMES[1]}.mp4.lock").mkdir()  # a video cannot be written there
     arguments = ["--prompts", "prompts.txt", "--out", "two", *OPTIONS]
     process = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT, *arguments],
@@ -68,17 +70,18 @@ def test_many_prompts(here):
         text=True,
     )
     assert process.returncode == 1
-    assert process.stdout == "2 done, 1 failed\n" and "3 to generate, 0 there already" in process.stderr
-    assert f"two/{NAMES[1]}.mp4: IsADirectoryError" in process.stderr
+    assert sorted(process.stdout.split()) == [f"{here}/two/{NAMES[0]}.mp4", f"{here}/two/{NAMES[2]}.mp4"]
+    assert "2 done, 1 failed" in process.stderr and "3 to generate, 0 there already" in process.stderr
+    assert f"two/{NAMES[1]}.mp4: " in process.stderr
     assert "process 0: 100%" in process.stderr and "process 1: 100%" in process.stderr
-    (here / "two" / f"{NAMES[1]}.growing.mp4").rmdir()
+    (here / "two" / f".{NAMES[1]}.mp4.lock").rmdir()
     written = {
         name: (here / "two" / name).stat().st_mtime_ns for name in contents(here / "two") if "00002" not in name
     }
 
     with Nursery(HF_HUB_OFFLINE="1") as nursery:
         printed = start(nursery, here, "--prompts", "prompts.txt", "--out", "two")
-        assert "1 to generate, 2 there already" in printed and "1 done, 0 failed\nexit 0" in printed
+        assert "1 to generate, 2 there already" in printed and "1 done, 0 failed" in printed and "exit 0" in printed
         assert {name: (here / "two" / name).stat().st_mtime_ns for name in written} == written
         assert "exit 0" in start(nursery, here, "--prompts", "prompts.txt", "--out", "one")
         assert sorted(contents(here / "one")) == sorted(
@@ -92,14 +95,14 @@ def test_many_prompts(here):
         again = [PROMPTS[2], "--out", "deep/down/square.mp4"]
         assert "0 to generate, 1 there already" in start(nursery, here, *again, "--seed", "2")
         printed = start(nursery, here, *again, "--seed", "3", "--method", "plain")
-        assert printed.startswith("exit 1\ntokentrim generate: error: ") and printed.count("\n") == 1
+        assert printed.startswith("exit 1\n") and printed.splitlines()[-1].startswith("tokentrim generate: error: ")
         assert (
             "square.mp4 is there already, but is another video: seed 2, not 3; method not given, not 'plain'"
             in printed
         )
         (here / "trim.json").write_text(json.dumps({"num_frames": "81"}))
         printed = start(nursery, here, "--prompts", "prompts.txt", "--out", "three")
-        assert "\ntokentrim generate: error: `num_frames` must be" in printed and not any((here / "three").iterdir())
+        assert "\ntokentrim generate: error: `num_frames` must be" in printed and not (here / "three").exists()
 
     record = json.loads((here / "one" / f"{NAMES[1]}.json").read_text())
     assert (record["prompt"], record["seed"]) == (PROMPTS[2], 2) and record["arguments"]["num_frames"] == 33
@@ -150,18 +153,21 @@ def test_an_interrupted_run_goes_on_to_the_same_files(here):
     options += ["--prompt-schedule", "schedule.json", "--prompt-transition", "flush"]
     with Nursery(HF_HUB_OFFLINE="1") as nursery:
         whole = start_here(nursery, here, *options, "--out", "whole/x.mp4")
-        assert whole[0] == 0 and "1 done, 0 failed" in whole[1], whole
+        assert whole[0] == 0 and whole[1].splitlines()[0] == str(here / "whole" / "x.mp4"), whole
         options += ["--out", "cut/x.mp4", "--state-dir", "a run", "--save-every", "2"]
         code, _, said = start_here(nursery, here, *options, interrupt=("cut/x.growing.jsonl", 4))
         assert code == 130
         assert f"To go on:\n  tokentrim generate --state-dir '{here / 'a run'}' --resume" in said
         assert sorted(contents(here / "cut")) == ["x.growing.jsonl", "x.growing.mp4"]
-        assert len(list(imageio.imiter(here / "cut" / "x.growing.mp4"))) >= 45  # it plays
+        frames = list(imageio.imiter(here / "cut" / "x.growing.mp4"))  # it plays
+        assert len(frames) >= 45 and "Stopping after this chunk" in said
+        chunks = len(read_lines(here / "cut" / "x.growing.jsonl"))
+        assert load_state(here / "a run")["run"]["index"] == chunks  # the last finished chunk is saved
         assert start_here(nursery, here, *options)[0] == 1  # a run is there
         code, _, said = start_here(nursery, here, "--state-dir", "a run", "--resume", "--seed", "4")
         assert code == 2 and "--seed: the run began with 3, not 4" in said
         code, printed, said = start_here(nursery, here, "--state-dir", "a run", "--resume")
-        assert code == 0 and "1 done, 0 failed" in printed, said
+        assert code == 0 and "1 done, 0 failed" in said, said
         assert contents(here / "cut") == contents(here / "whole")
         assert len(read_lines(here / "cut" / "x.jsonl")) == 10
         assert not list((here / "a run").glob("state-*"))  # they are of no use any more
@@ -172,7 +178,7 @@ def test_a_video_without_an_end_is_complete_at_ctrl_c(here):
     with Nursery(HF_HUB_OFFLINE="1") as nursery:
         options = [PROMPTS[0], *OPTIONS, "--num-frames", "endless"]
         done = start_here(nursery, here, *options, "--out", "x.mp4", interrupt=("x.growing.jsonl", 3))
-        assert done[0] == 0 and "1 done, 0 failed" in done[1]
+        assert done[0] == 0 and "1 done, 0 failed" in done[2]
         assert (here / "x.mp4").is_file() and len(read_lines(here / "x.jsonl")) >= 3
 
         options[-1] = "0"  # the same; with a state it can go on
@@ -383,9 +389,12 @@ def test_a_fingerprint_tells_checkpoints_apart(here):
 def test_what_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "model_index.json").write_text("{}")
     for out, message in (
         ("file/x.mp4", "--out: .*file cannot be written"),
         ("folder.mp4", "--out: .*folder.mp4 is a folder"),
+        ("world/model_index.mp4", "--out must be a new file or one that this command wrote"),
     ):
         assert main(["generate", "a prompt", "--out", str(tmp_path / out), *SHARED]) == 1
         assert re.search(message, capsys.readouterr().err)
@@ -394,7 +403,7 @@ def test_what_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, caps
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"output_type": "latent"}, r"`output_type` must be one of \['np', 'pt', 'pil'\], but is 'latent'"),
+        ({"output_type": "latent"}, "`output_type` must be one of np, pt, pil, but is 'latent'"),
         ({"num_frame": 9}, "`config` must be arguments of the call, .*num_frames, .* but is 'num_frame'"),
         ({"generator": 3}, "`config` must be .*but is 'generator'"),
         ({"num_videos_per_prompt": 0}, "`num_videos_per_prompt` must be an int >= 1, but is 0"),
@@ -437,7 +446,7 @@ SHARED = ["--checkpoint", "nowhere"]
     [
         (["a prompt", "--out", "videos", *SHARED], "--out must end with .mp4 for one prompt, but is 'videos'"),
         (["a prompt", "--prompts", "prompts.txt", "--out", "videos", *SHARED], "not allowed with"),
-        (["--out", "a.mp4", *SHARED], "one of the arguments"),
+        (["--out", "a.mp4", *SHARED], "a PROMPT or --prompts is required"),
         (["a prompt", "--out", "a.mp4"], "required: --checkpoint"),
         (["a prompt", *SHARED], "required: --out"),
         (["a prompt", "--out", "a.mp4", *SHARED, "--num-frames", "-1"], "--num-frames"),
@@ -448,42 +457,73 @@ SHARED = ["--checkpoint", "nowhere"]
         (["a prompt", "--out", "a.mp4", *SHARED, "--method", "{x"], "must be a name or JSON, but is '{x'"),
         (
             ["a prompt", "--out", "a.mp4", *SHARED, "--fps", "0"],
-            "`fps` must be a number from 0.01 to 1000, but is 0",
+            "--fps: must be a number from 0.01 to 1000, but is '0'",
         ),
-        (["a prompt", "--out", "a.mp4", *SHARED, "--save-every", "0"], "`save_every` must be an int >= 1, but is 0"),
+        (
+            ["a prompt", "--out", "a.mp4", *SHARED, "--save-every", "0"],
+            "--save-every: must be an int >= 1, but is '0'",
+        ),
         (["--prompts", "a.txt", "--out", "a.mp4", *SHARED], "--out must be a folder for --prompts, but is 'a.mp4'"),
         (["a prompt", "--out", "a.mp4", *SHARED, "--prompt-transition", "jump"], "--prompt-transition"),
         (["--resume"], "--resume needs --state-dir"),
         (["a prompt", "--out", "a.mp4", *SHARED, "--method", "none"], "--method must be one of plain, tokentrim, "),
+        (
+            ["a prompt", "--out", "a.mp4", *SHARED, "--method", '["tokentrim", "tokentrim_pus"]'],
+            "did you mean tokentrim_p",
+        ),
+        (
+            ["a prompt", "--out", "a.mp4", *SHARED, "--method", '{"reanchor": {"strenght": 1}}'],
+            "did you mean strength?",
+        ),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--layout", "mem_rope"], "did you mean memrope?"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--layout", '{"window": {}, "tame": {}}'], "a dict of one layout"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--layout", '{"memrope": {"window": 3}}'], "a setting of memrope"),
+        ([" \n", "--out", "a.mp4", *SHARED], "PROMPT must have a word"),
+        (["a prompt", "--out", "a.gif", *SHARED], "--out must end with .mp4"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--height", "-16"], "--height: must be an int >= 1, but is '-16'"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--steps", "2.5"], "--steps: must be an int >= 1, but is '2.5'"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--guidance-scale", "nan"], "--guidance-scale: must be a finite"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--seed", "-1"], "--seed: must be an int from 0"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--device", "gpu"], "--device: must be cpu, cuda"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--offload", "all"], "--offload"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--image", "a.png", "--video", "a.mp4"], "do not go together"),
+        (["a prompt", "--out", "a.mp4", *SHARED, "--negative-prompt", "blue", "--guidance-scale", "1"], "above 1"),
     ],
 )
 def test_wrong_usage(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         main(["generate", *arguments])
-    assert end.value.code == 2 and message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and message in said and said.count("\n") == 1
 
 
-def test_options_count_more_than_files(here, monkeypatch):
+def test_options_count_more_than_files(here, monkeypatch, capsys):
     jobs = []
-    monkeypatch.setattr("tokentrim.tools.generate.generate_missing", lambda listed, *_: jobs.extend(listed) or 0)
+    monkeypatch.setattr("tokentrim.tools.generate.generate_missing", lambda listed, *_, **__: jobs.extend(listed) or 0)
     (here / "method.json").write_text(json.dumps({"method": "paper", "num_frames": 33, "window_size": 9}))
-    config = ["--config", str(here / "method.json")]
-    assert (
-        main(["generate", "a prompt", "--out", "a.mp4", *SHARED, *config, "--method", "plain", "--num-frames", "9"])
-        == 0
-    )
-    assert main(["generate", "a prompt", "--out", "a.mp4", *SHARED, *config]) == 0
+    shared = ["generate", "a prompt", "--out", "a.mp4", "--checkpoint", str(here / "checkpoint")]
+    shared += ["--config", str(here / "method.json")]
+    more = ["--method", "plain", "--num-frames", "9", "--steps", "2", "--height", "32", "--width", "48"]
+    assert main([*shared, *more, "--guidance-scale", "3", "--negative-prompt", "blue"]) == 0
+    assert main(shared) == 0
+    video = {"num_inference_steps": 2, "height": 32, "width": 48, "guidance_scale": 3.0, "negative_prompt": "blue"}
     assert [job.settings for job in jobs] == [
-        {"method": "plain", "num_frames": 9, "window_size": 9},
+        {"method": "plain", "num_frames": 9, "window_size": 9, **video},
         {"method": "paper", "num_frames": 33, "window_size": 9},
     ]
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith(f"{Path.cwd() / 'a.mp4'}: 9 frames (0.6 s), method plain, checkpoint ")
 
 
 def test_files_that_are_missing(tmp_path, capsys):
     none = str(tmp_path / "none")
     assert main(["generate", "--state-dir", none, "--resume"]) == 1
-    assert "No such file or directory" in capsys.readouterr().err
-    for arguments in (["--prompts", none, "--out", "videos"], ["a prompt", "--out", "a.mp4", "--config", none]):
-        assert main(["generate", *arguments, *SHARED]) == 1
-        assert f"No such file or directory: '{none}'" in capsys.readouterr().err
+    assert f"must be the folder of a run to resume, but {none} does not exist" in capsys.readouterr().err
+    one = ["a prompt", "--out", "a.mp4"]
+    for option, arguments in (
+        ("--prompts", ["--out", "videos"]),
+        *((option, one) for option in ("--config", "--image", "--video", "--prompt-schedule")),
+    ):
+        assert main(["generate", *arguments, option, none, *SHARED]) == 1
+        assert f"error: {option} must be a file, but {none} does not exist.\n" in capsys.readouterr().err

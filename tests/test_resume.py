@@ -32,7 +32,7 @@ from conftest import ROOT
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, UniPCMultistepScheduler
 
 import tokentrim
-from tokentrim import TokenTrimPipeline
+from tokentrim import TokenTrimPipeline, tokentrim_writing
 from tokentrim.tokentrim_files import run_state
 from tokentrim.tokentrim_files.run_state import STATE, TENSORS, load_state, save_state
 
@@ -93,14 +93,14 @@ def make_video(folder, save_every=2):
 
 def slow_states():
     """In a child: a state takes long to be written, and says so."""
-    sync = run_state._sync
+    sync = tokentrim_writing.sync
 
     def slow_sync(path):
         print("writing", path.name, flush=True)
         time.sleep(0.05)
         sync(path)
 
-    run_state._sync = slow_sync
+    tokentrim_writing.sync = slow_sync
 
 
 class Child:
@@ -459,7 +459,7 @@ def test_states_are_saved_every_so_often_and_only_the_last_is_kept(tmp_path):
 def test_a_state_that_is_written_again_leaves_the_one_before_until_it_is_whole(tmp_path, monkeypatch):
     save_state(tmp_path, 3, {"value": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(run_state, "_sync", lambda path: 1 / 0)
+        patch.setattr(tokentrim_writing, "sync", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save_state(tmp_path, 3, {"value": 2})
     assert load_state(tmp_path) == {"value": 1}

@@ -14,8 +14,9 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from tokentrim import tokentrim_video
-from tokentrim.tokentrim_frames.mp4 import VideoWriter, frame_rate, numbered
+from tokentrim.tokentrim_frames import mp4
+from tokentrim.tokentrim_frames.mp4 import VideoWriter, frame_rate
+from tokentrim.tokentrim_writing import numbered
 
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -162,9 +163,9 @@ def die(*_):
 def die_at(moment):
     """In a child: the next chunk is its last. Counted in steps, so that nothing depends on the machine's speed."""
     if moment == "encoding":
-        tokentrim_video.encode_chunk = die
+        mp4.encode_chunk = die
     elif moment == "written":
-        tokentrim_video.os.fsync = die
+        mp4.os.fsync = die
     else:
 
         def append(path, size, added):
@@ -174,7 +175,7 @@ def die_at(moment):
                 file.write({"truncating": b"", "half written": added[: len(added) // 2], "synced": added}[moment])
             die()
 
-        tokentrim_video.append = append
+        mp4.append = append
 
 
 def test_killed_at_any_moment_it_plays_and_goes_on_to_the_same_bytes(tmp_path):
@@ -360,7 +361,7 @@ def test_ctrl_c_while_a_chunk_is_appended_leaves_the_chunk_before(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokentrim_video.os, "fsync", interrupt)
+        patch.setattr(mp4.os, "fsync", interrupt)
         with pytest.raises(KeyboardInterrupt):
             writer.write(frames_of(1))
     assert writer.state == state and (tmp_path / "x.mp4").read_bytes() == data

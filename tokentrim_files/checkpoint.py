@@ -9,8 +9,9 @@ from typing import Any
 
 from diffusers import AnyFlowFARPipeline, SchedulerMixin
 
-from ..tokentrim_checks import check
-from .bundle import bundle
+from ..tokentrim_checks import check, check_number
+from ..tokentrim_writing import check_target, write_whole
+from .bundle import bundle, is_bundle
 
 
 INDEX, PIPELINE, PIPELINE_FILE = "model_index.json", "TokenTrimPipeline", "pipeline_tokentrim.py"
@@ -27,7 +28,7 @@ SETTINGS_LIMITS = {
     "window_size": 2**16,
     "num_sink_frames": 2**16,
 }
-SETTINGS = (*ROLLOUT_SETTINGS, *SCHEDULE_SETTINGS, "method", "layout", "prompt_transition")
+SETTINGS = (*ROLLOUT_SETTINGS, *SCHEDULE_SETTINGS, "method", "layout", "prompt_transition", "fps")
 
 
 def check_portable(settings: dict[str, Any]) -> None:
@@ -40,6 +41,8 @@ def check_portable(settings: dict[str, Any]) -> None:
         valid = "a name, a number or a dict of settings, to travel with a checkpoint; the call takes the others"
         check(portable, name, value, valid, TypeError)
         _check_limits(name, value)
+    if settings.get("fps") is not None:
+        check_number("fps", settings["fps"], lambda fps: 0.01 <= fps <= 1000, "a number from 0.01 to 1000")
 
 
 def _check_limits(name: str, value: Any) -> None:
@@ -56,7 +59,9 @@ def write_code(folder: str | os.PathLike, pipeline: Path) -> None:
     """Write the pipeline's code as one file, under the name of its own, to where Diffusers' loader looks for it."""
     source = bundle(pipeline)
     os.makedirs(folder, exist_ok=True)
-    (Path(folder) / PIPELINE_FILE).write_text(source)
+    path = Path(folder) / PIPELINE_FILE
+    check_target("save_directory", path, is_ours=is_bundle, ours="one file of code that this project wrote")
+    write_whole(path, source)
 
 
 def name_stock_classes(folder: str | os.PathLike, scheduler: SchedulerMixin | None) -> None:
@@ -75,4 +80,4 @@ def name_our_classes(folder: str | os.PathLike) -> None:
 
 def _rename(folder: str | os.PathLike, names: dict) -> None:
     index = Path(folder) / INDEX
-    index.write_text(json.dumps({**json.loads(index.read_text()), **names}, indent=2, sort_keys=True) + "\n")
+    write_whole(index, json.dumps({**json.loads(index.read_text()), **names}, indent=2, sort_keys=True) + "\n")

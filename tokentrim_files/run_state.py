@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..tokentrim_checks import check, shown
+from ..tokentrim_writing import locked, whole_folder
 
 
 CODE_VERSION = "0.1.0"  # the package's, also where these files are loaded without it
@@ -55,27 +57,19 @@ def save_state(folder: str | os.PathLike, number: int, state: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"state-{number:08}", *(f"state-{number:08}-{again:03}" for again in range(1, 1000))]
     target = next(folder / name for name in names if not (folder / name).exists())  # the one before stays meanwhile
-    unfinished = folder / f".{target.name}.unfinished"
     _sweep(folder)
-    unfinished.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    plain = _without_tensors(state, tensors)
     try:
-        tensors: dict[str, torch.Tensor] = {}
-        plain = _without_tensors(state, tensors)
-        save_file(tensors, unfinished / TENSORS)
-        sums = [_sha256(json.dumps(plain).encode()), _sha256_of_file(unfinished / TENSORS)]
-        record = {"version": STATE_VERSION, "code": _code_versions(), "sha256": sums, "state": plain}
-        (unfinished / STATE).write_text(json.dumps(record))
-        for path in (unfinished / TENSORS, unfinished / STATE, unfinished):
-            _sync(path)
-        os.replace(unfinished, target)
-        _sync(folder)
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            number = error.errno if isinstance(error, OSError) else None
-            told = f"The state could not be written, the one before is still there: {error}"
-            raise OSError(number, told, str(target)) from error
-        raise
+        with lock_state(folder), whole_folder(target) as unfinished:
+            save_file(tensors, unfinished / TENSORS)
+            sums = [_sha256(json.dumps(plain).encode()), _sha256_of_file(unfinished / TENSORS)]
+            record = {"version": STATE_VERSION, "code": _code_versions(), "sha256": sums, "state": plain}
+            (unfinished / STATE).write_text(json.dumps(record))
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        told = f"The state could not be written, the one before is still there: {error}"
+        raise OSError(number, told, str(target)) from error
     for older in _states(folder):
         if older != target:
             shutil.rmtree(older, ignore_errors=True)
@@ -139,6 +133,25 @@ def brief_reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
+@contextmanager
+def lock_state(folder: str | os.PathLike) -> Iterator[None]:
+    """
+    Keep other processes from a state folder. A process that is killed loses its lock.
+
+    Raises:
+        `ValueError`: another process uses it.
+    """
+    folder = Path(os.path.realpath(folder))
+    if not folder.is_dir():  # there is nothing to keep
+        yield
+        return
+    try:
+        with locked(folder if os.access(folder.parent, os.W_OK) else folder / "run", once=False):
+            yield
+    except Timeout:
+        raise ValueError(f"`state_dir` must be a folder that no other process uses, but {folder} is in use.") from None
+
+
 def has_state(folder: str | os.PathLike) -> bool:
     return bool(_states(Path(folder)))
 
@@ -164,7 +177,9 @@ def settings_of(pipe: Any) -> dict:
     """What a checkpoint says beside its weights, as JSON has it: the pipeline's settings and the scheduler's."""
     scheduler = {"scheduler": type(pipe.scheduler).__name__}
     scheduler |= {f"scheduler.{name}": value for name, value in pipe.scheduler.config.items()}
-    own = {name: value for name, value in pipe.config.items() if not isinstance(value, (list, tuple))}
+    own = {
+        name: value for name, value in pipe.config.items() if not isinstance(value, (list, tuple)) and name != "fps"
+    }
     hidden = [name for name in {**own, **scheduler} if name.split(".")[-1].startswith("_")]
     plain = {name: value for name, value in {**own, **scheduler}.items() if name not in hidden}
     return json.loads(json.dumps(plain, default=str))
@@ -284,11 +299,3 @@ def _sha256_of_file(path: Path) -> str:
         while content := file.read(2**20):
             digest.update(content)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

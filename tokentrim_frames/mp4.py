@@ -5,23 +5,24 @@ The file is a fragmented mp4: `ftyp moov`, then `moof mdat` for each chunk. Each
 first frame to its last, so that the bytes do not depend on which process wrote the chunks before.
 """
 
+import hashlib
 import importlib
-import io
 import os
 import struct
-import subprocess
-from collections.abc import Iterator, Sequence
-from fractions import Fraction
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
 from ..tokentrim_checks import check, check_number
+from ..tokentrim_writing import check_target, whole_file
+from .fragments import TICKS, encode_chunk, frame_rate, mp4_boxes, place_fragment, split_header
 
 
-TICKS = 1000  # of the track's clock for each tick of the frame rate
+FPS = 16  # frames per second where a checkpoint says nothing: Wan's
+VIDEO_ENDINGS = (".mp4",)
 
 
 class VideoWriter:
@@ -30,11 +31,11 @@ class VideoWriter:
 
     The format is h264 in yuv420p, which every player decodes. That needs an even width and height: frames of odd width
     or height get one more column or row, a copy of the last one. `state` is a plain dict of what is in the file:
-    `bytes`, `frames`, `chunks`, `fps` and `crf`; each chunk makes a new one.
+    `bytes` and their `sha256`, `frames`, `chunks`, `fps` and `crf`; each chunk makes a new one.
 
     Args:
         path (`str` or `os.PathLike`): the file; what it held is lost.
-        fps (`float`, defaults to `16`): frames per second; 16 is Wan's.
+        fps (`float`, defaults to `16`): frames per second.
         crf (`float`, defaults to `16`): x264's quality, from 0 (best) to 51.
 
     Raises:
@@ -42,10 +43,12 @@ class VideoWriter:
         `OSError`: the file cannot be made.
     """
 
-    def __init__(self, path: str | os.PathLike, fps: float = 16, crf: float = 16):
+    def __init__(self, path: str | os.PathLike, fps: float = FPS, crf: float = 16):
         check_fps(fps)
         check_number("crf", crf, lambda crf: 0 <= crf <= 51, "a number from 0 to 51")
-        self.go_on(path, {"bytes": 0, "frames": 0, "chunks": 0, "fps": fps, "crf": crf}, None)
+        digest = hashlib.sha256()
+        state = {"bytes": 0, "sha256": digest.hexdigest(), "frames": 0, "chunks": 0, "fps": fps, "crf": crf}
+        self.go_on(path, state, None, digest)
         self.path.open("wb").close()
 
     @classmethod
@@ -61,26 +64,24 @@ class VideoWriter:
             `FileNotFoundError`: the file is gone.
             `ValueError`: the file is shorter than the state says, or another one.
         """
+        check_length(path, state)
         with open(path, "r+b") as file:
-            size, chunks = os.fstat(file.fileno()).st_size, state["chunks"]
-            if size < state["bytes"]:
-                raise ValueError(
-                    f"{path} holds {size} bytes, but held {state['bytes']} when the state was taken: it was damaged or "
-                    "replaced."
-                )
+            chunks = state["chunks"]
             boxes = list(mp4_boxes(file, state["bytes"]))
             if [kind for kind, _ in boxes] != [b"ftyp", b"moov"] * (chunks > 0) + [b"moof", b"mdat"] * chunks:
                 raise ValueError(
                     f"{path} is not the file whose state was taken: it does not begin with {chunks} chunks."
                 )
+            digest = check_beginning(path, state)
             file.truncate(state["bytes"])
             file.seek(0)
             header = file.read(boxes[2][1]) if chunks else None
         writer = cls.__new__(cls)
-        writer.go_on(path, dict(state), header)
+        writer.go_on(path, dict(state), header, digest)
         return writer
 
-    def go_on(self, path: str | os.PathLike, state: dict, header: bytes | None) -> None:
+    def go_on(self, path: str | os.PathLike, state: dict, header: bytes | None, digest: Any) -> None:
+        self.digest = digest  # of what is in the file
         self.ffmpeg = optional("imageio_ffmpeg", "imageio-ffmpeg").get_ffmpeg_exe()
         self.path = Path(path)
         self.state = state
@@ -117,10 +118,12 @@ class VideoWriter:
         fragment = place_fragment(fragment, state["chunks"], state["frames"] * rate.denominator * TICKS)
         added = fragment if self.header else header + fragment
         append(self.path, state["bytes"], added)
+        self.digest.update(added)
         self.header, self.size = header, size
         self.state = {
             **state,
             "bytes": state["bytes"] + len(added),
+            "sha256": self.digest.hexdigest(),
             "frames": state["frames"] + len(frames),
             "chunks": state["chunks"] + 1,
         }
@@ -133,30 +136,51 @@ class LineWriter:
     Args:
         path (`str` or `os.PathLike`): the file; what it held is lost.
 
-    `state` is a plain dict: `bytes`. Each line makes a new one.
+    `state` is a plain dict: `bytes` and their `sha256`. Each line makes a new one.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.path.open("wb").close()
-        self.state = {"bytes": 0}
+        self.digest = hashlib.sha256()
+        self.state = {"bytes": 0, "sha256": self.digest.hexdigest()}
 
     @classmethod
     def resume(cls, path: str | os.PathLike, state: dict) -> "LineWriter":
         """Go on with a file where its `state` was taken: what was written later is cut off."""
-        size = os.path.getsize(path)
-        if size < state["bytes"]:
-            raise ValueError(f"{path} holds {size} bytes, but held {state['bytes']} when the state was taken.")
+        check_length(path, state)
+        digest = check_beginning(path, state)
         os.truncate(path, state["bytes"])
         writer = cls.__new__(cls)
-        writer.path, writer.state = Path(path), dict(state)
+        writer.path, writer.state, writer.digest = Path(path), dict(state), digest
         return writer
 
     def write(self, line: str) -> None:
         """Append a line, all of it or nothing; raises `OSError` where the disk is full."""
         added = f"{line}\n".encode()
         append(self.path, self.state["bytes"], added)
-        self.state = {"bytes": self.state["bytes"] + len(added)}
+        self.digest.update(added)
+        self.state = {"bytes": self.state["bytes"] + len(added), "sha256": self.digest.hexdigest()}
+
+
+def check_length(path: str | os.PathLike, state: dict) -> None:
+    size, expected = os.path.getsize(path), state["bytes"]
+    if size < expected:
+        raise ValueError(
+            f"{path} holds {size} bytes, but held {expected} when the state was taken: it was damaged or replaced."
+        )
+
+
+def check_beginning(path: str | os.PathLike, state: dict) -> Any:
+    """The digest of a file up to where its `state` was taken; `ValueError` if it does not begin as it did then."""
+    digest, left = hashlib.sha256(), state["bytes"]
+    with open(path, "rb") as file:
+        while part := file.read(min(left, 2**20)):
+            digest.update(part)
+            left -= len(part)
+    if state.get("sha256", digest.hexdigest()) != digest.hexdigest():  # states of before have none
+        raise ValueError(f"{path} is not the file whose state was taken: it begins with other bytes.")
+    return digest
 
 
 def save_video(
@@ -171,83 +195,17 @@ def save_video(
         fps (`float`): frames per second.
         chunk_frames (`Sequence[int]`, *optional*): frames of each chunk; a player can jump to its first one.
     """
-    path = Path(path)
-    check(path.suffix.lower() == ".mp4", "path", str(path), "a file that ends with .mp4")
+    path = check_target("path", path, VIDEO_ENDINGS)
     starts = range(48, len(frames), 48) if chunk_frames is None else np.cumsum(chunk_frames)[:-1]
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    writer = VideoWriter(unfinished, fps)
-    try:
+    with whole_file(path) as unfinished:
+        writer = VideoWriter(unfinished, fps)
         for chunk in np.split(frames, starts):
             writer.write(chunk)
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
     return path
-
-
-def numbered(path: str | os.PathLike, video: int, num_videos: int) -> Path:
-    """The file of one video of a batch: x.mp4, or x-0.mp4, x-1.mp4 where there are several."""
-    path = Path(path)
-    return path if num_videos == 1 else path.with_name(f"{path.stem}-{video}{path.suffix}")
 
 
 def check_fps(fps: float) -> None:
     check_number("fps", fps, lambda fps: 0.01 <= fps <= 1000, "a number from 0.01 to 1000")
-
-
-def frame_rate(fps: float) -> Fraction:
-    """29.97 is 2997 / 100; a float of 24000 / 1001 is just that."""
-    return Fraction(fps).limit_denominator(1001)
-
-
-def encode_chunk(ffmpeg: str, frames: np.ndarray, fps: float, crf: float) -> bytes:
-    """A whole mp4 of one fragment that begins with a keyframe. The same frames give the same bytes."""
-    odd_rows, odd_columns = frames.shape[1] % 2, frames.shape[2] % 2
-    frames = np.pad(frames, ((0, 0), (0, odd_rows), (0, odd_columns), (0, 0)), mode="edge")
-    _, height, width, _ = frames.shape
-    rate = frame_rate(fps)
-    scale = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_inp+bitexact"
-    colors = f"{scale},format=yuv420p,setparams=color_primaries=bt709:color_trc=bt709"
-    command = [ffmpeg, "-hide_banner", "-nostdin", "-loglevel", "error", "-threads", "1"]
-    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}"]
-    command += ["-framerate", f"{rate.numerator}/{rate.denominator}", "-i", "pipe:0"]
-    command += ["-vf", colors, "-filter_threads", "1"]
-    command += ["-c:v", "libx264", "-preset", "veryfast", "-crf", str(crf), "-threads", "1"]
-    command += ["-g", "1000000", "-sc_threshold", "0", "-bf", "0"]  # one group, whatever the number of frames
-    command += ["-bsf:v", "filter_units=remove_types=6"]  # x264 would write its settings into each chunk
-    command += ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-map_metadata", "-1"]
-    command += ["-video_track_timescale", str(rate.numerator * TICKS)]
-    command += ["-movflags", "empty_moov+default_base_moof+skip_trailer", "-f", "mp4", "pipe:1"]
-    # A session of its own: Ctrl-C is for this process, which may want to finish the chunk.
-    done = subprocess.run(command, input=frames.tobytes(), capture_output=True, start_new_session=True)
-    if done.returncode or not done.stdout:
-        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-        raise OSError(
-            f"ffmpeg could not encode {len(frames)} frames of {width} x {height} (exit status {done.returncode}): "
-            f"{reason[0]}"
-        )
-    return done.stdout
-
-
-def split_header(encoded: bytes) -> tuple[bytes, bytearray]:
-    """`ftyp moov` and `moof mdat` of a file of one fragment."""
-    boxes = list(mp4_boxes(io.BytesIO(encoded), len(encoded)))
-    kinds = [kind for kind, _ in boxes]
-    if kinds != [b"ftyp", b"moov", b"moof", b"mdat"]:
-        raise OSError(f"ffmpeg wrote {kinds} instead of a file of one fragment.")
-    start = boxes[2][1]
-    return encoded[:start], bytearray(encoded[start:])
-
-
-def place_fragment(fragment: bytearray, number: int, ticks: int) -> bytearray:
-    """With its number in the file, from 1, and the time of its first frame."""
-    sequence, time = fragment.index(b"mfhd"), fragment.index(b"tfdt")  # kind, version and flags, value
-    if fragment[time + 4] != 1:
-        raise OSError("ffmpeg wrote a fragment whose time has 32 bits.")
-    struct.pack_into(">I", fragment, sequence + 8, number + 1)
-    struct.pack_into(">Q", fragment, time + 8, ticks)
-    return fragment
 
 
 def append(path: Path, size: int, added: bytes) -> None:
@@ -276,17 +234,6 @@ def append(path: Path, size: int, added: bytes) -> None:
             f"{error.strerror}",
             str(path),
         ) from error
-
-
-def mp4_boxes(file: BinaryIO, end: int) -> Iterator[tuple[bytes, int]]:
-    """Kind and start of each box at the top of a file; the last one is b"cut" if it does not end at `end`."""
-    start = 0
-    while start < end:
-        file.seek(start)
-        length, kind = struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
-        whole = length >= 8 and start + length <= end
-        yield kind if whole else b"cut", start
-        start = start + length if whole else end
 
 
 def optional(module: str, packages: str) -> ModuleType:

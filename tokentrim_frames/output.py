@@ -13,11 +13,11 @@ import torch
 from diffusers.utils import BaseOutput
 
 from ..tokentrim_checks import check, check_int
-from .mp4 import optional, save_video
+from ..tokentrim_writing import check_target, numbered
+from .mp4 import FPS, VIDEO_ENDINGS, optional, save_video
 from .summary import as_page, count_events, figure_as_html, tell_run, videos_as_html
 
 
-FPS = 16  # frames per second where a checkpoint says nothing: Wan's
 TRIM, QUARANTINE = "#d62728", "#7b3294"
 RED, PURPLE = (tuple(int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)) for color in (TRIM, QUARANTINE))
 
@@ -140,26 +140,35 @@ class TokenTrimPipelineOutput(BaseOutput):
             rows.append(np.concatenate(row, axis=1))
         return np.concatenate(rows)
 
-    def save_video(self, path: str | os.PathLike, fps: float = 16, video: int = 0) -> Path:
+    def save_video(
+        self, path: str | os.PathLike, fps: float | None = None, video: int | None = None
+    ) -> Path | list[Path]:
         """
-        Write one video as mp4, byte for byte as a stream's `save_video` does. The file appears when it is complete.
+        Write the videos as mp4, byte for byte as a stream's `save_video` does. A file appears when it is complete.
 
         Args:
-            path (`str` or `os.PathLike`): the file, `x.mp4`.
-            fps (`float`, defaults to `16`): frames per second; 16 is Wan's.
-            video (`int`, defaults to `0`): which video of the batch.
+            path (`str` or `os.PathLike`): the file, `x.mp4`; several videos are numbered, `x-0.mp4`, `x-1.mp4`.
+            fps (`float`, *optional*): frames per second; by default the model's.
+            video (`int`, *optional*): only this video of the batch, as `path` itself.
 
         Returns:
-            `Path`: the file.
+            `Path` or `list[Path]`: the file, or the file of each video where there are several.
 
         Raises:
             `ImportError`: imageio-ffmpeg is not installed.
-            `OSError`: ffmpeg fails, or the disk is full; a file that was there is still the one that it was.
-            `ValueError`: the videos are latents, or an argument is no good.
+            `OSError`: ffmpeg fails, the disk is full, or the folder does not exist; an existing file stays as it was.
+            `ValueError`: the videos are latents, or an argument is invalid.
         """
-        videos = self.as_array()
-        check(video in range(len(videos)), "video", video, f"an int from 0 to {len(videos) - 1}")
-        return save_video(path, as_uint8(videos[video]), fps, self.chunk_frames)
+        videos, fps = self.as_array(), self.fps or FPS if fps is None else fps
+        valid = f"an int from 0 to {len(videos) - 1}"
+        check(video is None or video in range(len(videos)), "video", video, valid)
+        chosen = list(range(len(videos))) if video is None else [video]
+        paths = [numbered(path, each, len(chosen)) for each in chosen]
+        for each in (path, *paths):
+            check_target("path", each, VIDEO_ENDINGS)
+        for each, video in zip(paths, chosen):
+            save_video(each, as_uint8(videos[video]), fps, self.chunk_frames)
+        return paths if len(paths) > 1 else paths[0]
 
     def as_array(self) -> np.ndarray:
         """The videos, whatever their `output_type`: (B, frames, H, W, 3) in [0, 1]."""

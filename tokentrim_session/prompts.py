@@ -88,6 +88,7 @@ def make_change(prompt: Any, num_prompts: int, transition: str = "keep", blend_c
         check(texts, "prompt", prompt, valid, TypeError)
         prompts = list(prompt)
     check(len(prompts) == num_prompts, "prompt", prompts, f"one for each of the {num_prompts} prompts")
+    check_words("prompt", prompts)
     if transition != "keep":
         valid = "'keep' where only some videos of a batch change: the others' context would change with them"
         check(all(each is not None for each in prompts), "prompt_transition", transition, valid)
@@ -167,6 +168,14 @@ def check_prompts(prompts: Prompts, text_dim: int, is_guided: bool) -> None:
         if isinstance(texts, list):
             check(all(isinstance(text, str) for text in texts), name, texts, "a str or a list of str", TypeError)
             check(len(texts) == num_prompts, name, texts, f"a str or a list of {num_prompts}")
+    check_words("prompt", prompts.prompt)
+
+
+def check_words(name: str, texts: Any) -> None:
+    """Refuse an empty text: a model draws something for it, which is hardly what was meant."""
+    for text in [texts] if isinstance(texts, str) else texts or []:
+        empty = isinstance(text, str) and not text.strip()
+        check(not empty, name, text, "a text with words, or embeddings for a video without")
 
 
 def _branches(prompts: Prompts) -> list[tuple[str, Any, Any]]:

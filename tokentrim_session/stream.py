@@ -2,9 +2,9 @@
 """A video while it is made: an iterator over finished chunks that can be closed, saved, and written to a growing file."""
 
 import copy
-import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from ..tokentrim_backbones.parallel import check_saved_whole
 from ..tokentrim_checks import check
 from ..tokentrim_files.run_state import fingerprint, save_state, settings_of
 from ..tokentrim_frames.decode import latents_kept
-from ..tokentrim_frames.mp4 import LineWriter, VideoWriter, numbered
 from ..tokentrim_frames.output import as_array, as_uint8
 from ..tokentrim_frames.summary import as_page, tell_chunk, videos_as_html
 from .progress import Progress, ProgressBar
+from .recording import Recording
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Stream:
         call (`dict`, *optional*): the recorded call, for the state.
         files (`Sequence`): path and state of each file that a resumed run writes.
         undecoded (`Sequence`, *optional*): index, latents and decisions of a finished chunk whose decoding failed.
+        held (`ExitStack`, *optional*): what is released when the stream is closed, such as the lock of its `state_dir`.
     """
 
     def __init__(
@@ -79,14 +80,16 @@ class Stream:
         call: dict | None = None,
         files: Sequence = (),
         undecoded: Sequence | None = None,
+        held: ExitStack | None = None,
     ):
+        self._held = held or ExitStack()
         check_saved_whole(pipe.transformer, "state_dir", state_dir)
         self.run: Any = run  # `None` once it is closed
         self.decoder = decoder
         self.grid = run.grid
         self._undecoded = None if undecoded is None else Chunk(*undecoded)
         self.first_chunk = self.index
-        self.progress = Progress(run.sizes, self.first_chunk, pipe.config.get("fps") or 16)
+        self.progress = Progress(run.sizes, self.first_chunk, pipe.fps)
         self._pipe = pipe
         self._chunks = pipe.roll_out(run)
         self._state_dir = state_dir
@@ -94,9 +97,10 @@ class Stream:
         self._call = call
         self._weights: dict | None = None
         self._saved_at = run.index if files or run.index else -save_every  # a new run is saved before its first chunk
-        self._writers: list[VideoWriter] = []
-        self._logs: list[LineWriter] = []
+        self._recording: Recording | None = None
         self._files = files
+        self._is_last = False
+        self.cut_short = False  # whether `finish` ended it before its last chunk
 
     # 1. An iterator and a context manager
 
@@ -108,14 +112,17 @@ class Stream:
             raise StopIteration
         try:
             self._save_if_due()  # the chunk before has been consumed
+            if self._is_last:
+                self.cut_short = self.run.sizes.has_chunk(self.run.index)
+                if self._state_dir is not None and self.run.index > self._saved_at:
+                    self.save_state()
+                raise StopIteration
             chunk = self._undecoded or next(self._chunks)
             chunk, on_chunk = self._decoded(chunk), self.run.plan.callbacks.on_chunk
             if on_chunk is not None and chunk.index >= self.run.sizes.num_given_chunks:
                 on_chunk(chunk.index, chunk.latents.clone(), copy.deepcopy(chunk.decisions))
-            for writer, video in zip(self._writers, as_array(chunk.frames) if self._writers else ()):
-                writer.write(as_uint8(video))
-            for log, decision in zip(self._logs, chunk.decisions):
-                log.write(json.dumps(decision))
+            if self._recording is not None:
+                self._recording.add(chunk.frames, chunk.decisions)
             self.progress.add(chunk)
         except BaseException:
             self.close()
@@ -132,6 +139,10 @@ class Stream:
         """How far it is, for notebooks; chunks show their frames."""
         return as_page([repr(self)[1:-1]])
 
+    def finish(self) -> None:
+        """Stop after the chunk that is being made; with a `state_dir`, the run is saved there. Safe in a signal handler."""
+        self._is_last = True
+
     def __enter__(self) -> "Stream":
         return self
 
@@ -142,9 +153,12 @@ class Stream:
         """Stop: restore the transformer, free the cache."""
         if self.run is None:
             return
-        self._chunks.close()
-        self.run = None
-        self._pipe.maybe_free_model_hooks()
+        try:
+            self._chunks.close()
+            self.run = None
+            self._pipe.maybe_free_model_hooks()
+        finally:
+            self._held.close()
 
     # 2. What can be asked of it while it runs
 
@@ -185,21 +199,21 @@ class Stream:
             "decoder": None if self.decoder is None else self.decoder.state_dict(),
             "undecoded": self._undecoded
             and [getattr(self._undecoded, name) for name in ("index", "latents", "decisions")],
-            "files": [[str(file.path), file.state] for file in (*self._writers, *self._logs)],
+            "files": [] if self._recording is None else self._recording.states(),
         }
         self._saved_at = run.index
         return save_state(folder, run.index, state)
 
     # 3. A growing file
 
-    def save_video(self, path: str | os.PathLike, fps: float = 16, progress: bool = True) -> list[Path]:
+    def save_video(self, path: str | os.PathLike, fps: float | None = None, progress: bool = True) -> list[Path]:
         """
         Consume the stream into an mp4 that plays up to the last finished chunk, whenever the process dies, and a file
         beside it, `x.jsonl`, with the decision of each chunk on a line.
 
         Args:
             path (`str` or `os.PathLike`): the file; several videos are numbered, `x-0.mp4`, `x-1.mp4`.
-            fps (`float`, defaults to `16`): frames per second; 16 is Wan's.
+            fps (`float`, *optional*): frames per second; by default those of the file of a resumed run, or `pipe.fps`.
             progress (`bool`, defaults to `True`): whether to show a bar: chunks, seconds of video, frames per
                 second, what the method did, and memory.
 
@@ -207,37 +221,26 @@ class Stream:
             `list[Path]`: the file of each video.
 
         Raises:
-            `OSError`: a disk is full, ffmpeg fails; the files end with the last whole chunk.
-            `ValueError`: the videos are latents, or a resumed run wrote to other files.
+            `OSError`: a disk is full, ffmpeg fails; the files end with the last whole chunk. Or the folder does not exist.
+            `ValueError`: the videos are latents, the path does not end with .mp4, `x.jsonl` is another program's, chunks
+                were already taken from the stream, or a resumed run wrote to other files.
         """
         run = self._running()
         check(self.decoder is not None, "output_type", run.plan.output_type, "not 'latent' to write a video")
-        num_videos = run.sizes.num_videos
-        paths = [numbered(path, video, num_videos) for video in range(num_videos)]
-        self._open_files(paths, fps)
+        taken = self.index - (self.first_chunk if self._files else 0)
+        if taken or self._recording is not None:
+            told = f"but {taken} of them are gone from this stream: call `save_video` on a new one."
+            raise ValueError(f"`path` must be given before the first chunk is taken, {told}")
+        self._recording = Recording(path, run.sizes.num_videos, fps, self._pipe.fps, self._files)
         run.shows_steps = False
-        self.progress.fps = self._writers[0].state["fps"]
+        self.progress.fps = self._recording.fps
         bar = ProgressBar(self.progress, disable=not progress)
         try:
             for _ in self:
                 bar.update()
         finally:
             bar.close()
-        return paths
-
-    def _open_files(self, paths: Sequence[Path], fps: float) -> None:
-        """New files; or, where the run was resumed, the same ones, cut back to where it stands."""
-        known, logs = dict(self._files), [path.with_suffix(".jsonl") for path in paths]
-        for path in (*paths, *logs) if known or self.index > 0 else ():
-            check(str(path) in known, "path", str(path), f"a file that the run began: one of {sorted(known)}")
-        if known:
-            rate = known[str(paths[0])]["fps"]
-            check(fps == rate, "fps", fps, f"{rate}, as the file has it")
-            self._writers = [VideoWriter.resume(path, known[str(path)]) for path in paths]
-            self._logs = [LineWriter.resume(path, known[str(path)]) for path in logs]
-        else:
-            self._writers = [VideoWriter(path, fps) for path in paths]
-            self._logs = [LineWriter(path) for path in logs]
+        return self._recording.paths
 
     def _models(self) -> dict[str, torch.nn.Module]:
         """What the outcome depends on."""

@@ -17,10 +17,20 @@ from .commands import app, bundle, convert, doctor, drift, generate, publish
 COMMANDS = (generate, convert, doctor, publish, bundle, drift, app)
 
 
+class Parser(argparse.ArgumentParser):
+    """One that says what is wrong in a line, without all that could have been typed."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message.rstrip('.')}. See `{self.prog} --help`.\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = build_parser().parse_args(arguments)
+    arguments, parser = sys.argv[1:] if arguments is None else list(arguments), build_parser()
+    if not arguments:
+        parser.print_help()
+        return 0
+    options = parser.parse_args(arguments)
     options.arguments = arguments
     try:
         return options.run(options)
@@ -30,12 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"tokentrim {options.command}: error: {error}", file=sys.stderr)
+        print(f"tokentrim {options.command}: error: {as_sentence(error)}", file=sys.stderr)
         return 1
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def as_sentence(error: Exception) -> str:
+    """`[Errno 28] No space left on device: 'x.mp4'` is no sentence."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def build_parser() -> Parser:
+    parser = Parser(
         prog="tokentrim",
         description="Tools of TokenTrim for Diffusers: long video from causal models that does not fall apart.",
         epilog="`tokentrim COMMAND --help` has the options of a command, and examples.",

@@ -22,6 +22,7 @@ from .copying import check_links, copy_part, name_weights
 from .folders import check_new_folder, new_folder
 from .headers import read_header
 from .lora import read_lora
+from .names import FPS
 from .original import check_limits, check_whole, infer_config, list_shapes, read_original, require
 from .presets import PRESETS, SCHEDULES, check_size
 from .tensors import TensorReader, is_finite, merge_pair, write_safetensors
@@ -187,7 +188,7 @@ def convert_checkpoint(
 
     check_links("base", base)
     scheduler = FlowMatchLCMScheduler(**SCHEDULES[preset])
-    pipe = TokenTrimPipeline(tokenizer, None, source.model, None, scheduler, **PRESETS[preset])
+    pipe = TokenTrimPipeline(tokenizer, None, source.model, None, scheduler, **PRESETS[preset], fps=FPS)
     with new_folder(out) as folder:
         for name in BASE_PARTS:
             copy_part(base / name, folder / name, STEMS.get(name))
@@ -219,11 +220,11 @@ def _check_part(base: Path, name: str) -> Any:
     folder = base / name
     try:
         if name == "tokenizer":
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         name_weights(folder, STEMS[name])
         read_header(folder)
         if name == "text_encoder":
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             require(isinstance(config, UMT5Config), "base", "a folder with a UMT5 text encoder", f"has {type(config)}")
             return config.d_model
         return AutoencoderKLWan.load_config(folder, local_files_only=True)["z_dim"]

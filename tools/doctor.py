@@ -18,6 +18,7 @@ from ..tokentrim_policies.stability import token_grid
 from ..tokentrim_views.layout import Layout, Pass, View
 from .component_sizes import check_components
 from .headers import read_header
+from .loading import load_checkpoint
 from .original import require
 from .presets import SCHEDULES, SIZES
 from .tensor_info import load_json
@@ -63,7 +64,7 @@ def examine(
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     missing = {part: None for part in OPTIONAL if not has_part(folder, index, part)}
-    pipe = TokenTrimPipeline.from_pretrained(folder, dtype=dtype, **missing).to(device)
+    pipe = load_checkpoint(folder, dtype, **missing).to(device)
     pipe.set_progress_bar_config(disable=True)
     odd += check_settings(pipe, index)
 

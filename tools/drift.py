@@ -2,6 +2,7 @@
 """How much videos drift: measured, and as a table, JSON or CSV."""
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..tokentrim_writing import write_whole
 from .measures import (
     LOOKS,
     NUM_SEGMENTS,
@@ -132,16 +134,17 @@ def write_json(path: Path, drifts: Sequence[Drift]) -> None:
         about = {"video": drift.name, "num_frames": drift.num_frames}
         videos.append({**about, "measures": drift.measures(), "segments": segments})
     convergence = {folder: measure_convergence(group) for folder, group in group_by_folder(drifts).items()}
-    path.write_text(json.dumps({"videos": videos, "convergence": convergence}, indent=1, allow_nan=False) + "\n")
+    write_whole(path, json.dumps({"videos": videos, "convergence": convergence}, indent=1, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, drifts: Sequence[Drift]) -> None:
     """A row of all measures for each video; what is not defined is empty."""
     rows = [{"video": drift.name, "num_frames": drift.num_frames, **drift.measures()} for drift in drifts]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, table.getvalue())
 
 
 def format_report(drifts: Sequence[Drift]) -> str:

@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..tokentrim_writing import whole_file
 from .drift import Drift, group_by_folder, shorten
-from .frames import PLOT_MARK
 from .measures import NUM_ENDS, NUM_SEGMENTS, color_spread
+from .targets import PLOT_MARK
 
 
 MAX_STRIPS, NUM_PICTURES = 8, 12
@@ -43,9 +44,10 @@ MIDDLES = 100 * (np.arange(NUM_SEGMENTS) + 0.5) / NUM_SEGMENTS  # of the segment
 
 
 def write_plot(path: Path, drifts: Sequence[Drift]) -> None:
-    """The figure as a file; a PNG is marked, so that it is never measured as a frame of the folder that it lies in."""
-    metadata = {"Software": PLOT_MARK} if path.suffix.lower() == ".png" else None
-    plot_drift(drifts).savefig(path, dpi=110, metadata=metadata)
+    """The figure as a file; it is marked, so that it is never measured as a frame of the folder that it lies in."""
+    mark = {"Software" if path.suffix.lower() == ".png" else "Creator": PLOT_MARK}
+    with whole_file(path) as unfinished:
+        plot_drift(drifts).savefig(unfinished, dpi=110, metadata=mark)
 
 
 def plot_drift(drifts: Sequence[Drift]) -> Figure:

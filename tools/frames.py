@@ -13,11 +13,11 @@ from PIL import Image, ImageSequence
 
 from ..tokentrim_frames.pictures import MAX_PIXELS, PICTURE_ERRORS, PICTURE_FORMATS, as_rgb, check_size, open_picture
 from .decoding import decode
+from .targets import PLOT_MARK
 
 
 VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-PLOT_MARK = "tokentrim drift"  # in the metadata of our own figures, which are no frames
 
 
 @dataclass(frozen=True)

@@ -13,28 +13,30 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline
 from filelock import Timeout
 from imageio_ffmpeg import get_ffmpeg_exe
 from tqdm import tqdm
 
-from ..tokentrim_checks import check
-from ..tokentrim_files.checkpoint import INDEX
-from ..tokentrim_files.run_state import has_state, remove_states
-from .folders import lock_of, locked
+from ..pipeline_tokentrim import TokenTrimPipeline
+from ..tokentrim_files.run_state import has_state, load_state, remove_states
+from ..tokentrim_frames.mp4 import check_beginning
+from ..tokentrim_writing import lock_of, locked
+from .checkpoints import download, find_checkpoint, read_fps
+from .given import read_given
+from .interrupts import finish_first
 from .jobs import NUM_FRAMES, Job, check_jobs
+from .loading import find_device, free_memory, load_checkpoint, place
+from .memory import describe_shortage, estimate_memory
 from .records import check_records, fingerprint_folder, make_record, write_record
 
 
-PIPELINE = Path(__file__).parent.parent / "pipeline_tokentrim.py"
-
-
 def generate_video(
-    pipe: DiffusionPipeline,
+    pipe: TokenTrimPipeline,
     job: Job,
     record: dict,
     save_every: int = 10,
@@ -55,19 +57,19 @@ def generate_video(
     """
     pairs = list(zip(job.videos(job.growing), job.videos()))
     if resume and job.state_dir is not None and has_state(job.state_dir):
-        for growing, path in pairs:  # where it was stopped between the renames
-            for suffix in (".mp4", ".jsonl"):
-                if not growing.with_suffix(suffix).exists() and path.with_suffix(suffix).exists():
-                    os.replace(path.with_suffix(suffix), growing.with_suffix(suffix))
-        stream = pipe.resume(job.state_dir)
+        undo_renames(job, pairs)
+        objects = read_given(pipe, job)
+        stream = pipe.resume(job.state_dir, **objects)
     else:
         generator = torch.Generator().manual_seed(job.seed)
         saving = {"state_dir": job.state_dir, "save_every": save_every}
-        stream = pipe.stream(job.prompt, generator=generator, **saving, **job.arguments())
+        stream = pipe.stream(job.prompt, generator=generator, **saving, **call_arguments(pipe, job))
     sizes = stream.run.sizes
     try:
-        with stream:
+        with stream, finish_first(stream):
             stream.save_video(job.growing, record["fps"], progress)
+            if stream.cut_short:
+                raise KeyboardInterrupt
     except KeyboardInterrupt:
         begun = [growing for growing, _ in pairs if growing.stat().st_size]
         if not sizes.is_endless or job.state_dir is not None or len(begun) < len(pairs):
@@ -81,6 +83,7 @@ def generate_video(
         os.replace(growing.with_suffix(".jsonl"), path.with_suffix(".jsonl"))
         write_record(path.with_suffix(".json"), record)
         os.replace(growing, path)  # last: a video that is there is complete
+        print(path, flush=True)
     if job.state_dir is not None:
         remove_states(job.state_dir)
 
@@ -117,25 +120,24 @@ def play(path: Path) -> int:
     return int(re.findall(r"^frame=\s*(\d+)", done.stdout, flags=re.M)[-1])
 
 
-def find_checkpoint(checkpoint: str) -> Path:
-    """The folder of a checkpoint, which is downloaded if it is a Hub id."""
-    if not Path(checkpoint).is_dir():
-        return Path(DiffusionPipeline.download(checkpoint, custom_pipeline=str(PIPELINE), trust_remote_code=True))
-    check((Path(checkpoint) / INDEX).is_file(), "checkpoint", checkpoint, f"a folder with a {INDEX}, or a Hub id")
-    return Path(checkpoint)
+def undo_renames(job: Job, pairs: Sequence[tuple[Path, Path]]) -> None:
+    """Where a process was stopped between the renames at its end. A file that the run did not write stays where it is."""
+    known = None
+    for growing, path in pairs:
+        for suffix in (".mp4", ".jsonl"):
+            before, after = growing.with_suffix(suffix), path.with_suffix(suffix)
+            if not before.exists() and after.exists():
+                known = dict(load_state(job.state_dir)["files"]) if known is None else known
+                if str(before) in known:
+                    check_beginning(after, known[str(before)])
+                    os.replace(after, before)
 
 
-def load_pipeline(checkpoint: Path, dtype: str, state: PartialState) -> DiffusionPipeline:
+def load_pipeline(
+    checkpoint: Path, dtype: str, device: torch.device, offload: str = "none", trust_remote_code: bool = False
+) -> TokenTrimPipeline:
     """The pipeline on this process's device."""
-    with state.main_process_first():  # Diffusers copies the code to a folder that all processes share
-        pipe = DiffusionPipeline.from_pretrained(
-            checkpoint, custom_pipeline=str(PIPELINE), trust_remote_code=True, dtype=getattr(torch, dtype)
-        ).to(state.device)
-    # The last bits of a matrix product on CPUs depend on where in memory its weights begin: alike in every process.
-    for model in (pipe.text_encoder, pipe.transformer, pipe.vae):
-        for weight in model.parameters():
-            weight.data = weight.data.clone()
-    return pipe
+    return place(load_checkpoint(checkpoint, getattr(torch, dtype), trust_remote_code), device, offload)
 
 
 def sweep(job: Job, resume: bool) -> None:
@@ -147,9 +149,13 @@ def sweep(job: Job, resume: bool) -> None:
         remove_states(job.state_dir)
 
 
-def check_call(pipe: DiffusionPipeline, job: Job) -> None:
+def call_arguments(pipe: TokenTrimPipeline, job: Job) -> dict[str, Any]:
+    return {"num_frames": NUM_FRAMES, **job.settings, **read_given(pipe, job)}
+
+
+def check_call(pipe: TokenTrimPipeline, job: Job) -> None:
     """Raise `ValueError` for arguments that the pipeline refuses; no model runs."""
-    arguments = job.arguments()
+    arguments = call_arguments(pipe, job)
     try:
         pipe.plan(job.prompt, **{**arguments, "num_frames": arguments["num_frames"] or NUM_FRAMES})
     except (TypeError, ValueError) as error:
@@ -159,10 +165,13 @@ def check_call(pipe: DiffusionPipeline, job: Job) -> None:
 def generate_missing(
     jobs: Sequence[Job],
     checkpoint: str,
-    dtype: str = "float32",
-    fps: float = 16,
+    dtype: str | None = None,
+    fps: float | None = None,
     save_every: int = 10,
     resume: bool = False,
+    device: str | None = None,
+    offload: str = "none",
+    trust_remote_code: bool = False,
 ) -> int:
     """
     Generate the videos that are missing, split over the processes of accelerate or torchrun.
@@ -170,9 +179,12 @@ def generate_missing(
     Args:
         jobs (`Sequence[Job]`): one for each video.
         checkpoint (`str`): folder or Hub id.
-        dtype (`str`, defaults to `"float32"`): of the weights.
-        fps (`float`, defaults to `16`): frames per second.
+        dtype (`str`, *optional*): of the weights; by default float32 on a CPU, else bfloat16.
+        fps (`float`, *optional*): frames per second; by default the checkpoint's.
         save_every (`int`, defaults to `10`), resume (`bool`, defaults to `False`): see [`generate_video`].
+        device (`str`, *optional*): by default this process's accelerator, or the CPU.
+        offload (`str`, defaults to `"none"`): `"model"`, `"sequential"` or `"group"`: what waits in main memory.
+        trust_remote_code (`bool`, defaults to `False`): whether code that lies in the checkpoint may run.
 
     Returns:
         `int`: how many failed, in all processes. A video that fails is reported, and the others go on.
@@ -182,10 +194,14 @@ def generate_missing(
         `ValueError`: a video that is there is another one than asked for, or an argument is no good.
     """
     check_jobs(jobs)
+    where = find_device(device)
     # The first process to finish waits for the last one.
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+    state = PartialState(cpu=where.type == "cpu", timeout=timedelta(days=30))
+    where = where if device is not None else state.device
     with state.main_process_first():
-        folder = find_checkpoint(checkpoint)
+        folder = find_checkpoint(checkpoint) or download(checkpoint, trust_remote_code)
+    fps = read_fps(folder) if fps is None else fps
+    dtype = dtype or ("float32" if where.type == "cpu" else "bfloat16")
     weights = fingerprint_folder(folder)
 
     def record_of(job: Job) -> dict:
@@ -202,7 +218,13 @@ def generate_missing(
     if not todo:
         return 0
     state.wait_for_everyone()  # all have looked before one writes, so that all split the same list
-    pipe = load_pipeline(folder, dtype, state)
+    for job in todo:
+        for path in (job.path, job.state_dir or job.path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+    shortage = estimate_memory(folder, todo[0].settings, dtype, offload)
+    if told := describe_shortage(*shortage, free_memory(where), str(where), offload, dtype):
+        state.print(told, file=sys.stderr)
+    pipe = load_pipeline(folder, dtype, where, offload, trust_remote_code)
     pipe.set_progress_bar_config(disable=len(todo) > 1)
     check_call(pipe, todo[0])
 
@@ -230,6 +252,6 @@ def generate_missing(
     failed = gather_object(failed)
     if failed:
         state.print(*failed, sep="\n", file=sys.stderr)
-    state.print(f"{len(todo) - len(failed)} done, {len(failed)} failed")
+    state.print(f"{len(todo) - len(failed)} done, {len(failed)} failed", file=sys.stderr)
     state.destroy_process_group()
     return len(failed)

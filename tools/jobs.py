@@ -1,22 +1,23 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What is asked for: prompts and arguments from files, as jobs; and whether their files can be written."""
+"""What is asked for: prompts and arguments from files, as jobs; and whether their files can be written. No PyTorch here."""
 
-import inspect
+import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..pipeline_tokentrim import TokenTrimPipeline
-from ..tokentrim_checks import check, check_choice, check_int
-from ..tokentrim_frames.mp4 import numbered
+from ..tokentrim_writing import check_target, is_decision_log, numbered
+from .names import ARGUMENTS, ROLLOUTS, TRANSITIONS, check_layout, check_method, check_name
+from .numbers import NUMBERS
 
 
 NUM_FRAMES = 81  # of a call that says nothing
-GIVEN = {"self", "prompt", "generator", "return_dict"}  # by `generate` itself
+OUTPUT_TYPES = ("np", "pt", "pil")  # that make a video
+RECORD = {"prompt", "seed", "arguments", "weights"}  # keys of the .json beside a video
 
 
 class Job(NamedTuple):
@@ -25,9 +26,12 @@ class Job(NamedTuple):
     path: Path
     settings: dict  # arguments of the call
     state_dir: Path | None = None  # where the run is saved
+    given: tuple[tuple[str, Path], ...] = ()  # files of `image` and `video`
 
     def arguments(self) -> dict:
-        return {"num_frames": NUM_FRAMES, **self.settings}
+        """As JSON has them; of files the name and a fingerprint."""
+        files = {name: f"{path.name}, sha256 {hash_file(path)}" for name, path in self.given}
+        return {"num_frames": NUM_FRAMES, **self.settings, **files}
 
     @property
     def growing(self) -> Path:
@@ -61,7 +65,8 @@ def read_settings(paths: Sequence[Path]) -> dict:
     for path in paths:
         try:
             content = json.loads(read_text(path))
-            check(isinstance(content, dict), path.name, content, "a JSON object")
+            if not isinstance(content, dict):
+                raise ValueError(f"it holds {content!r:.60}")
         except ValueError as error:
             raise ValueError(f"{path} must hold one JSON object of arguments of the call: {error}") from error
         settings |= content
@@ -73,13 +78,25 @@ def check_settings(settings: dict) -> None:
     What can be told of arguments without a checkpoint.
 
     Raises:
-        `TypeError`, `ValueError`: one is unknown, given otherwise, or makes no video.
+        `ValueError`: one is unknown, given otherwise, or makes no video.
     """
-    known = sorted(set(inspect.signature(TokenTrimPipeline.__call__).parameters) - GIVEN)
-    for name in settings:
-        check(name in known, "config", name, f"arguments of the call, {', '.join(known)}")
-    check_choice("output_type", settings.get("output_type", "np"), ["np", "pt", "pil"])
-    check_int("num_videos_per_prompt", settings.get("num_videos_per_prompt", 1), 1)
+    for name, value in settings.items():
+        if name not in ARGUMENTS:
+            raise ValueError(f"`config` must be arguments of the call, {', '.join(ARGUMENTS)}, but is {name!r}.")
+        if value is None:
+            continue
+        if name in NUMBERS:
+            NUMBERS[name].check(name, value)
+        elif name == "method":
+            check_method("`method`", value)
+        elif name == "layout":
+            check_layout("`layout`", value)
+        elif name == "rollout":
+            check_name("`rollout`", value, ROLLOUTS)
+        elif name == "output_type":
+            check_name("`output_type`", value, OUTPUT_TYPES)
+        elif name == "prompt_transition" and not isinstance(value, dict):
+            check_name("`prompt_transition`", value, TRANSITIONS)
 
 
 def read_schedule(path: Path) -> dict[int, str]:
@@ -90,10 +107,15 @@ def read_schedule(path: Path) -> dict[int, str]:
         `ValueError`: it does not hold one JSON object whose keys are chunks.
     """
     try:
-        return {int(chunk): prompt for chunk, prompt in json.loads(read_text(path)).items()}
+        schedule = {int(chunk): prompt for chunk, prompt in json.loads(read_text(path)).items()}
     except (AttributeError, ValueError) as error:
         valid = 'one JSON object of chunks and prompts, {"20": "a green circle"}'
         raise ValueError(f"{path} must hold {valid}: {error}") from error
+    for chunk, prompt in schedule.items():
+        for text in prompt if isinstance(prompt, list) else [prompt]:
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{path} must hold a prompt for each chunk, but chunk {chunk} has {text!r}.")
+    return schedule
 
 
 def read_jobs(
@@ -126,16 +148,31 @@ def read_jobs(
     return jobs, note
 
 
+def check_inputs(paths: dict[str, Path | None]) -> None:
+    """
+    Whether the files that options name can be read.
+
+    Raises:
+        `ValueError`: the option and the file are in the message.
+    """
+    for option, path in paths.items():
+        if path is not None and not path.is_file():
+            problem = "is a folder" if path.is_dir() else "does not exist"
+            raise ValueError(f"{option} must be a file, but {path} {problem}.")
+        if path is not None and not os.access(path, os.R_OK):
+            raise ValueError(f"{option} must be a file that can be read, but {path} cannot.")
+
+
 def check_writable(folder: Path, option: str) -> None:
     """
-    Make a folder, and raise unless files can be written there.
+    Raise unless files can be written in a folder, or in the one that it will be made in. Nothing is left there.
 
     Raises:
         `OSError`: what is in the way.
     """
+    nearest = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=nearest) as file:
             file.write(bytes(2**12))
             file.flush()
             os.fsync(file.fileno())
@@ -143,12 +180,17 @@ def check_writable(folder: Path, option: str) -> None:
         raise OSError(f"{option}: {folder} cannot be written: {error.strerror}") from error
 
 
-def check_jobs(jobs: Sequence[Job]) -> None:
+def check_jobs(jobs: Sequence[Job], given: Iterable[Path] = ()) -> None:
     """
-    Whether all that jobs make can be written.
+    Whether all that jobs make can be written, and replaces nothing but what this command wrote.
+
+    Args:
+        jobs (`Sequence[Job]`): one for each video.
+        given (`Iterable[Path]`): files that options name.
 
     Raises:
-        `OSError`: a folder cannot be, or a video's name is a folder's.
+        `OSError`: a folder cannot be written, or a video's name is a folder's.
+        `ValueError`: a file beside a video is something else, or one of those that are given.
     """
     for option, paths in (
         ("--out", {job.path.parent: None for job in jobs}),
@@ -156,6 +198,41 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     ):
         for folder in paths:
             check_writable(folder, option)
-    for path in (path for job in jobs for path in job.videos()):
-        if path.is_dir():
-            raise OSError(f"--out: {path} is a folder.")
+    given = [*given, *(path for job in jobs for _, path in job.given)]
+    for job in jobs:
+        for path in (*job.videos(), *job.videos(job.growing)):
+            if path.is_dir():
+                raise OSError(f"--out: {path} is a folder.")
+            if path.parent.is_dir() and not job.is_done():
+                check_video(path, given)
+
+
+def check_video(path: Path, given: Sequence[Path]) -> None:
+    """Refuse to write a video, and what comes beside it, over something else."""
+    ours = f"one that this command wrote ({path.name} has {path.stem}.json and {path.stem}.jsonl beside it)"
+    is_growing = path.stem.endswith(".growing")
+    has_record = (
+        None
+        if is_growing
+        else lambda path: path.with_suffix(".json").is_file() and is_record(path.with_suffix(".json"))
+    )
+    check_target("--out", path, (), has_record, ours, given)
+    check_target("--out", path.with_suffix(".json"), (), is_record, ours, given)
+    check_target("--out", path.with_suffix(".jsonl"), (), is_decision_log, ours, given)
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is the .json beside a video that says what it was made of."""
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        return False
+    return isinstance(record, dict) and RECORD <= set(record)
+
+
+def hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while content := file.read(2**20):
+            digest.update(content)
+    return digest.hexdigest()[:16]

@@ -3,13 +3,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
-from ..tokentrim_files.checkpoint import INDEX
+from ..tokentrim_writing import write_whole
 from .jobs import Job
+from .names import INDEX
 
 
 PIECES, PIECE = 64, 2**16  # of a large file, evenly spaced
@@ -43,13 +43,7 @@ def make_record(job: Job, fps: float, dtype: str, checkpoint: str, weights: str)
 
 
 def write_record(path: Path, record: dict) -> None:
-    """To the disk, whole or not at all."""
-    unfinished = path.with_suffix(".growing.json")
-    with unfinished.open("w") as file:
-        json.dump(record, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    write_whole(path, json.dumps(record))
 
 
 def check_records(jobs: Sequence[Job], records: Sequence[dict]) -> str | None:
@@ -92,7 +86,9 @@ def check_records(jobs: Sequence[Job], records: Sequence[dict]) -> str | None:
 def list_differences(made: dict, asked: dict) -> list[str]:
     made, asked = ({**each, **each.get("arguments", {}), "arguments": None} for each in (made, asked))
     names = [name for name in {**asked, **made} if name not in UNCOMPARED and made.get(name) != asked.get(name)]
-    return [f"{name} {brief(made, name)}, not {brief(asked, name)}" for name in names]
+    return [
+        f"{name} {brief(made, name)}, {'now' if name not in asked else 'not'} {brief(asked, name)}" for name in names
+    ]
 
 
 def brief(record: dict, name: str) -> str:

@@ -3,16 +3,34 @@
 
 import argparse
 import json
-import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+
+from ..tokentrim_writing import locked, write_whole
 
 
 RUN = "command.json"  # in a state folder
-DEFAULTS = {"config": [], "save_every": 10, "seed": 0, "fps": 16.0, "dtype": "float32"}
-PATHS = ("prompts", "out", "config", "prompt_schedule")
+DEFAULTS = {"config": [], "save_every": 10, "seed": 0, "offload": "none"}
+PATHS = ("prompts", "out", "config", "prompt_schedule", "image", "video")
+NOT_KEPT = (
+    "run",
+    "parser",
+    "command",
+    "state_dir",
+    "resume",
+    "arguments",
+    "trust_remote_code",
+)  # trust is never taken over
+LISTS, ANY = ("config",), ("method", "layout")
+NUMBERS = (
+    "num_frames seed save_every blend_chunks fps num_inference_steps height width guidance_scale num_videos_per_prompt"
+).split()
 
 
 def complete_run(options: argparse.Namespace) -> argparse.Namespace:
@@ -24,56 +42,93 @@ def complete_run(options: argparse.Namespace) -> argparse.Namespace:
         value = getattr(options, name)
         value = [path.absolute() for path in value] if isinstance(value, list) else value and value.absolute()
         setattr(options, name, value)
-    if options.checkpoint is not None and Path(options.checkpoint).exists():
-        options.checkpoint = str(Path(options.checkpoint).absolute())
+    if options.checkpoint is not None and Path(options.checkpoint).expanduser().exists():
+        options.checkpoint = str(Path(options.checkpoint).expanduser().absolute())
     if options.resume:
-        begun = read_run(options.state_dir / RUN)
-        for name, value in as_plain(options).items():
-            if value not in (None, begun.setdefault(name)):
-                error(f"--{name.replace('_', '-')}: the run began with {begun[name]!r}, not {value!r}")
-        for name in PATHS:
-            paths = begun[name]
-            begun[name] = list(map(Path, paths)) if isinstance(paths, list) else paths and Path(paths)
-        vars(options).update(begun)
+        begun, asked = read_run(options.state_dir), as_plain(options)
+        for name, value in asked.items():
+            if value is not None and value != begun.get(name):
+                error(f"--{name.replace('_', '-')}: the run began with {begun.get(name)!r}, not {value!r}")
+        for name in asked:
+            value = begun.get(name)
+            if name in PATHS:
+                value = list(map(Path, value)) if isinstance(value, list) else value and Path(value)
+            setattr(options, name, value)
     for name, value in DEFAULTS.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if options.prompt is None and options.prompts is None:
-        error("one of the arguments PROMPT --prompts is required")
+        error("a PROMPT or --prompts is required")
     missing = [f"--{name}" for name in ("out", "checkpoint") if getattr(options, name) is None]
     if missing:
         error(f"the following arguments are required: {', '.join(missing)}")
     return options
 
 
-def read_run(path: Path) -> dict:
+def read_run(state_dir: Path) -> dict[str, Any]:
+    """
+    The options that a run began with.
+
+    Raises:
+        `ValueError`: there is no such run, or the file is not one that this command wrote.
+    """
+    path = state_dir / RUN
+    if not path.is_file():
+        problem = f"has no {RUN}" if state_dir.is_dir() else "does not exist"
+        raise ValueError(f"--state-dir must be the folder of a run to resume, but {state_dir} {problem}.")
     try:
-        return {**json.loads(path.read_text())}
+        begun = {**json.loads(path.read_text())}
     except (TypeError, ValueError) as error:
         raise ValueError(f"--state-dir: {path} is damaged: {error}") from error
+    for name, value in begun.items():
+        if name in LISTS:
+            fits = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        elif name in NUMBERS:
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        else:
+            fits = isinstance(value, (str, dict, list) if name in ANY else str)
+        if value is not None and not fits:
+            raise ValueError(f"--state-dir: {path} is damaged: {name} is {value!r:.60}")
+    return begun
 
 
-def as_plain(options: argparse.Namespace) -> dict:
+def as_plain(options: argparse.Namespace) -> dict[str, Any]:
     """What makes a run, as JSON has it."""
-    left_out = ("run", "parser", "command", "state_dir", "resume", "arguments")
-    plain = {name: value for name, value in vars(options).items() if name not in left_out}
+    plain = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
     for name in PATHS:
         value = plain[name]
         plain[name] = list(map(str, value)) if isinstance(value, list) else value and str(value)
     return plain
 
 
-def save_run(options: argparse.Namespace, state_dirs: Sequence[Path]) -> None:
-    """Beside the states, what they were made with."""
-    from ..tokentrim_files.run_state import has_state
+@contextmanager
+def own_run(state_dir: Path | None) -> Iterator[None]:
+    """
+    Keep other commands from a state folder.
 
-    if any(has_state(folder) for folder in state_dirs):
-        raise ValueError(f"--state-dir: {options.state_dir} has a run: add --resume to go on, or name another folder")
-    options.state_dir.mkdir(parents=True, exist_ok=True)
+    Raises:
+        `OSError`: another command uses it.
+    """
+    if state_dir is None:
+        yield
+        return
+    state_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(state_dir / RUN):
+            yield
+    except Timeout as error:
+        told = f"--state-dir: {state_dir} is in use by another `tokentrim generate`; each command needs its own."
+        raise OSError(told) from error
+
+
+def save_run(options: argparse.Namespace, state_dirs: list[Path]) -> None:
+    """Beside the states, what they were made with."""
     path = options.state_dir / RUN
-    unfinished = path.with_suffix(f".{os.getpid()}")  # of one of several processes
-    unfinished.write_text(json.dumps(as_plain(options), indent=1))
-    os.replace(unfinished, path)
+    if any(path.is_dir() for folder in state_dirs for path in folder.glob("state-*")):
+        raise ValueError(f"--state-dir: {options.state_dir} has a run: add --resume to go on, or name another folder")
+    if path.exists():
+        read_run(options.state_dir)  # one of ours, of a run that is over
+    write_whole(path, json.dumps(as_plain(options), indent=1))
 
 
 def how_to_go_on(options: argparse.Namespace) -> str:
@@ -85,4 +140,5 @@ def how_to_go_on(options: argparse.Namespace) -> str:
     if options.prompts is not None:
         return f"To make those that are missing:\n{begin}"
     growing = options.out.with_name(f"{options.out.stem}.growing.mp4")
-    return f"{growing} has what was made. To begin anew, so that it can go on after an interruption:\n{begin} --state-dir DIR"
+    told = f"{growing} has the chunks that were finished." if growing.exists() else "No chunk was finished."
+    return f"{told} To begin anew, so that it can go on after an interruption:\n{begin} --state-dir DIR"

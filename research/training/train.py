@@ -140,6 +140,7 @@ def make_pipeline(
         width=world.SIZE,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
         method="tokentrim_plus",
+        fps=12,
     )
 
 

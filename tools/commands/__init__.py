@@ -5,7 +5,8 @@ What a tool needs is imported when it runs, so that help and usage errors need n
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -22,3 +23,12 @@ def add_command(commands, run: Callable, name: str, summary: str, details: str) 
     )
     parser.set_defaults(run=run, parser=parser)
     return parser
+
+
+@contextmanager
+def usage(options: argparse.Namespace) -> Iterator[None]:
+    """What is wrong with options by themselves is wrong usage: one line, and exit code 2."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        options.parser.error(str(error))

@@ -8,6 +8,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from ..checkpoints import find_checkpoint
+from ..numbers import PORT
 from . import add_command
 
 
@@ -24,7 +26,9 @@ examples:
     summary = "a page where a plain rollout drifts beside one that is held, while both are made"
     parser = add_command(commands, run, "app", summary, details)
     parser.add_argument("--checkpoint", help="folder or Hub id (default: the tiny world, in a clone of this project)")
-    parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the loopback (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=PORT.parse, default=7860, metavar="N", help="of the loopback (default: %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,6 +36,7 @@ def run(options: argparse.Namespace) -> int:
         raise ImportError('gradio is not installed: `make app` in a clone, or `pip install ".[app]"`.')
     os.environ["GRADIO_SERVER_PORT"] = str(options.port)
     if options.checkpoint is not None:
+        find_checkpoint(options.checkpoint)
         os.environ["TOKENTRIM_CHECKPOINT"] = options.checkpoint
     sys.path.insert(0, str(SPACE))  # where `app.py` finds the modules beside it
     runpy.run_path(str(SPACE / "app.py"), run_name="__main__")

@@ -6,6 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
+from ..folders import check_new_folder
 from ..presets import PRESETS
 from . import DTYPES, add_command
 
@@ -52,6 +53,9 @@ examples:
 
 
 def run(options: argparse.Namespace) -> int:
+    for name, path in (("path", options.path), ("base", options.base), ("lora", options.lora)):
+        if path is not None and not path.exists():
+            raise ValueError(f"`{name}` must be a file or a folder, but {path} does not exist.")
     if options.check:
         from ..dry_run import describe_conversion
 
@@ -60,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
     lacks = [f"--{name}" for name in ("base", "out", "preset") if getattr(options, name) is None]
     if lacks:
         options.parser.error(f"the following arguments are required: {', '.join(lacks)}")
+    check_new_folder(options.out)
+    print(f"reading {options.path} ...", file=sys.stderr, flush=True)
     import torch
 
     from ..convert import convert_checkpoint, logger

@@ -2,8 +2,11 @@
 """`tokentrim doctor`."""
 
 import argparse
+import sys
 from pathlib import Path
 
+from ..checkpoints import check_code, check_folder, check_size
+from ..numbers import NUMBERS
 from . import DTYPES, add_command
 
 
@@ -24,11 +27,22 @@ examples:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder in Diffusers format")
     parser.add_argument("--prompt", default="a red fox trots through snow", help="(default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else bfloat16)")
-    parser.add_argument("--height", type=int, metavar="N", help="in pixels (default: the checkpoint's, or 480)")
-    parser.add_argument("--width", type=int, metavar="N", help="in pixels (default: the checkpoint's, or 832)")
+    parser.add_argument(
+        "--height", type=NUMBERS["height"].parse, metavar="N", help="in pixels (default: the checkpoint's, or 480)"
+    )
+    parser.add_argument(
+        "--width", type=NUMBERS["width"].parse, metavar="N", help="in pixels (default: the checkpoint's, or 832)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
+    if not options.prompt.strip():
+        options.parser.error(f"--prompt must have a word, but is {options.prompt!r}")
+    check_folder(options.checkpoint)
+    check_code(options.checkpoint, trust_remote_code=False)
+    if (options.checkpoint / "transformer").is_dir():
+        check_size(options.checkpoint, {"height": options.height, "width": options.width})
+    print(f"reading {options.checkpoint}, making two chunks ...", file=sys.stderr, flush=True)
     import torch
 
     from ..doctor import examine, format_report

@@ -5,7 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import add_command
+from ..targets import TARGETS, check_targets
+from . import add_command, usage
 
 
 def add_parser(commands) -> None:
@@ -32,8 +33,8 @@ examples:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.plot is not None and options.plot.suffix not in (".png", ".pdf", ".svg"):
-        options.parser.error(f"--plot must end with .png, .pdf or .svg, but is {str(options.plot)!r}")
+    with usage(options):
+        check_targets({name: getattr(options, name) for name in TARGETS}, options.videos)
     try:
         from tqdm import tqdm
 

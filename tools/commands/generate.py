@@ -4,14 +4,18 @@
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
-from ..runs import complete_run, how_to_go_on, save_run
-from . import DTYPES, add_command
+from ..names import TRANSITIONS
+from ..numbers import FPS, NUMBERS, SEED, whole
+from ..request import check_options, describe, read_request
+from ..runs import complete_run, how_to_go_on, own_run, save_run
+from . import DTYPES, add_command, usage
 
 
-TRANSITIONS = ("keep", "recache", "flush", "cut")
+OFFLOADS = ("none", "model", "sequential", "group")
 
 
 def add_parser(commands) -> None:
@@ -35,41 +39,90 @@ examples:
   tokentrim generate --prompts prompts.txt --checkpoint self-forcing-diffusers --method tokentrim_plus --out videos
   accelerate launch -m tokentrim generate --prompts prompts.txt --checkpoint self-forcing-diffusers --out videos"""
     parser = add_command(commands, run, "generate", "videos of one prompt, or of a file of prompts", details)
-    given = parser.add_mutually_exclusive_group()
-    given.add_argument("prompt", metavar="PROMPT", nargs="?", help="one prompt")
-    given.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt on each line")
-    parser.add_argument("--out", type=Path, help="an .mp4 file, or a folder with --prompts")
-    parser.add_argument("--checkpoint", help="folder or Hub id of a causal model in Diffusers format")
-    parser.add_argument(
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="one prompt")
+    add_files(parser.add_argument_group("files"))
+    add_settings(parser.add_argument_group("the video"))
+    add_machine(parser.add_argument_group("this machine"))
+
+
+def add_files(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--prompts", type=Path, metavar="FILE", help="instead of PROMPT: a prompt on each line")
+    group.add_argument("--out", type=Path, help="an .mp4 file, or a folder with --prompts")
+    group.add_argument("--checkpoint", help="folder or Hub id of a causal model in Diffusers format")
+    group.add_argument(
         "--config",
         type=Path,
         action="append",
         metavar="FILE",
         help="JSON of arguments of the call; may be repeated, the later file counts, and options before all",
     )
-    parser.add_argument(
+    group.add_argument("--image", type=Path, metavar="FILE", help="the first frame: PNG, JPEG or WebP")
+    group.add_argument(
+        "--video",
+        type=Path,
+        metavar="FILE",
+        help="a video to continue: its last frames, up to 9 latent ones, begin the new video",
+    )
+    group.add_argument("--state-dir", type=Path, metavar="DIR", help="folder for resumable state")
+    group.add_argument("--resume", action="store_true", help="go on with what is in --state-dir")
+    group.add_argument(
+        "--save-every", type=whole(1).parse, metavar="N", help="chunks between two states (default: 10)"
+    )
+
+
+def add_settings(group: argparse._ArgumentGroup) -> None:
+    numbers = {name: number.parse for name, number in NUMBERS.items()}
+    group.add_argument(
         "--num-frames",
         type=read_num_frames,
         metavar="N",
         help="frames of each video; 0 or `endless`: until Ctrl-C (default: the config's, or 81)",
     )
-    parser.add_argument(
+    group.add_argument("--height", type=numbers["height"], metavar="N", help="in pixels (default: the checkpoint's)")
+    group.add_argument("--width", type=numbers["width"], metavar="N", help="in pixels (default: the checkpoint's)")
+    group.add_argument("--fps", type=FPS.parse, metavar="N", help="frames per second (default: the checkpoint's)")
+    group.add_argument("--seed", type=SEED.parse, metavar="N", help="of the first prompt (default: 0)")
+    group.add_argument(
+        "--steps",
+        type=numbers["num_inference_steps"],
+        metavar="N",
+        dest="num_inference_steps",
+        help="denoising steps of a chunk (default: the checkpoint's)",
+    )
+    group.add_argument(
+        "--guidance-scale",
+        type=numbers["guidance_scale"],
+        metavar="X",
+        help="classifier-free guidance above 1 (default: 1)",
+    )
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    group.add_argument(
         "--method",
         type=read_name,
-        help="plain, tokentrim, tokentrim_plus or paper; or JSON of policies with settings (default: the config's, or tokentrim)",
+        help="plain, tokentrim, tokentrim_plus or paper; or JSON of policies with settings (default: the checkpoint's)",
     )
-    parser.add_argument("--layout", type=read_name, help="what is read of the past: a name, or JSON with settings")
-    parser.add_argument(
+    group.add_argument("--layout", type=read_name, help="what is read of the past: a name, or JSON with settings")
+    group.add_argument(
         "--prompt-schedule", type=Path, metavar="FILE", help='JSON of prompts over time, {"20": "a green circle"}'
     )
-    parser.add_argument("--prompt-transition", choices=TRANSITIONS, help="what becomes of the context at a change")
-    parser.add_argument("--blend-chunks", type=int, metavar="N", help="chunks over which one prompt becomes the next")
-    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="where the run is saved (with --prompts: runs)")
-    parser.add_argument("--resume", action="store_true", help="go on with what is in --state-dir")
-    parser.add_argument("--save-every", type=int, metavar="N", help="chunks between two states (default: 10)")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the first prompt (default: 0)")
-    parser.add_argument("--fps", type=float, metavar="N", help="frames per second (default: 16)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32)")
+    group.add_argument("--prompt-transition", choices=TRANSITIONS, help="what becomes of the context at a change")
+    group.add_argument(
+        "--blend-chunks",
+        type=numbers["blend_chunks"],
+        metavar="N",
+        help="chunks over which one prompt becomes the next",
+    )
+
+
+def add_machine(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--device", type=read_device, help="cpu, cuda, cuda:1, mps (default: an accelerator, or the CPU)"
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else bfloat16)")
+    group.add_argument(
+        "--offload", choices=OFFLOADS, help="what waits in main memory while it is not used (default: none)"
+    )
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that lies in the checkpoint")
 
 
 def read_num_frames(text: str) -> int:
@@ -81,6 +134,12 @@ def read_num_frames(text: str) -> int:
     return int(text)
 
 
+def read_device(text: str) -> str:
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu|npu)(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:1, mps, xpu or npu, but is {text!r}")
+    return text
+
+
 def read_name(text: str) -> str | dict | list:
     """A name, or JSON."""
     try:
@@ -90,49 +149,33 @@ def read_name(text: str) -> str | dict | list:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.prompt is not None and options.out is not None and options.out.suffix != ".mp4":
-        options.parser.error(f"--out must end with .mp4 for one prompt, but is {str(options.out)!r}")
-    if options.prompts is not None and options.out is not None and options.out.suffix == ".mp4":
-        options.parser.error(f"--out must be a folder for --prompts, but is {str(options.out)!r}")
+    if options.prompt is not None and options.prompts is not None:
+        options.parser.error("PROMPT is not allowed with --prompts")
     options = complete_run(options)
-    from ...tokentrim_checks import check_int
-    from ...tokentrim_frames.mp4 import check_fps
-    from ...tokentrim_policies.registry import METHODS
-    from ..generate import generate_missing
-    from ..jobs import Job, check_settings, read_jobs, read_schedule, read_settings
+    with usage(options):
+        check_options(options)
+    is_first = os.environ.get("RANK", "0") == "0"  # of the launcher's processes
+    request = read_request(options)
+    with own_run(options.state_dir if is_first else None):
+        if options.state_dir is not None and not options.resume and is_first:
+            save_run(options, [job.state_dir for job in request.jobs])
+        if is_first:
+            print(*filter(None, [request.note, describe(request, options)]), sep="\n", file=sys.stderr, flush=True)
+        from ..generate import generate_missing
 
-    try:
-        check_fps(options.fps)
-        check_int("save_every", options.save_every, 1)
-    except ValueError as error:
-        options.parser.error(str(error))
-    if isinstance(options.method, str) and options.method not in METHODS:
-        options.parser.error(f"--method must be one of {', '.join(METHODS)}, but is {options.method!r}")
-    settings = read_settings(options.config)
-    for name in ("method", "layout", "prompt_transition", "blend_chunks"):
-        if (value := getattr(options, name)) is not None:
-            settings[name] = value
-    if options.num_frames is not None:
-        settings["num_frames"] = options.num_frames or None
-    if options.prompt_schedule is not None:
-        settings["prompt_schedule"] = read_schedule(options.prompt_schedule)
-    try:
-        check_settings(settings)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-    if options.prompts is None:
-        jobs = [Job(options.prompt, options.seed, options.out, settings, options.state_dir)]
-    else:
-        jobs, note = read_jobs(options.prompts, options.out, options.seed, settings, options.state_dir)
-        if note is not None and os.environ.get("RANK", "0") == "0":  # of the launcher's processes
-            print(note, file=sys.stderr)
-    if options.state_dir is not None and not options.resume:
-        save_run(options, [job.state_dir for job in jobs])
-    try:
-        failed = generate_missing(
-            jobs, options.checkpoint, options.dtype, options.fps, options.save_every, options.resume
-        )
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. {how_to_go_on(options)}", file=sys.stderr)
-        raise
+        try:
+            failed = generate_missing(
+                request.jobs,
+                options.checkpoint,
+                options.dtype,
+                options.fps,
+                options.save_every,
+                options.resume,
+                device=options.device,
+                offload=options.offload,
+                trust_remote_code=options.trust_remote_code,
+            )
+        except KeyboardInterrupt:
+            print(f"\nInterrupted. {how_to_go_on(options)}", file=sys.stderr)
+            raise
     return int(failed > 0)

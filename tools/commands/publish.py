@@ -3,8 +3,12 @@
 
 import argparse
 import shlex
+import sys
+from pathlib import Path
 
 from ... import __version__
+from ..checkpoints import check_folder
+from ..folders import check_new_folder
 from . import add_command
 
 
@@ -32,14 +36,24 @@ examples:
 
 
 def run(options: argparse.Namespace) -> int:
+    if not options.prompt.strip():
+        options.parser.error(f"--prompt must have a word, but is {options.prompt!r}")
+    check_new_folder(options.out)
+    if options.checkpoint is not None:
+        check_folder(Path(options.checkpoint))
     from ..publish import publish
 
     out, repo_id, revision = options.out, options.repo_id, options.revision
     card = publish(repo_id, out, options.checkpoint, options.license, revision, options.prompt)
     if options.validate:
         card.validate()
-    print(
-        f"written {out}. Read its README.md, then:\n\n  hf repos create {repo_id}\n  hf upload {repo_id} {shlex.quote(out)} ."
+    print(out)
+    steps = (
+        f"Read {out}/README.md, then:",
+        "",
+        f"  hf repos create {repo_id}",
+        f"  hf upload {repo_id} {shlex.quote(out)} .",
+        f"  hf repos tag create {repo_id} {shlex.quote(revision)}",
     )
-    print(f"  hf repos tag create {repo_id} {shlex.quote(revision)}")
+    print(*steps, sep="\n", file=sys.stderr)
     return 0

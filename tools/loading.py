@@ -1,0 +1,94 @@
+# Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The one function by which the command loads a checkpoint. Code that lies in it runs only where that is asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+from ..pipeline_tokentrim import TokenTrimPipeline
+from ..tokentrim_checks import check
+from .checkpoints import check_code, check_parts, read_json
+from .names import INDEX
+
+
+OFFLOADS = ("none", "model", "sequential", "group")
+
+
+def load_checkpoint(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, **components: Any
+) -> TokenTrimPipeline:
+    """
+    A pipeline on the CPU, whose code is that of this package.
+
+    Args:
+        folder (`Path`): a checkpoint in Diffusers format.
+        dtype (`torch.dtype`): of the weights.
+        trust_remote_code (`bool`, defaults to `False`): whether code of its parts may run.
+        components (*optional*): instead of the checkpoint's, `None` to leave one out.
+
+    Raises:
+        `ValueError`: there is no such checkpoint, or it needs code that is not trusted.
+    """
+    check_code(folder, trust_remote_code)
+    check_parts(folder)
+    for name, value in read_json(folder / INDEX).items():
+        # Transformers' Auto classes would ask on the terminal whether to run code.
+        if (
+            name not in components
+            and isinstance(value, list)
+            and value[0] == "transformers"
+            and value[1].startswith("Auto")
+        ):
+            kind = getattr(transformers, value[1])
+            components[name] = kind.from_pretrained(folder / name, trust_remote_code=trust_remote_code)
+    return TokenTrimPipeline.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, **components
+    )
+
+
+def place(pipe: TokenTrimPipeline, device: torch.device, offload: str = "none") -> TokenTrimPipeline:
+    """Move a pipeline to a device, at once or part by part while it runs."""
+    check(offload == "none" or device.type != "cpu", "offload", offload, "'none' on a CPU")
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif offload == "group":
+        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level")
+    else:
+        pipe.to(device)
+    if device.type == "cpu":
+        # The last bits of a matrix product depend on where in memory its weights begin: alike in every process.
+        for model in (pipe.text_encoder, pipe.transformer, pipe.vae):
+            for weight in model.parameters() if model is not None else ():
+                weight.data = weight.data.clone()
+    return pipe
+
+
+def find_device(device: str | None) -> torch.device:
+    """
+    The device that is asked for, or the accelerator, or the CPU.
+
+    Raises:
+        `ValueError`: this machine does not have it.
+    """
+    has_accelerator = torch.accelerator.is_available()
+    accelerator = torch.accelerator.current_accelerator() if has_accelerator else torch.device("cpu")
+    if device is None:
+        return accelerator
+    wanted = torch.device(device)
+    count = torch.accelerator.device_count() if has_accelerator else 0
+    exists = wanted.type == "cpu" or (wanted.type == accelerator.type and (wanted.index or 0) < count)
+    known = ["cpu", *(f"{accelerator.type}:{number}" for number in range(count))]
+    check(exists, "device", device, f"one of this machine's, {', '.join(known)}")
+    return wanted
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
