@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from world import is_tiny_world, unknown_words
 
-from tokentrim import TokenTrimPipeline, __version__
+from tokentrim import __version__
 from tokentrim.tokentrim_frames.mp4 import VideoWriter
 from tokentrim.tokentrim_frames.output import as_uint8, decision_event
+from tokentrim.tools.loading import load_checkpoint
 
 
 SIDES = ("left", "right")
@@ -69,7 +70,7 @@ class Studio:
         on_gpu = torch.cuda.is_available()
         self.name, self.max_chunks = name or checkpoint, max_chunks
         self.options = {"dtype": torch.bfloat16} if on_gpu else {}
-        pipe = TokenTrimPipeline.from_pretrained(checkpoint, **self.options).to("cuda" if on_gpu else "cpu")
+        pipe = load_checkpoint(checkpoint, **self.options).to("cuda" if on_gpu else "cpu")
         self.pipes = {"left": pipe, "right": make_twin(pipe)}
         for each in self.pipes.values():
             each.set_progress_bar_config(disable=True)

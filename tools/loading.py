@@ -10,7 +10,7 @@ import transformers
 
 from ..pipeline_tokentrim import TokenTrimPipeline
 from ..tokentrim_checks import check
-from .checkpoints import check_code, check_parts, read_json
+from .checkpoints import check_code, check_parts, download, find_checkpoint, read_json
 from .names import INDEX
 
 
@@ -18,20 +18,21 @@ OFFLOADS = ("none", "model", "sequential", "group")
 
 
 def load_checkpoint(
-    folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, **components: Any
+    checkpoint: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False, **components: Any
 ) -> TokenTrimPipeline:
     """
     A pipeline on the CPU, whose code is that of this package.
 
     Args:
-        folder (`Path`): a checkpoint in Diffusers format.
-        dtype (`torch.dtype`): of the weights.
+        checkpoint (`str` or `Path`): folder or Hub id, in Diffusers format.
+        dtype (`torch.dtype`, *optional*): of the weights; by default float32.
         trust_remote_code (`bool`, defaults to `False`): whether code of its parts may run.
         components (*optional*): instead of the checkpoint's, `None` to leave one out.
 
     Raises:
         `ValueError`: there is no such checkpoint, or it needs code that is not trusted.
     """
+    folder = find_checkpoint(str(checkpoint)) or download(str(checkpoint), trust_remote_code)
     check_code(folder, trust_remote_code)
     check_parts(folder)
     for name, value in read_json(folder / INDEX).items():
@@ -45,7 +46,7 @@ def load_checkpoint(
             kind = getattr(transformers, value[1])
             components[name] = kind.from_pretrained(folder / name, trust_remote_code=trust_remote_code)
     return TokenTrimPipeline.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, **components
+        folder, dtype=dtype or torch.float32, trust_remote_code=trust_remote_code, local_files_only=True, **components
     )
 
 
