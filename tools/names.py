@@ -13,6 +13,7 @@ PARTS = {  # of a method: policies, and hooks of the denoiser
     "tokentrim": TRIM,
     "quarantine": ("sensitivity",),
     "reanchor": ("match", "tolerance", "patience", "strength"),
+    "token_drift": ("drift_signal",),
     "flowmo": ("iterations", "learning_rate", "steps", "chunks"),
 }
 SINK = ("window_size", "num_sink_frames")

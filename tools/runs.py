@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ def complete_run(options: argparse.Namespace) -> argparse.Namespace:
         value = getattr(options, name)
         value = [path.absolute() for path in value] if isinstance(value, list) else value and value.absolute()
         setattr(options, name, value)
+    if options.out is not None and options.out.is_symlink():
+        options.out = Path(os.path.realpath(options.out))  # a link stands for the file that it leads to
     if options.checkpoint is not None and Path(options.checkpoint).expanduser().exists():
         options.checkpoint = str(Path(options.checkpoint).expanduser().absolute())
     if options.resume:
