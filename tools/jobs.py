@@ -200,25 +200,21 @@ def check_jobs(jobs: Sequence[Job], given: Iterable[Path] = ()) -> None:
             check_writable(folder, option)
     given = [*given, *(path for job in jobs for _, path in job.given)]
     for job in jobs:
-        for path in (*job.videos(), *job.videos(job.growing)):
-            if path.is_dir():
-                raise OSError(f"--out: {path} is a folder.")
-            if path.parent.is_dir() and not job.is_done():
-                check_video(path, given)
+        for grows, paths in ((False, job.videos()), (True, job.videos(job.growing))):
+            for path in paths:
+                if path.is_dir():
+                    raise OSError(f"--out: {path} is a folder.")
+                if path.parent.is_dir() and not job.is_done():
+                    check_video(path, grows, given)
 
 
-def check_video(path: Path, given: Sequence[Path]) -> None:
-    """Refuse to write a video, and what comes beside it, over something else."""
+def check_video(path: Path, grows: bool, given: Sequence[Path]) -> None:
+    """Refuse to write a video, and what comes beside it, over something else. One that grows has no record yet."""
     ours = f"one that this command wrote ({path.name} has {path.stem}.json and {path.stem}.jsonl beside it)"
-    is_growing = path.stem.endswith(".growing")
-    has_record = (
-        None
-        if is_growing
-        else lambda path: path.with_suffix(".json").is_file() and is_record(path.with_suffix(".json"))
-    )
-    check_target("--out", path, (), has_record, ours, given)
-    check_target("--out", path.with_suffix(".json"), (), is_record, ours, given)
-    check_target("--out", path.with_suffix(".jsonl"), (), is_decision_log, ours, given)
+    record, log = path.with_suffix(".json"), path.with_suffix(".jsonl")
+    check_target("--out", path, (), None if grows else lambda _: record.is_file() and is_record(record), ours, given)
+    check_target("--out", record, (), is_record, ours, given)
+    check_target("--out", log, (), is_decision_log, ours, given)
 
 
 def is_record(path: Path) -> bool:
