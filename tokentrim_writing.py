@@ -163,10 +163,14 @@ def numbered(path: str | os.PathLike, video: int, num_videos: int) -> Path:
 
 
 def is_decision_log(path: Path) -> bool:
-    """Whether a file is one that `LineWriter` wrote beside a video: a decision on its first line."""
+    """Whether a file holds the decisions of a video, one chunk per line; its first line may have been cut by a kill."""
+    with path.open("rb") as file:
+        line = file.readline(2**24)
+    begins = b'{"chunk": '
+    if not line.endswith(b"\n"):
+        return line[: len(begins)] == begins[: len(line)]
     try:
-        with path.open("rb") as file:
-            decision = json.loads(file.readline(2**24))
+        decision = json.loads(line)
     except ValueError:
         return False
     return isinstance(decision, dict) and {"chunk", "severity"} <= set(decision)

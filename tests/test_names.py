@@ -6,7 +6,7 @@ from tokentrim.pipeline_tokentrim import TokenTrimPipeline
 from tokentrim.tokentrim_files import checkpoint
 from tokentrim.tokentrim_frames import mp4
 from tokentrim.tokentrim_policies.registry import HOOKS, METHODS, POLICIES
-from tokentrim.tokentrim_session.plan import ROLLOUTS
+from tokentrim.tokentrim_session.arguments import ROLLOUTS
 from tokentrim.tokentrim_session.prompts import TRANSITIONS
 from tokentrim.tokentrim_views.registry import LAYOUTS
 from tokentrim.tools import loading, names

@@ -77,6 +77,9 @@ def test_only_what_is_ours_is_replaced(tmp_path):
     for content, ours in (
         ('{"chunk": 0, "severity": null}\n', True),
         ("", True),
+        ('{"chu', True),  # a process was killed
+        ('{"chunk": 0, "seve', True),
+        ('{"prom', False),
         ('{"prompt": "a"}\n', False),
         ("[1]\n", False),
         ("text", False),

@@ -14,7 +14,7 @@ from .schedule import Scheduler
 
 class Pipeline(Protocol):
     """A Diffusers pipeline with the components of a Wan checkpoint. Each member is documented by Diffusers, but for
-    `roll_out`."""
+    `roll_out` and `fps`."""
 
     config: Any
     tokenizer: Any
@@ -25,6 +25,7 @@ class Pipeline(Protocol):
     video_processor: VideoProcessor
     vae_scale_factor_spatial: int
     vae_scale_factor_temporal: int
+    fps: float  # of its videos, as the checkpoint says
     _callback_tensor_inputs: list[str]
     _execution_device: torch.device
 
