@@ -72,10 +72,15 @@ def check_target(
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike, unfinished: Path | None = None) -> Iterator[Path]:
     """
     A temporary path to write to, with the same ending; at the end of the `with` it becomes `path`. After an error, `path`
     is what it was. Processes that write the same path at once each write their own file, and the last one counts.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+        unfinished (`Path`, *optional*): the temporary path, where the caller holds a lock: what a killed process left there
+            is overwritten. By default one that nothing else has.
 
     Raises:
         `OSError`: it cannot be written; the message names `path`.
@@ -83,9 +88,9 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     target = _real(Path(path))
     _check_folder("path", target.parent)
     _remove_leftovers(target)
-    unfinished = _temporary(target)
+    unfinished, mode = (_temporary(target), "xb") if unfinished is None else (unfinished, "wb")
     try:
-        unfinished.open("xb").close()
+        unfinished.open(mode).close()
         if target.exists():
             shutil.copymode(target, unfinished)
         yield unfinished
@@ -100,9 +105,9 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write a file, all of it or nothing; text in UTF-8."""
-    with whole_file(path) as unfinished:
+def write_whole(path: str | os.PathLike, content: str | bytes, unfinished: Path | None = None) -> None:
+    """Write a file, all of it or nothing; text in UTF-8. See [`whole_file`]."""
+    with whole_file(path, unfinished) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

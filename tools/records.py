@@ -43,7 +43,8 @@ def make_record(job: Job, fps: float, dtype: str, checkpoint: str, weights: str)
 
 
 def write_record(path: Path, record: dict) -> None:
-    write_whole(path, json.dumps(record))
+    """The caller holds the lock of the video."""
+    write_whole(path, json.dumps(record), path.with_suffix(".growing.json"))
 
 
 def check_records(jobs: Sequence[Job], records: Sequence[dict]) -> str | None:

@@ -31,8 +31,8 @@ def check_options(options: argparse.Namespace) -> None:
     """
     if options.prompt is not None and not options.prompt.strip():
         raise ValueError(f"PROMPT must have a word, but is {options.prompt!r}")
-    is_file = options.out.suffix.lower() == ".mp4"
-    if options.prompts is None and not is_file:
+    is_file = options.out is not None and options.out.suffix.lower() == ".mp4"
+    if options.prompt is not None and options.out is not None and not is_file:
         raise ValueError(f"--out must end with .mp4 for one prompt, but is {str(options.out)!r}")
     if options.prompts is not None and is_file:
         raise ValueError(f"--out must be a folder for --prompts, but is {str(options.out)!r}")

@@ -151,9 +151,11 @@ def read_name(text: str) -> str | dict | list:
 def run(options: argparse.Namespace) -> int:
     if options.prompt is not None and options.prompts is not None:
         options.parser.error("PROMPT is not allowed with --prompts")
-    options = complete_run(options)
     with usage(options):
         check_options(options)
+    options = complete_run(options)
+    with usage(options):
+        check_options(options)  # those that a run began with
     is_first = os.environ.get("RANK", "0") == "0"  # of the launcher's processes
     request = read_request(options)
     with own_run(options.state_dir if is_first else None):
