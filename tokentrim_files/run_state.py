@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +142,9 @@ def lock_state(folder: str | os.PathLike) -> Iterator[None]:
         `ValueError`: another process uses it.
     """
     folder = Path(os.path.realpath(folder))
-    if not folder.is_dir():  # there is nothing to keep
-        yield
-        return
+    lock = folder if os.access(folder.parent, os.W_OK) else folder / "run"
     try:
-        with locked(folder if os.access(folder.parent, os.W_OK) else folder / "run", once=False):
+        with locked(lock, once=False) if folder.is_dir() else nullcontext():
             yield
     except Timeout:
         raise ValueError(f"`state_dir` must be a folder that no other process uses, but {folder} is in use.") from None
