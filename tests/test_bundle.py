@@ -42,7 +42,7 @@ def test_names_that_two_modules_define_are_an_error(tmp_path):
     pipeline.write_text('# c\n"""Doc."""\n\nfrom .tokentrim_room.a import b\n\n\ndef c():\n    pass\n')
     (tmp_path / "tokentrim_room").mkdir()
     (tmp_path / "tokentrim_room" / "a.py").write_text('# c\n"""Doc."""\n\nb = 1\n\n\nclass c:\n    pass\n')
-    with pytest.raises(RuntimeError, match=r"defined in two modules: \['c'\]"):
+    with pytest.raises(RuntimeError, match=r"two modules define \['c'\]"):
         bundle(pipeline)
 
 
