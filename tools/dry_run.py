@@ -5,10 +5,11 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from .lora import read_lora
 from .original import check_whole, infer_config, list_shapes, read_original
-from .presets import check_size, count_held_frames, list_presets
+from .presets import LARGE, MODELS, PRESETS, check_size, count_held_frames, list_presets
 from .tensor_info import TensorInfo
 
 
@@ -57,14 +58,54 @@ def describe_conversion(
         lines.append(f"lora     {lora}: {len(pairs)} of {len(shapes)} weights, rank {ranks}")
     lines.append(f"presets  {suggest_presets(path, presets)}")
     preset = preset or (presets or ["self_forcing"])[0]
-    held, patch = count_held_frames(preset), config["patch_size"]
-    tokens = held * (HEIGHT // (VAE_FACTOR * patch[1])) * (WIDTH // (VAE_FACTOR * patch[2]))
-    cache = 2 * prod(size) * tokens * 2
     lines.append(
-        f"memory   in bfloat16, at {HEIGHT} x {WIDTH}: weights {2 * sum(map(prod, shapes.values())) / GIB:.1f} GiB, cache of"
-        f" {held} latent frames {cache / GIB:.1f} GiB ({preset}); text encoder, VAE and activations come on top"
+        f"memory   in bfloat16, at {HEIGHT} x {WIDTH}: weights {weight_bytes(config) / GIB:.1f} GiB, cache of"
+        f" {count_held_frames(preset)} latent frames {cache_bytes(preset, config) / GIB:.1f} GiB ({preset}); text encoder,"
+        " VAE and activations come on top"
     )
     return "\n".join(lines)
+
+
+def weight_bytes(config: Mapping[str, Any]) -> int:
+    """Memory of a transformer's weights in bfloat16."""
+    return 2 * sum(map(prod, list_shapes(config).values()))
+
+
+def cache_bytes(preset: str, config: Mapping[str, Any]) -> int:
+    """Memory of the keys and values that a rollout holds, in bfloat16, at 480 x 832 and for one video."""
+    width, patch = config["num_attention_heads"] * config["attention_head_dim"], config["patch_size"]
+    tokens = count_held_frames(preset) * (HEIGHT // (VAE_FACTOR * patch[1])) * (WIDTH // (VAE_FACTOR * patch[2]))
+    return 2 * 2 * config["num_layers"] * width * tokens
+
+
+def describe_presets() -> str:
+    """A table of all presets in Markdown, with the memory of each; `docs/checkpoints.md` has it as it is."""
+    rows = [("`--preset`", "chunk, steps", "reads", "weights", "cache", "method", "prompts change by"), ("---",) * 7]
+    for preset, settings in PRESETS.items():
+        config = MODELS["Wan 14B" if preset in LARGE else "Wan 1.3B"]
+        rows.append(
+            (
+                f"`{preset}`",
+                f"{settings['num_frames_per_chunk']}, {settings['num_inference_steps']}",
+                describe_context(settings),
+                f"{weight_bytes(config) / GIB:.1f} GiB",
+                f"{cache_bytes(preset, config) / GIB:.1f} GiB",
+                f"`{settings['method']}`",
+                f"`{settings.get('prompt_transition', 'keep')}`",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def describe_context(settings: Mapping[str, Any]) -> str:
+    """Which past frames a preset reads, in words."""
+    ((name, layout),) = settings.get("layout", {"": settings}).items()
+    sink = layout.get("num_sink_frames", 0)
+    words = [f"layout `{name}`: " * bool(name) + f"window {layout['window_size']}"] + [f"sink {sink}"] * bool(sink)
+    words += [f"past weighs {layout['weight']}"] if "weight" in layout else []
+    if settings["rollout"] == "rolling_forcing":
+        words.append(f"{settings['num_inference_steps']} chunks in flight")
+    return ", ".join(words)
 
 
 def read_head_dim(base: Path | None) -> int:

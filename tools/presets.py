@@ -58,6 +58,12 @@ PRESETS = {
 SCHEDULES = {name: {"shift": 5.0} for name in PRESETS} | {"causvid": {"shift": 400 / 421, "shift_terminal": 12 / 23}}
 
 SIZES = {(30, 1536): "Wan 1.3B", (40, 5120): "Wan 14B"}  # blocks and width
+WAN = {"attention_head_dim": 128, "freq_dim": 256, "text_dim": 4096, "in_channels": 16, "out_channels": 16}
+WAN |= {"patch_size": (1, 2, 2)}
+MODELS = {  # configs of their transformers
+    "Wan 1.3B": {**WAN, "num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
+    "Wan 14B": {**WAN, "num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
+}
 LARGE = ("krea_realtime",)  # all others are 1.3B
 HOLD_MORE = ("ema_sink", "rolling_sink")  # layouts that hold a chunk beside their window
 

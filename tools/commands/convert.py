@@ -18,6 +18,7 @@ if a tensor is left over or missing, and a failure leaves nothing behind. Only t
 merged and written one by one: memory is needed for a few of them.
 
 examples:
+  tokentrim convert --check
   tokentrim convert self_forcing_dmd.pt --check
   tokentrim convert self_forcing_dmd.pt --preset self_forcing --base Wan2.1-T2V-1.3B-Diffusers \\
       --out self-forcing-diffusers
@@ -30,6 +31,7 @@ examples:
         "path",
         metavar="FILE",
         type=Path,
+        nargs="?",
         help=f".pt or .safetensors, laid out as {layouts}; or the folder or index of sharded safetensors",
     )
     parser.add_argument(
@@ -48,7 +50,9 @@ examples:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the transformer (default: as in the file)")
     parser.add_argument(
-        "--check", action="store_true", help="say what is in FILE and whether it fits; only headers are read"
+        "--check",
+        action="store_true",
+        help="say what is in FILE and whether it fits, from headers alone; without FILE, list presets and memory",
     )
 
 
@@ -56,12 +60,18 @@ def run(options: argparse.Namespace) -> int:
     for name, path in (("path", options.path), ("base", options.base), ("lora", options.lora)):
         if path is not None and not path.exists():
             raise ValueError(f"`{name}` must be a file or a folder, but {path} does not exist.")
+    if options.check and options.path is None:
+        from ..dry_run import describe_presets
+
+        print(describe_presets())
+        return 0
     if options.check:
         from ..dry_run import describe_conversion
 
         print(describe_conversion(options.path, options.ema, options.lora, options.base, options.preset))
         return 0
-    lacks = [f"--{name}" for name in ("base", "out", "preset") if getattr(options, name) is None]
+    lacks = ["FILE"] if options.path is None else []
+    lacks += [f"--{name}" for name in ("base", "out", "preset") if getattr(options, name) is None]
     if lacks:
         options.parser.error(f"the following arguments are required: {', '.join(lacks)}")
     check_new_folder(options.out)
