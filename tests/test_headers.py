@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from research.benchmarks.conversion import write_sparse
 from tokentrim.tools.cli import main
 from tokentrim.tools.convert import load_original_transformer
+from tokentrim.tools.dry_run import cache_bytes, weight_bytes
 from tokentrim.tools.headers import read_header
 from tokentrim.tools.original import list_shapes
+from tokentrim.tools.presets import MODELS, PRESETS
 from tokentrim.tools.tensor_info import DTYPES, TensorInfo
 from tokentrim.tools.tensors import write_safetensors
 
@@ -194,6 +196,19 @@ def test_the_dry_run_reads_headers_alone(tmp_path):
     ):
         assert words in process.stdout
     assert "weights 2.6 GiB, cache of 21 latent frames 5.6 GiB" in process.stdout
+
+
+def test_the_page_of_checkpoints_has_the_table_that_the_command_prints(capsys):
+    assert main(["convert", "--check"]) == 0
+    table = capsys.readouterr().out
+    assert table in (ROOT / "docs" / "checkpoints.md").read_text() and table.count("\n") == len(PRESETS) + 2
+
+
+def test_memory_is_that_of_the_tensors():
+    """Keys and values of 21 latent frames of 1,560 tokens in 30 layers of 1,536 channels, 2 bytes each."""
+    assert cache_bytes("self_forcing", MODELS["Wan 1.3B"]) == 2 * 21 * 1560 * 30 * 1536 * 2
+    for name, num_parameters in (("Wan 1.3B", 1.42e9), ("Wan 14B", 14.29e9)):
+        assert weight_bytes(MODELS[name]) == pytest.approx(2 * num_parameters, rel=0.01)
 
 
 def test_the_dry_run_of_a_file_that_does_not_fit(tmp_path, capsys):
