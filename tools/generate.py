@@ -30,7 +30,7 @@ from .checkpoints import download, find_checkpoint, read_fps
 from .given import read_given
 from .interrupts import finish_first
 from .jobs import NUM_FRAMES, Job, check_jobs
-from .loading import find_device, free_memory, load_checkpoint, place
+from .loading import find_device, free_memory, load_checkpoint, load_without_weights, place
 from .memory import describe_shortage, estimate_memory
 from .records import check_records, fingerprint_folder, make_record, write_record
 
@@ -118,6 +118,21 @@ def play(path: Path) -> int:
         reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise OSError(f"{path} does not play to its end (exit status {done.returncode}): {reason[0]}")
     return int(re.findall(r"^frame=\s*(\d+)", done.stdout, flags=re.M)[-1])
+
+
+def prepare_pipeline(
+    todo: Sequence[Job], folder: Path, dtype: str, device: torch.device, offload: str, trust_remote_code: bool
+) -> TokenTrimPipeline:
+    """The pipeline, and folders to write to, if it takes the arguments: weights are loaded after that, if they can."""
+    if not trust_remote_code:  # code could make models of any class
+        check_call(load_without_weights(folder), todo[0])
+    pipe = load_pipeline(folder, dtype, device, offload, trust_remote_code)
+    check_call(pipe, todo[0])
+    pipe.set_progress_bar_config(disable=len(todo) > 1)
+    for job in todo:
+        for path in (job.path, job.state_dir or job.path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+    return pipe
 
 
 def undo_renames(job: Job, pairs: Sequence[tuple[Path, Path]]) -> None:
@@ -218,15 +233,10 @@ def generate_missing(
     if not todo:
         return 0
     state.wait_for_everyone()  # all have looked before one writes, so that all split the same list
-    for job in todo:
-        for path in (job.path, job.state_dir or job.path):
-            path.parent.mkdir(parents=True, exist_ok=True)
     shortage = estimate_memory(folder, todo[0].settings, dtype, offload)
     if told := describe_shortage(*shortage, free_memory(where), str(where), offload, dtype):
         state.print(told, file=sys.stderr)
-    pipe = load_pipeline(folder, dtype, where, offload, trust_remote_code)
-    pipe.set_progress_bar_config(disable=len(todo) > 1)
-    check_call(pipe, todo[0])
+    pipe = prepare_pipeline(todo, folder, dtype, where, offload, trust_remote_code)
 
     failed, busy = [], []
 

@@ -4,9 +4,11 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import psutil
 import torch
 import transformers
+from accelerate import init_empty_weights
 
 from ..pipeline_tokentrim import TokenTrimPipeline
 from ..tokentrim_checks import check
@@ -48,6 +50,23 @@ def load_checkpoint(
     return TokenTrimPipeline.from_pretrained(
         folder, dtype=dtype or torch.float32, trust_remote_code=trust_remote_code, local_files_only=True, **components
     )
+
+
+def load_without_weights(checkpoint: str | Path) -> TokenTrimPipeline:
+    """A checkpoint's pipeline whose weights are not there, to check the arguments of a call in a moment."""
+    folder = find_checkpoint(str(checkpoint)) or download(str(checkpoint), False)
+    index, models = read_json(folder / INDEX), {}
+    with init_empty_weights():
+        for name in ("transformer", "vae"):
+            library, kind = index.get(name) or (None, None)
+            if library == "diffusers":
+                config = getattr(diffusers, kind).load_config(folder / name, local_files_only=True)
+                models[name] = getattr(diffusers, kind).from_config(config)
+        library, kind = index.get("text_encoder") or (None, None)
+        if library == "transformers":
+            config = transformers.AutoConfig.from_pretrained(folder / "text_encoder", trust_remote_code=False)
+            models["text_encoder"] = getattr(transformers, kind)(config)
+    return load_checkpoint(folder, **models)
 
 
 def place(pipe: TokenTrimPipeline, device: torch.device, offload: str = "none") -> TokenTrimPipeline:

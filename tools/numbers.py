@@ -44,8 +44,9 @@ def whole(minimum: int) -> Number:
 FPS = Number(False, "a number from 0.01 to 1000", lambda value: 0.01 <= value <= 1000)
 SEED = Number(True, "an int from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 PORT = Number(True, "an int from 1 to 65535", lambda value: 1 <= value <= 65535)
+LONGEST = 10**7  # frames: a week at 16 per second; longer videos are endless
 NUMBERS = {  # arguments of the call
-    "num_frames": whole(1),
+    "num_frames": Number(True, f"an int from 1 to {LONGEST}", lambda value: 1 <= value <= LONGEST),
     "num_inference_steps": whole(1),
     "height": whole(1),
     "width": whole(1),

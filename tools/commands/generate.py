@@ -131,7 +131,7 @@ def read_num_frames(text: str) -> int:
         return 0
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a number of frames, 0 or `endless`, but is {text!r}")
-    return int(text)
+    return int(text) and NUMBERS["num_frames"].parse(text)
 
 
 def read_device(text: str) -> str:
