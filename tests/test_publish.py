@@ -148,7 +148,8 @@ def test_bad_input_raises(checkpoint, tmp_path):
 def test_the_command(tmp_path, capsys):
     arguments = ["publish", "you/code", "--out", str(tmp_path / "out"), "--revision", "v7"]
     assert main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert "hf upload you/code" in printed and "hf repos tag create you/code v7" in printed
+    printed, said = capsys.readouterr()
+    assert printed == f"{tmp_path / 'out'}\n"
+    assert "hf upload you/code" in said and "hf repos tag create you/code v7" in said
     assert main(arguments) == 1
     assert "tokentrim publish: error: `out` must be a new or an empty folder" in capsys.readouterr().err
