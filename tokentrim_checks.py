@@ -7,7 +7,7 @@ A leaf. Each room checks its own settings with them; a check never acts.
 import math
 import reprlib
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
+from numbers import Integral, Rational
 from typing import Any
 
 import numpy as np
@@ -35,9 +35,12 @@ def shown(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """NumPy's numbers and arrays as Python's, and tensors without their graph, also in dicts, lists and tuples."""
+    """NumPy's numbers and arrays as Python's, fractions as floats, and tensors without their graph, also in dicts, lists and
+    tuples."""
     if isinstance(value, torch.Tensor):
         return value.detach()
+    if isinstance(value, Rational) and not isinstance(value, Integral):
+        return float(value)
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     if type(value) is dict:
@@ -45,15 +48,15 @@ def plain(value: Any) -> Any:
     return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
-def check_int(name: str, value: Any, minimum: int, other: str = "") -> None:
+def check_int(name: str, value: Any, minimum: int, other: str = "", maximum: int | None = None) -> None:
     """An int; `other` says what else is valid."""
-    valid = f"an int >= {minimum}{other}"
+    valid = f"an int >= {minimum}{other}" if maximum is None else f"an int from {minimum} to {maximum}{other}"
     check(isinstance(value, Integral) and not isinstance(value, bool), name, value, valid, TypeError)
-    check(value >= minimum, name, value, valid)
+    check(minimum <= value and (maximum is None or value <= maximum), name, value, valid)
 
 
 def check_number(name: str, value: Any, ok: Callable[[float], bool], valid: str) -> None:
-    check(isinstance(value, Real) and not isinstance(value, bool), name, value, valid, TypeError)
+    check(isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool), name, value, valid, TypeError)
     check(math.isfinite(value) and ok(value), name, value, valid)
 
 

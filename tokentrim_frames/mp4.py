@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..tokentrim_checks import check, check_number
+from ..tokentrim_checks import check, check_number, plain
 from ..tokentrim_writing import check_target, whole_file
 from .fragments import TICKS, encode_chunk, frame_rate, mp4_boxes, place_fragment, split_header
 
@@ -44,6 +44,7 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | os.PathLike, fps: float = FPS, crf: float = 16):
+        fps, crf = plain(fps), plain(crf)
         check_fps(fps)
         check_number("crf", crf, lambda crf: 0 <= crf <= 51, "a number from 0 to 51")
         digest = hashlib.sha256()

@@ -34,11 +34,11 @@ from ..tokentrim_policies.registry import DEFAULT_METHOD, make_method
 from ..tokentrim_policies.stability import token_grid
 from ..tokentrim_views.layout import Layout, WindowLayout
 from ..tokentrim_views.registry import make_layout
-from .compatibility import check_layout, check_method, check_rejections
+from .compatibility import check_method, check_rejections, fit_layout
 from .given import image_as_video, read_video
 from .partition import count_frames, count_given_chunks, partition_chunks
 from .plan import Callbacks, Inputs, RolloutPlan, Schedule, Sizes
-from .prompts import Prompts, check_change, check_prompts, first_prompt, read_schedule
+from .prompts import Prompts, check_change, check_lengths, check_prompts, check_unscheduled, first_prompt, read_schedule
 from .schedule import check_schedule, check_scheduler
 
 
@@ -73,6 +73,8 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
         `TypeError`, `ValueError`: an argument is invalid; the message names it, its value and what is valid.
     """
     call = read_call(call)
+    if call["prompt_schedule"] is None:
+        check_unscheduled(call["prompt_transition"], call["blend_chunks"], may_be_endless)
     call.update(first_prompt(call["prompt_schedule"], call["prompt"], call["prompt_embeds"]))
     _check_components(pipe, call)
     limits = backbone_of(pipe.transformer).limits_of(pipe.transformer)
@@ -86,12 +88,12 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
     chunk_sizes = [*sizes.chunk_partition, *sizes.chunk_partition[-1:] * num_repeated]
     check_method(method, limits, chunk_sizes[sizes.num_given_chunks :])
     layout = _plan_layout(pipe, call, chunk_sizes[0])
-    check_layout(layout, limits, schedule.num_in_flight, chunk_sizes)
+    layout = fit_layout(layout, limits, schedule.num_in_flight, chunk_sizes)
     check_rejections(method, layout, schedule.num_in_flight, chunk_sizes)
     grid = token_grid(sizes.frame_shape[2:], pipe.transformer.config.patch_size)
     tokens = [size * math.prod(grid) for size in chunk_sizes]
     check_parallel(pipe.transformer, limits, layout, method.hooks, call["generator"], tokens)
-    inputs = _plan_inputs(call, prompts, sizes, layout, limits)
+    inputs = _plan_inputs(call, prompts, sizes, layout, limits, pipe.transformer.config.text_dim)
     return RolloutPlan(sizes, schedule, inputs, callbacks, method, layout, options, call["output_type"])
 
 
@@ -194,7 +196,9 @@ def _count_given_frames(pipe: Any, call: dict, frame_shape: Sequence[int]) -> tu
     if call["image"] is not None:
         for name in ("video", "video_latents"):
             check(call[name] is None, name, call[name], "None where `image` is given")
-        call["video"] = image_as_video(call["image"], pipe.video_processor, call["height"], call["width"])
+        video = image_as_video(call["image"], pipe.video_processor, call["height"], call["width"])
+        call["video"] = video
+        return "image", count_frames("image", video, (frame_shape[0], 3, *video.shape[3:]), 1)
     if call["video"] is None:
         if call["video_latents"] is None:
             return "video_latents", 0
@@ -234,13 +238,16 @@ def _plan_schedule(scheduler: Any, call: dict, drift_signal: str, limits: Limits
     return Schedule(rollout, num_in_flight, num_steps, sigmas, timesteps, call["guidance_scale"])
 
 
-def _plan_inputs(call: dict, prompts: Prompts, sizes: Sizes, layout: Layout, limits: Limits) -> Inputs:
+def _plan_inputs(
+    call: dict, prompts: Prompts, sizes: Sizes, layout: Layout, limits: Limits, text_dim: int
+) -> Inputs:
     transition, schedule, changes = call["prompt_transition"], call["prompt_schedule"], {}
     if schedule is not None:
         changes = read_schedule(schedule, transition, call["blend_chunks"], sizes.num_prompts)
         changes.pop(0, None)  # `first_prompt` has taken it
     for chunk, change in changes.items():
         check_change(change, layout, limits)
+        check_lengths("prompt_schedule", change, prompts, text_dim)
         valid = f"a dict of chunks below {len(sizes.chunk_partition)}, the chunks of the video"
         check(sizes.has_chunk(chunk), "prompt_schedule", chunk, valid)
     transition = transition if isinstance(transition, str) else "keep"  # a dict speaks of its own chunks

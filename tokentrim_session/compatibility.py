@@ -23,13 +23,15 @@ def check_method(method: Method, limits: Limits, chunk_sizes: Sequence[int]) -> 
         hook.check(chunk_sizes, method.drift_signal)
 
 
-def check_layout(layout: Layout, limits: Limits, num_in_flight: int, chunk_sizes: Sequence[int]) -> None:
-    """Refuse a layout that the passes of this rollout do not fit into; warn of a sink that is known to fail."""
+def fit_layout(layout: Layout, limits: Limits, num_in_flight: int, chunk_sizes: Sequence[int]) -> Layout:
+    """The layout, sized for the passes of this rollout. Refuse one that they do not fit into; warn of a sink that is known
+    to fail."""
     num_carried = max(num_in_flight, limits.chunks_per_pass)
     starts = range(max(len(chunk_sizes) - num_carried, 0) + 1)
     longest = max(sum(chunk_sizes[start : start + num_carried]) for start in starts)
     valid = f"another for passes of {num_carried} chunks (Rolling Forcing, AnyFlow-FAR): it needs passes of one chunk"
     check(num_carried == 1 or not layout.one_chunk_a_pass, "layout", type(layout).__name__, valid)
+    layout = layout.sized(longest)
     layout.check(longest, "a chunk" if num_carried == 1 else f"{num_carried} chunks in one pass")
     if isinstance(layout, WindowLayout) and layout.num_sink_frames and not layout.relative_positions:
         if layout.window_size is not None and sum(chunk_sizes) > SINK_COLLAPSE:
@@ -38,6 +40,7 @@ def check_layout(layout: Layout, limits: Limits, num_in_flight: int, chunk_sizes
                 " pass relative_positions=True where the model allows it",
                 SINK_COLLAPSE,
             )
+    return layout
 
 
 def check_rejections(method: Method, layout: Layout, num_in_flight: int, chunk_sizes: Sequence[int]) -> None:

@@ -52,7 +52,8 @@ def as_levels(name: str, given: Any) -> Any:
 
 
 def image_as_video(image: Any, processor: VideoProcessor, height: int, width: int) -> torch.Tensor:
-    """An image, or images, as frames to continue, (B, 1, 3, height, width) in [0, 1]."""
+    """An image, or images, resized and center-cropped to the video's aspect: frames to continue, (B, 1, 3, height, width)
+    in [0, 1]."""
     image = as_levels("image", image)
     images = list(image) if isinstance(image, (list, tuple)) else [image]
     valid = "a PIL image, an array (height, width, 3), a tensor (3, height, width), a batch or a list of these"
@@ -69,6 +70,23 @@ def image_as_video(image: Any, processor: VideoProcessor, height: int, width: in
             check(
                 0 <= each.min() and each.max() <= 1, "image", f"in [{each.min():.3g}, {each.max():.3g}]", "in [0, 1]"
             )
+    images = [cropped(each, height, width) for each in images]
     images = images if isinstance(image, (list, tuple)) else images[0]
     frames = processor.preprocess(images, height, width)  # in [-1, 1]
     return (frames.float() / 2 + 0.5).clamp(0, 1)[:, None]
+
+
+def cropped(image: Any, height: int, width: int) -> Any:
+    """The largest part of an image in the middle that has the aspect of (height, width)."""
+    if isinstance(image, PIL.Image.Image):
+        size = image.height, image.width
+    else:
+        size = tuple(image.shape[-2:] if isinstance(image, torch.Tensor) else image.shape[-3:-1])
+    scale = min(size[0] / height, size[1] / width)
+    kept = [min(max(round(scale * side), 1), whole) for side, whole in zip((height, width), size)]
+    top, left = ((whole - side) // 2 for whole, side in zip(size, kept))
+    bottom, right = top + kept[0], left + kept[1]
+    if isinstance(image, PIL.Image.Image):
+        return image.crop((left, top, right, bottom))
+    rows, columns = slice(top, bottom), slice(left, right)
+    return image[..., rows, columns] if isinstance(image, torch.Tensor) else image[..., rows, columns, :]

@@ -7,6 +7,9 @@ from typing import Any
 from ..tokentrim_checks import check, check_int, check_list, check_tensor
 
 
+MAX_FRAMES = 10_000_000  # a week at 16 frames per second
+
+
 def count_latent_frames(num_frames: int, temporal_factor: int) -> int:
     """The fewest latent frames that hold so many frames; the first one is one frame."""
     return -(-(num_frames - 1) // temporal_factor) + 1
@@ -27,9 +30,9 @@ def partition_chunks(
     which may be another, and of those that follow; its last one is what is left.
     """
     if num_frames_per_chunk is not None:
-        check_int("num_frames_per_chunk", num_frames_per_chunk, 1)
+        check_int("num_frames_per_chunk", num_frames_per_chunk, 1, maximum=MAX_FRAMES)
     if num_frames is not None:
-        check_int("num_frames", num_frames, 1)
+        check_int("num_frames", num_frames, 1, ", or None in a stream, for a video without an end", MAX_FRAMES)
     num_latent_frames = None if num_frames is None else count_latent_frames(num_frames, temporal_factor)
     if chunk_partition is not None:
         return _given_partition(chunk_partition, num_frames, num_latent_frames)

@@ -14,6 +14,7 @@ from ..tokentrim_views.layout import Layout
 
 
 TRANSITIONS = ("keep", "recache", "flush", "cut")
+MAX_TOKENS = 100_000  # of a prompt
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def read_schedule(schedule: Any, transition: Any, blend_chunks: int, num_prompts
 
     Args:
         schedule (`dict` or `list[dict]`):
-            `{chunk: prompt}` in ascending order, prompts as in [`make_change`]; or one such dict for each prompt.
+            `{chunk: prompt}` in ascending order, prompts as in [`make_change`]; or one such dict for each prompt, empty
+            or `None` for a prompt that does not change.
         transition (`str` or `dict`): one of `TRANSITIONS`, or `{chunk: transition}` for some of the chunks.
         blend_chunks (`int`): see [`PromptChange`].
         num_prompts (`int`): prompts of the call.
@@ -110,10 +112,11 @@ def read_schedule(schedule: Any, transition: Any, blend_chunks: int, num_prompts
         check(
             len(schedule) == num_prompts, "prompt_schedule", len(schedule), f"{num_prompts} dicts, one for each prompt"
         )
-        for each in schedule:
-            _check_chunks("prompt_schedule", each)
-        chunks = sorted({chunk for each in schedule for chunk in each})
-        schedule = {chunk: [each.get(chunk) for each in schedule] for chunk in chunks}
+        by_prompt = [{} if each is None else each for each in schedule]  # without a change
+        for each in by_prompt:
+            _check_chunks("prompt_schedule", each, may_be_empty=True)
+        chunks = sorted({chunk for each in by_prompt for chunk in each})
+        schedule = {chunk: [each.get(chunk) for each in by_prompt] for chunk in chunks}
     _check_chunks("prompt_schedule", schedule)
     if isinstance(transition, dict):
         _check_chunks("prompt_transition", transition)
@@ -141,6 +144,29 @@ def check_change(change: PromptChange, layout: Layout, limits: Limits) -> None:
     check(transition in served, name, transition, f"{' or '.join(map(repr, served))} for {limits.model}")
 
 
+def check_lengths(name: str, change: PromptChange, prompts: Prompts, text_dim: int) -> None:
+    """Refuse texts and embeddings that are not as long as the prompts of chunk 0; `name` is the argument."""
+    embeds, length = prompts.prompt_embeds, prompts.max_sequence_length
+    if embeds is not None and embeds.shape[1] != length:
+        valid = f"embeddings (batch, {embeds.shape[1]}, dim) like `prompt_embeds`, or pass `max_sequence_length="
+        for prompt in change.prompts:
+            check(not isinstance(prompt, str), name, prompt, f"{valid}{embeds.shape[1]}` with texts")
+        length = embeds.shape[1]
+    for prompt in change.prompts:
+        fits = not isinstance(prompt, torch.Tensor) or prompt.shape == (length, text_dim)
+        check(fits, name, prompt, f"texts, or embeddings ({length}, {text_dim}) of each, like those of chunk 0")
+
+
+def check_unscheduled(transition: Any, blend_chunks: Any, is_stream: bool) -> None:
+    """Refuse settings of changes in a call without `prompt_schedule`. In a stream, `set_prompt` takes the transition."""
+    valid = f"None{', or one for all changes,' if is_stream else ''} without `prompt_schedule`"
+    used = transition in (None, "keep") or (is_stream and isinstance(transition, str))
+    check(used, "prompt_transition", transition, valid)
+    check_choice("prompt_transition", transition or "keep", TRANSITIONS)
+    check_int("blend_chunks", blend_chunks, 0)
+    check(blend_chunks == 0, "blend_chunks", blend_chunks, "0 without `prompt_schedule`")
+
+
 def blended(old: torch.Tensor, new: torch.Tensor, blend_chunks: int) -> list[torch.Tensor]:
     """Embeddings of the chunks from a change on: on a straight line from the old ones, the new ones last."""
     return [torch.lerp(old, new, (step + 1) / (blend_chunks + 1)) for step in range(blend_chunks)] + [new]
@@ -148,7 +174,7 @@ def blended(old: torch.Tensor, new: torch.Tensor, blend_chunks: int) -> list[tor
 
 def check_prompts(prompts: Prompts, text_dim: int, is_guided: bool) -> None:
     """Refuse texts that are no texts, and embeddings that do not fit the model, the texts, or each other."""
-    check_int("max_sequence_length", prompts.max_sequence_length, 1)
+    check_int("max_sequence_length", prompts.max_sequence_length, 1, maximum=MAX_TOKENS)
     for name, texts, embeds in _branches(prompts):
         check(embeds is None or texts is None, f"{name}_embeds", embeds, f"None where `{name}` is given")
         check(texts is None or isinstance(texts, (str, list)), name, texts, "a str or a list of str", TypeError)
@@ -199,8 +225,8 @@ def _check_beside_text(prompts: Prompts) -> None:
 def first_prompt(schedule: Any, prompt: Any, prompt_embeds: Any) -> dict:
     """The argument that chunk 0 of a schedule stands for, `prompt` or `prompt_embeds`; empty without chunk 0."""
     first = schedule.get(0) if isinstance(schedule, dict) else None
-    if isinstance(schedule, (list, tuple)) and all(isinstance(each, dict) for each in schedule):
-        first = [each[0] for each in schedule if 0 in each] or None
+    if isinstance(schedule, (list, tuple)) and all(each is None or isinstance(each, dict) for each in schedule):
+        first = [each[0] for each in schedule if each and 0 in each] or None
     if first is None:
         return {}
     for name, given in (("prompt", prompt), ("prompt_embeds", prompt_embeds)):
@@ -208,10 +234,10 @@ def first_prompt(schedule: Any, prompt: Any, prompt_embeds: Any) -> dict:
     return {"prompt_embeds" if isinstance(first, torch.Tensor) else "prompt": first}
 
 
-def _check_chunks(name: str, by_chunk: Any) -> None:
-    valid = "a dict of chunk indices >= 0, ascending"
-    check(isinstance(by_chunk, dict) and len(by_chunk) > 0, name, by_chunk, valid, TypeError)
+def _check_chunks(name: str, by_chunk: Any, may_be_empty: bool = False) -> None:
+    valid = f"a dict of chunk indices >= 0, ascending, {'or None' if may_be_empty else 'or None instead of an empty one'}"
+    check(isinstance(by_chunk, dict) and (may_be_empty or len(by_chunk) > 0), name, by_chunk, valid, TypeError)
     whole = all(isinstance(chunk, int) and not isinstance(chunk, bool) for chunk in by_chunk)
     check(whole, name, list(by_chunk), valid, TypeError)
     chunks: Sequence[int] = list(by_chunk)
-    check(chunks == sorted(chunks) and chunks[0] >= 0, name, chunks, valid)
+    check(chunks == sorted(chunks) and min(chunks, default=0) >= 0, name, chunks, valid)

@@ -19,7 +19,7 @@ from .encode import encode_change
 from .host import Pipeline
 from .noise import Noise, Renoise
 from .plan import RolloutPlan
-from .prompts import EncodedPrompt, PromptChange, blended, check_change, make_change
+from .prompts import EncodedPrompt, PromptChange, blended, check_change, check_lengths, make_change
 from .schedule import Scheduler
 
 
@@ -132,6 +132,7 @@ class Rollout:
         transition = self.plan.inputs.prompt_transition if transition is None else transition
         change = make_change(prompt, self.sizes.num_prompts, transition, blend_chunks)
         check_change(change, self.plan.layout, self.backbone.limits)
+        check_lengths("prompt", change, self.plan.inputs.prompts, self.pipe.transformer.config.text_dim)
         self.schedule_change(self.index, change)
 
     @torch.no_grad()
@@ -140,9 +141,6 @@ class Rollout:
         rows = encode_change(self.pipe, self.plan, change, self.device)
         before = [chunk for chunk in self.changes if chunk < index]
         old = self.changes[max(before)][0] if before else self.denoiser.prompt.embeds
-        for row in rows:
-            valid = "embeddings (batch, {}, {}) like those before".format(*old.shape[1:])
-            check(row is None or row.shape == old.shape[1:], "prompt", row, valid)
         new = torch.stack([kept if row is None else row.to(kept) for kept, row in zip(old, rows, strict=True)])
         for offset, embeds in enumerate(blended(old, new, change.blend_chunks)):
             again = offset == 0 or change.transition == "recache"

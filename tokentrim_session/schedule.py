@@ -10,6 +10,9 @@ import torch
 from ..tokentrim_checks import check, check_callables, check_int, check_list
 
 
+MAX_STEPS = 10_000
+
+
 schedule_logger = logging.getLogger("tokentrim.plan")
 
 
@@ -76,7 +79,7 @@ def check_schedule(
     Raises:
         `TypeError`, `ValueError`: an argument is invalid, or the scheduler does not take it.
     """
-    check_int("num_inference_steps", num_inference_steps, 1)
+    check_int("num_inference_steps", num_inference_steps, 1, maximum=MAX_STEPS)
     check(sigmas is None or timesteps is None, "sigmas", sigmas, "None where `timesteps` is given")
     for name, values, top in (("sigmas", sigmas, 1), ("timesteps", timesteps, scheduler.config.num_train_timesteps)):
         if values is not None:

@@ -45,24 +45,39 @@ class MemRoPE(MemoryLayout):
     tokens, in the places of the two frames behind the sink.
 
     Args:
-        window_size (`int`), num_sink_frames (`int`): as in [`WindowLayout`].
-        num_recent_frames (`int`): recent frames, without the current chunk.
+        window_size (`int`, *optional*): as in [`WindowLayout`]; by default 12, or what the others need.
+        num_sink_frames (`int`): as in [`WindowLayout`].
+        num_recent_frames (`int`, *optional*): recent frames, without the current chunk; by default the rest of the window, at least 4.
         slow (`float`), fast (`float`): what newcomers weigh in each average.
     """
 
     def __init__(
         self,
-        window_size: int = 12,
+        window_size: int | None = None,
         num_sink_frames: int = 3,
-        num_recent_frames: int = 4,
+        num_recent_frames: int | None = None,
         slow: float = 0.01,
         fast: float = 0.1,
     ):
-        super().__init__(window_size, num_sink_frames, num_recent_frames, num_memory_frames=2)
+        given = window_size, num_recent_frames
+        super().__init__(window_size or 12, num_sink_frames, num_recent_frames or 4, num_memory_frames=2)
+        for name, value in zip(("window_size", "num_recent_frames"), given):
+            if value is not None:
+                check_int(name, value, 1)
+        self.given = given
         for name, rate in (("slow", slow), ("fast", fast)):
             check_number(name, rate, lambda value: 0 <= value <= 1, "a number from 0 to 1")
         self.slow = slow
         self.fast = fast
+
+    def sized(self, longest: int) -> "MemRoPE":
+        window_size, num_recent_frames = self.given
+        if window_size is None:
+            needed = self.num_kept + self.num_recent_frames + longest
+            window_size = needed if num_recent_frames is not None else max(needed, self.window_size)
+        if num_recent_frames is None:
+            num_recent_frames = max(window_size - self.num_kept - longest, self.num_recent_frames)
+        return MemRoPE(window_size, self.num_sink_frames, num_recent_frames, self.slow, self.fast)
 
     def keep(self, held: list[int], new: list[int]) -> list[int]:
         oldest = new[0] - self.num_recent_frames - len(new)  # what leaves with this chunk is averaged first

@@ -143,6 +143,10 @@ class Layout:
         sink = [] if held == list(range(len(held))) else self.sink(held)
         return sink, held[len(sink) :]
 
+    def sized(self, longest: int) -> "Layout":
+        """The layout for passes of up to `longest` latent frames: sizes that were not given follow from those that were."""
+        return self
+
     def check(self, longest: int, carried: str) -> None:
         """Refuse a rollout that the layout cannot serve. By default it serves all.
 
