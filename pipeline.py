@@ -40,7 +40,7 @@ from .tokentrim_policies.stability import token_grid
 from .tokentrim_policies.trim import TokenTrim
 from .tokentrim_scheduler import lift_scheduler
 from .tokentrim_session.arguments import plan_rollout
-from .tokentrim_session.compatibility import check_layout
+from .tokentrim_session.compatibility import fit_layout
 from .tokentrim_session.denoise import Denoiser
 from .tokentrim_session.draft import Draft
 from .tokentrim_session.encode import encode_prompts

@@ -87,7 +87,7 @@ from .tokentrim_policies.stability import token_grid
 from .tokentrim_policies.trim import TokenTrim
 from .tokentrim_scheduler import lift_scheduler
 from .tokentrim_session.arguments import plan_rollout, read_call
-from .tokentrim_session.compatibility import check_layout
+from .tokentrim_session.compatibility import fit_layout
 from .tokentrim_session.denoise import Denoiser
 from .tokentrim_session.draft import Draft
 from .tokentrim_session.encode import encode_given, encode_prompts
@@ -283,7 +283,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 whole chunks, the first chunk is what is left of them; AnyFlow-FAR and `chunk_partition` refuse that.
             video_latents (`torch.Tensor`, *optional*): the same as latents, (B, T, C, H, W).
             image (`PIL.Image`, `np.ndarray`, `torch.Tensor` or a list, *optional*):
-                The first frame: `video` of one frame, in floats in [0, 1], resized as Diffusers' image processors do.
+                The first frame: `video` of one frame, in floats in [0, 1] or bytes, cropped to the video's aspect and resized.
             height, width (`int`, *optional*, default to `480`, `832`): size of the video in pixels.
             num_frames (`int`, *optional*, defaults to `81`):
                 Frames of the video, 1 or more. Whole chunks are generated, and what is beyond is cut off, frames and

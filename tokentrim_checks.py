@@ -56,7 +56,13 @@ def check_int(name: str, value: Any, minimum: int, other: str = "", maximum: int
 
 
 def check_number(name: str, value: Any, ok: Callable[[float], bool], valid: str) -> None:
-    check(isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool), name, value, valid, TypeError)
+    check(
+        isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool),
+        name,
+        value,
+        valid,
+        TypeError,
+    )
     check(math.isfinite(value) and ok(value), name, value, valid)
 
 

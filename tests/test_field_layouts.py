@@ -316,7 +316,7 @@ def test_rolling_forcing_and_far_are_served_or_refused_with_the_reason(name):
         if name not in ONE_CHUNK_A_PASS:
             call()
             continue
-        with pytest.raises(ValueError, match="`layout` .*passes carry several chunks.*counts on one"):
+        with pytest.raises(ValueError, match="`layout` .*passes of . chunks.*needs passes of one chunk"):
             call()
 
 

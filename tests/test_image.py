@@ -80,12 +80,44 @@ def test_uint16_video_is_scaled_by_its_white():
         torch.testing.assert_close(full_pipeline().plan(video=video, **CALL).inputs.video, expected)
 
 
-@pytest.mark.parametrize("form", ["PIL", "array", "tensor"])
-def test_image_is_resized_as_in_diffusers(form):
-    image, pipe = FORMS[form](picture(20, 60)), full_pipeline()
-    frame = pipe.video_processor.preprocess(image, HEIGHT, WIDTH)[:, None] / 2 + 0.5
+CROPS = {  # size of an image, and the part of it (top, left, bottom, right) that has the aspect of 32 x 48
+    (20, 60): (0, 15, 20, 45),
+    (64, 48): (16, 0, 48, 48),
+    (33, 49): (0, 0, 33, 49),
+    (16, 24): (0, 0, 16, 24),
+    (1, 1000): (0, 499, 1, 501),
+    (1000, 1): (499, 0, 500, 1),
+}
+
+
+@pytest.mark.parametrize("size", CROPS, ids=str)
+@pytest.mark.parametrize("form", ["PIL", "array", "tensor", "array, batch", "array of uint8", "list"])
+def test_image_is_cropped_to_the_aspect_of_the_video_and_resized_as_in_diffusers(form, size):
+    top, left, bottom, right = CROPS[size]
+    image, pipe = FORMS[form](picture(*size)), full_pipeline()
+    expected = FORMS["list" if form == "list" else "PIL" if form == "PIL" else "array"](
+        picture(*size).crop((left, top, right, bottom))
+    )
+    if form == "tensor":
+        expected = FORMS["tensor"](picture(*size).crop((left, top, right, bottom)))
+    frame = pipe.video_processor.preprocess(expected, HEIGHT, WIDTH)[:, None] / 2 + 0.5
     torch.testing.assert_close(pipe.plan(image=image, **CALL).inputs.video, frame)
-    torch.testing.assert_close(generate(image=image).frames, generate(video=frame).frames, atol=1e-4, rtol=0)
+
+
+def test_a_circle_stays_a_circle():
+    """In a picture that is twice as wide as the video."""
+    rows, columns = np.mgrid[:96, :288]
+    levels = 255 * ((rows - 48) ** 2 + (columns - 144) ** 2 < 30**2).astype(np.uint8)
+    video = full_pipeline().plan(image=PIL.Image.fromarray(levels), **CALL).inputs.video[0, 0, 0] > 0.5
+    assert int(video.any(dim=0).sum()) == int(video.any(dim=1).sum()) == 20
+
+
+def test_images_of_several_sizes_make_a_batch():
+    images = [picture(20, 60), picture(64, 48)]
+    video = full_pipeline().plan(**{**CALL, "prompt": ["a red circle"] * 2}, image=images).inputs.video
+    for image, frames in zip(images, video):
+        expected = full_pipeline().plan(image=image, **CALL).inputs.video[0]
+        torch.testing.assert_close(frames, expected)
 
 
 def test_image_is_the_first_frame_of_the_video():

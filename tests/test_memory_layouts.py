@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from builders import CHUNK, GRID, NUM_TOKENS, embeds, latent_pipeline, randn, roll, steady_noise
+from builders import CHUNK, GRID, NUM_TOKENS, embeds, latent_pipeline, noise, randn, roll, steady_noise
 
 from tokentrim.tokentrim_kv.book import TokenBook
 from tokentrim.tokentrim_kv.rewriting import LayerContext, Rewriter
-from tokentrim.tokentrim_views.layout import Layout
+from tokentrim.tokentrim_views.averages import MemRoPE
+from tokentrim.tokentrim_views.layout import Layout, Pass
 from tokentrim.tokentrim_views.memory import Memory
 from tokentrim.tokentrim_views.registry import make_layout
 from tokentrim.tokentrim_views.rope import RotaryGrid, grid_places
@@ -42,6 +43,53 @@ def test_memrope_averages_what_leaves_over_frames_and_tokens():
         torch.testing.assert_close(memory.key[place], left.mean(dim=0).expand(NUM_TOKENS, -1, -1))
     others = [frame for frame in range(12) if frame not in (3, 4)]
     assert torch.equal(memory.key[others], old[others])
+
+
+@pytest.mark.parametrize(
+    ("settings", "longest", "expected"),
+    [
+        ({}, 3, (12, 4)),
+        ({}, 2, (12, 5)),
+        ({}, 5, (14, 4)),
+        ({"window_size": 15}, 3, (15, 7)),
+        ({"window_size": 21}, 4, (21, 12)),
+        ({"num_recent_frames": 7}, 3, (15, 7)),
+        ({"num_recent_frames": 1}, 3, (9, 1)),
+        ({"num_sink_frames": 6}, 3, (15, 4)),
+        ({"num_sink_frames": 0}, 3, (12, 7)),
+        ({"window_size": 15, "num_recent_frames": 4}, 3, (15, 4)),
+        ({"window_size": 11}, 3, (11, 4)),  # too small for the least of recent frames: refused
+    ],
+    ids=str,
+)
+def test_memrope_derives_the_sizes_that_are_not_given(settings, longest, expected):
+    layout = make_layout({"memrope": settings})
+    sized = layout.sized(longest)
+    assert (sized.window_size, sized.num_recent_frames) == expected
+    assert layout.sized(longest).sized(longest).num_recent_frames == expected[1]
+
+
+@pytest.mark.parametrize("name", ["memrope", "tether", "ema_sink", "deep_sink"])
+def test_memory_layouts_read_the_whole_window_that_is_given(name):
+    """A window of 18: with 12 frames of it, 6 would be paid for and not used."""
+    plan = latent_pipeline().plan(
+        prompt_embeds=embeds(), latents=noise(8), output_type="latent", layout={name: {"window_size": 18}}
+    )
+    held, layout = [], plan.layout
+    for chunk in range(12):
+        new = [3 * chunk, 3 * chunk + 1, 3 * chunk + 2]
+        held = list(layout.keep(held, new))
+        view = layout.view(held, new, Pass())
+        held += new
+    assert len(view.frames) + len(new) == 18
+
+
+def test_memrope_of_a_subclass_stays_one():
+    class Mine(MemRoPE):
+        pass
+
+    plan = latent_pipeline().plan(prompt_embeds=embeds(), latents=noise(8), output_type="latent", layout=Mine(15))
+    assert isinstance(plan.layout, Mine) and plan.layout.num_recent_frames == 7
 
 
 def test_memrope_later_moves_each_average_at_its_rate():

@@ -132,7 +132,9 @@ def _flatten(method: Any) -> list[tuple[str | None, Any]]:
     if isinstance(method, dict):
         known = [*POLICIES, *HOOKS]
         for name in [each for each in method if each in METHODS and each not in known]:
-            check(False, "method", method, f"{name!r} without settings, or a dict of what it stands for, {METHODS[name]}")
+            check(
+                False, "method", method, f"{name!r} without settings, or a dict of what it stands for, {METHODS[name]}"
+            )
         check(set(method) <= set(known), "method", list(method), f"a dict of {known} with their settings")
         return list(method.items())
     if isinstance(method, (list, tuple)):

@@ -38,7 +38,15 @@ from .compatibility import check_method, check_rejections, fit_layout
 from .given import image_as_video, read_video
 from .partition import count_frames, count_given_chunks, partition_chunks
 from .plan import Callbacks, Inputs, RolloutPlan, Schedule, Sizes
-from .prompts import Prompts, check_change, check_lengths, check_prompts, check_unscheduled, first_prompt, read_schedule
+from .prompts import (
+    Prompts,
+    check_change,
+    check_lengths,
+    check_prompts,
+    check_unscheduled,
+    first_prompt,
+    read_schedule,
+)
 from .schedule import check_schedule, check_scheduler
 
 
@@ -238,9 +246,7 @@ def _plan_schedule(scheduler: Any, call: dict, drift_signal: str, limits: Limits
     return Schedule(rollout, num_in_flight, num_steps, sigmas, timesteps, call["guidance_scale"])
 
 
-def _plan_inputs(
-    call: dict, prompts: Prompts, sizes: Sizes, layout: Layout, limits: Limits, text_dim: int
-) -> Inputs:
+def _plan_inputs(call: dict, prompts: Prompts, sizes: Sizes, layout: Layout, limits: Limits, text_dim: int) -> Inputs:
     transition, schedule, changes = call["prompt_transition"], call["prompt_schedule"], {}
     if schedule is not None:
         changes = read_schedule(schedule, transition, call["blend_chunks"], sizes.num_prompts)

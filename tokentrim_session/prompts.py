@@ -117,6 +117,8 @@ def read_schedule(schedule: Any, transition: Any, blend_chunks: int, num_prompts
             _check_chunks("prompt_schedule", each, may_be_empty=True)
         chunks = sorted({chunk for each in by_prompt for chunk in each})
         schedule = {chunk: [each.get(chunk) for each in by_prompt] for chunk in chunks}
+        if not schedule:
+            return {}
     _check_chunks("prompt_schedule", schedule)
     if isinstance(transition, dict):
         _check_chunks("prompt_transition", transition)
@@ -235,7 +237,9 @@ def first_prompt(schedule: Any, prompt: Any, prompt_embeds: Any) -> dict:
 
 
 def _check_chunks(name: str, by_chunk: Any, may_be_empty: bool = False) -> None:
-    valid = f"a dict of chunk indices >= 0, ascending, {'or None' if may_be_empty else 'or None instead of an empty one'}"
+    valid = (
+        f"a dict of chunk indices >= 0, ascending, {'or None' if may_be_empty else 'or None instead of an empty one'}"
+    )
     check(isinstance(by_chunk, dict) and (may_be_empty or len(by_chunk) > 0), name, by_chunk, valid, TypeError)
     whole = all(isinstance(chunk, int) and not isinstance(chunk, bool) for chunk in by_chunk)
     check(whole, name, list(by_chunk), valid, TypeError)

@@ -1,6 +1,8 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Layouts in which frames that leave the window live on in running averages. Each states its source."""
 
+import copy
+
 import torch
 
 from ..tokentrim_checks import check, check_int, check_number
@@ -77,7 +79,9 @@ class MemRoPE(MemoryLayout):
             window_size = needed if num_recent_frames is not None else max(needed, self.window_size)
         if num_recent_frames is None:
             num_recent_frames = max(window_size - self.num_kept - longest, self.num_recent_frames)
-        return MemRoPE(window_size, self.num_sink_frames, num_recent_frames, self.slow, self.fast)
+        sized = copy.copy(self)
+        sized.window_size, sized.num_recent_frames = window_size, num_recent_frames
+        return sized
 
     def keep(self, held: list[int], new: list[int]) -> list[int]:
         oldest = new[0] - self.num_recent_frames - len(new)  # what leaves with this chunk is averaged first

@@ -144,7 +144,14 @@ class Layout:
         return sink, held[len(sink) :]
 
     def sized(self, longest: int) -> "Layout":
-        """The layout for passes of up to `longest` latent frames: sizes that were not given follow from those that were."""
+        """The layout for a rollout. By default the layout itself.
+
+        Args:
+            longest (`int`): latent frames that a pass carries at most.
+
+        Returns:
+            [`Layout`]: the layout, in which sizes that were not given follow from those that were.
+        """
         return self
 
     def check(self, longest: int, carried: str) -> None:

@@ -30,7 +30,7 @@ LAYOUTS = {
 
 
 REQUIRED = ("keep", "view")
-OPTIONAL = ("sink", "flush", "recache", "check", "before_chunk", "before_commit")
+OPTIONAL = ("sink", "flush", "recache", "sized", "check", "before_chunk", "before_commit")
 ATTRIBUTES = ("window_size", "num_sink_frames", "one_chunk_a_pass", "transitions")
 
 
