@@ -165,13 +165,17 @@ def test_rates_of_every_kind_write_the_same_video(kind, tmp_path):
     assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "expected.mp4").read_bytes()
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_fraction_is_the_rate_of_its_float_also_after_resuming(tmp_path):
     call = {"num_frames": 33, "num_inference_steps": 1, "generator": torch.Generator().manual_seed(0)}
     rate = Fraction(30000, 1001)
     with full_pipeline().stream(PROMPT, state_dir=tmp_path / "state", save_every=1, **call) as stream:
-        stream._open_files([tmp_path / "x.mp4"], rate)
-        next(stream)
-        stream.save_state()
+        with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(VideoWriter, "write", interrupted)
+            stream.save_video(tmp_path / "x.mp4", fps=rate, progress=False)
     with full_pipeline().resume(tmp_path / "state") as stream:
         stream.save_video(tmp_path / "x.mp4", fps=rate, progress=False)
     assert (tmp_path / "x.mp4").stat().st_size > 0

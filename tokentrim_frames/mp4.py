@@ -206,7 +206,7 @@ def save_video(
 
 
 def check_fps(fps: float) -> None:
-    check_number("fps", fps, lambda fps: 0.01 <= fps <= 1000, "a number from 0.01 to 1000")
+    check_number("fps", plain(fps), lambda fps: 0.01 <= fps <= 1000, "a number from 0.01 to 1000")
 
 
 def append(path: Path, size: int, added: bytes) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..tokentrim_checks import check
+from ..tokentrim_checks import check, plain
 from ..tokentrim_frames.mp4 import VIDEO_ENDINGS, LineWriter, VideoWriter, check_fps
 from ..tokentrim_frames.output import as_array, as_uint8
 from ..tokentrim_writing import check_target, is_decision_log, numbered
@@ -37,6 +37,7 @@ class Recording:
         known: Sequence = (),
     ):
         self.paths = [numbered(check_target("path", path, VIDEO_ENDINGS), n, num_videos) for n in range(num_videos)]
+        fps, default_fps = plain(fps), plain(default_fps)
         logs, states = [path.with_suffix(".jsonl") for path in self.paths], dict(known)
         for video, log in zip(self.paths, logs):
             check_target("path", video, VIDEO_ENDINGS)
