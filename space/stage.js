@@ -1,5 +1,5 @@
-// Two growing mp4 files side by side, and charts of what is known of their chunks. `props.value` is the state that
-// `Studio.roll_out` yields, all of it each time, with the addresses of the files.
+// Two growing mp4 files side by side, and charts of their chunks. `props.value` is the whole state that `Studio.roll_out`
+// yields, with the URLs of the files.
 
 const SIDES = ["left", "right"];
 const find = (selector, inside = element) => inside.querySelector(selector);
@@ -13,9 +13,9 @@ function Player(video) {
   let source, buffer, held, known, address, isOver, generation = 0;
 
   this.video = video;
-  this.waits = 0; // how often it came to the end of what is there
+  this.waits = 0; // number of times that playback reached the end of the buffer
   video.addEventListener("waiting", () => {
-    const isShort = this.end() - video.currentTime < 0.1; // otherwise the browser is busy, or has not begun
+    const isShort = this.end() - video.currentTime < 0.1; // otherwise the browser is busy or has not started
     if (isShort && video.currentTime > 0 && !video.seeking && !video.ended) this.waits += 1;
   });
 
@@ -57,7 +57,7 @@ function Player(video) {
 
   const open = async (type) => {
     source = new Source();
-    video.disableRemotePlayback = true; // what ManagedMediaSource asks for
+    video.disableRemotePlayback = true; // required by ManagedMediaSource
     const opened = new Promise((done) => source.addEventListener("sourceopen", done, { once: true }));
     video.src = URL.createObjectURL(source);
     await opened;
@@ -78,8 +78,8 @@ function codec(bytes) { // profile, constraints and level stand in the box "avcC
   throw new Error("The file has no h264 in it.");
 }
 
-// Buffer first, then play. While chunks are made, the speed is in proportion to what is buffered: what is ahead shrinks
-// towards three chunks and never to nothing.
+// Buffer first, then play. While chunks are made, the speed is proportional to the buffer, so that the buffer shrinks
+// towards three chunks and never to zero.
 
 const isRunning = () => state.status === "running";
 
@@ -111,7 +111,7 @@ function seek(seconds) {
   players.forEach(({ video }) => { video.currentTime = Math.max(0, Math.min(seconds, video.duration || seconds)); });
 }
 
-// The chunk that is shown
+// The current chunk
 
 function shownChunk() {
   let frame = players[0].video.currentTime * state.fps + 0.01;
@@ -169,7 +169,7 @@ function draw(name, attributes, text) {
   return node;
 }
 
-// Axes of a chart of all planned chunks, and what turns chunk and value into a place.
+// Axes of a chart of all planned chunks, and functions from chunk and value to coordinates.
 function begin(svg, top, highest, label) {
   const width = svg.clientWidth || 300, height = svg.clientHeight || 110, left = 30, bottom = height - 16;
   const step = (width - left - 8) / Math.max(state.planned, 1);
@@ -189,7 +189,7 @@ function begin(svg, top, highest, label) {
   return { x, y, step, bottom };
 }
 
-function path(values, { x, y }) { // with a gap where a value is not known
+function path(values, { x, y }) { // with gaps for unknown values
   let line = "";
   values.forEach((value, chunk) => {
     if (value !== null) line += `${line && values[chunk - 1] !== null ? "L" : "M"}${x(chunk).toFixed(1)} ${y(value).toFixed(1)}`;
@@ -234,7 +234,7 @@ function drawCharts() {
   });
 }
 
-// What came from the server
+// State from the server
 
 function update() {
   state = props.value ?? {};
