@@ -19,7 +19,7 @@ from fresh import Nursery
 from packaging.specifiers import SpecifierSet
 
 from tokentrim.tokentrim_policies.registry import HOOKS, METHODS, POLICIES, make_method
-from tokentrim.tools.presets import LARGE, PRESETS, SIZES, count_held_frames
+from tokentrim.tools.presets import PRESETS
 
 
 RESULTS = ROOT / "research" / "RESULTS.md"
@@ -319,18 +319,10 @@ def test_results_are_small():
 
 
 def test_every_preset_has_a_recipe():
-    """A row of the table with the memory that `--check` reports, and a command."""
+    """`tests/test_headers.py` compares the table with the one that `convert --check` prints."""
     page = (ROOT / "docs" / "checkpoints.md").read_text()
-    tokens, sizes = 30 * 52, {name: size for size, name in SIZES.items()}
-    for name, settings in PRESETS.items():
-        (row,) = re.findall(rf"^\|[^|]*`{name}`[^|]*\|(.*)\|$", page, flags=re.M)
-        chunk, _, cache, method, transition = (cell.strip() for cell in row.split("|"))
-        assert chunk == f"{settings['num_frames_per_chunk']}, {settings['num_inference_steps']}"
-        layers, width = sizes["Wan 14B" if name in LARGE else "Wan 1.3B"]
-        assert cache == f"{3 * layers * width * count_held_frames(name) * tokens * 2 / 2**30:.1f} GiB"
-        assert method == f"`{settings['method']}`"
-        assert transition == f"`{settings.get('prompt_transition', 'keep')}`"
-        assert f"--preset {name} " in page
+    for name in PRESETS:
+        assert f"--preset {name} --" in page
 
 
 # Arguments in files
