@@ -242,6 +242,25 @@ def test_code_that_a_config_names(config, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_the_code_of_a_base_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    from tokentrim.tools.convert import BASE_PARTS, _check_part
+
+    folder = copy(tmp_path)
+    for part, kind in (("tokenizer", "AutoTokenizer"), ("text_encoder", "AutoConfig")):
+        config = folder / part / ("tokenizer_config.json" if part == "tokenizer" else "config.json")
+        settings = json.loads(config.read_text()) | {"auto_map": {kind: "theirs.Theirs"}, "model_type": "theirs"}
+        config.write_text(json.dumps(settings | ({"tokenizer_class": "Theirs"} if part == "tokenizer" else {})))
+        (folder / part / "theirs.py").write_text(touching(tmp_path / "ran", "Theirs"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    for part in BASE_PARTS:
+        if part == "vae":
+            _check_part(folder, part)
+        else:
+            with pytest.raises(ValueError, match="`base` must be a complete folder, but .* does not load"):
+                _check_part(folder, part)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_code_of_a_pipeline_is_left_alone(tmp_path):
     """A folder that `publish` or `save_pretrained(include_code=True)` wrote, or a stranger."""
     folder = copy(tmp_path, _class_name=["pipeline_theirs", "TokenTrimPipeline"])

@@ -41,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     check_new_folder(options.out)
     if options.checkpoint is not None:
         check_folder(Path(options.checkpoint))
+    print(f"writing {options.out} ...", file=sys.stderr, flush=True)
     from ..publish import publish
 
     out, repo_id, revision = options.out, options.repo_id, options.revision
