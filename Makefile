@@ -11,7 +11,11 @@ EXAMPLES = 20000
 APP_PYTHON = .venv-app/bin/python
 APP_INSTALLED = .venv-app/installed
 
-.PHONY: demo install app space test test-fast test-app fuzz lint bench clean
+# The oldest versions that setup.cfg admits.
+OLDEST_PYTHON = .venv-oldest/bin/python
+OLDEST_INSTALLED = .venv-oldest/installed
+
+.PHONY: demo install app space test test-fast test-oldest test-app fuzz lint bench clean
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m research.evaluation.demo --world $(WORLD)
@@ -42,6 +46,10 @@ FAST = contract methods policy quarantine reanchor statistics layout field_layou
 test-fast: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -n auto --dist worksteal -m "not slow" $(FAST:%=tests/test_%.py)
 
+# The same with the oldest versions of what a user needs; some GB, as PyPI's torch 2.6 is a build for CUDA.
+test-oldest: $(OLDEST_INSTALLED)
+	HF_HUB_OFFLINE=1 $(OLDEST_PYTHON) -m pytest -q -n auto --dist worksteal -m "not slow" $(FAST:%=tests/test_%.py)
+
 # The page in a real browser: `apt-get install chromium`.
 test-app: $(APP_INSTALLED)
 	$(APP_PYTHON) -m pip install --quiet --disable-pip-version-check pytest playwright
@@ -64,6 +72,13 @@ $(INSTALLED): constraints.txt setup.cfg
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[plots,test]"
 	touch $(INSTALLED)
 
+$(OLDEST_INSTALLED): setup.cfg
+	python3 -m venv .venv-oldest
+	sed -n '/^install_requires/,/^$$/s/^ *\([a-z-]*\)>=/\1==/p' setup.cfg > .venv-oldest/constraints.txt
+	$(OLDEST_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint .venv-oldest/constraints.txt torch
+	$(OLDEST_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint .venv-oldest/constraints.txt --editable ".[test]"
+	touch $(OLDEST_INSTALLED)
+
 $(APP_INSTALLED): constraints.txt setup.cfg space/requirements.txt
 	python3 -m venv .venv-app
 	$(APP_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
@@ -71,4 +86,4 @@ $(APP_INSTALLED): constraints.txt setup.cfg space/requirements.txt
 	touch $(APP_INSTALLED)
 
 clean:
-	rm -rf .venv .venv-app build
+	rm -rf .venv .venv-app .venv-oldest build
