@@ -2,7 +2,32 @@
 """TokenTrim for Diffusers: long video that does not fall apart."""
 
 import importlib
+from typing import TYPE_CHECKING
 
+
+if TYPE_CHECKING:  # the same names, for editors and type checkers
+    from .pipeline_tokentrim import TokenTrimPipeline as TokenTrimPipeline
+    from .tokentrim_frames.comparison import Comparison as Comparison
+    from .tokentrim_frames.output import TokenTrimPipelineOutput as TokenTrimPipelineOutput
+    from .tokentrim_kv.cache import RollingKVCache as RollingKVCache
+    from .tokentrim_policies.flowmo import FlowMo as FlowMo
+    from .tokentrim_policies.policy import ContextPolicy as ContextPolicy
+    from .tokentrim_policies.quarantine import Quarantine as Quarantine
+    from .tokentrim_policies.reanchor import Reanchor as Reanchor
+    from .tokentrim_policies.registry import METHODS as METHODS
+    from .tokentrim_policies.trim import TokenTrim as TokenTrim
+    from .tokentrim_scheduler import TokenTrimFlowMapEulerDiscreteScheduler as TokenTrimFlowMapEulerDiscreteScheduler
+    from .tokentrim_scheduler import (
+        TokenTrimFlowMatchEulerDiscreteScheduler as TokenTrimFlowMatchEulerDiscreteScheduler,
+    )
+    from .tokentrim_scheduler import TokenTrimFlowMatchLCMScheduler as TokenTrimFlowMatchLCMScheduler
+    from .tokentrim_scheduler import TokenTrimSchedulerMixin as TokenTrimSchedulerMixin
+    from .tokentrim_scheduler import TokenTrimUniPCMultistepScheduler as TokenTrimUniPCMultistepScheduler
+    from .tokentrim_scheduler import lift_scheduler as lift_scheduler
+    from .tokentrim_views.layout import Layout as Layout
+    from .tokentrim_views.layout import View as View
+    from .tokentrim_views.layout import WindowLayout as WindowLayout
+    from .tokentrim_views.registry import LAYOUTS as LAYOUTS
 
 # Lazy: the same flat files also serve as a Diffusers custom pipeline, where importing the package must load nothing.
 _EXPORTS = {
@@ -24,9 +49,11 @@ _EXPORTS = {
     "TokenTrimFlowMatchLCMScheduler": "tokentrim_scheduler",
     "TokenTrimUniPCMultistepScheduler": "tokentrim_scheduler",
     "lift_scheduler": "tokentrim_scheduler",
+    "METHODS": "tokentrim_policies.registry",
+    "LAYOUTS": "tokentrim_views.registry",
 }
 __all__ = list(_EXPORTS)
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str):
@@ -36,4 +63,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted(__all__)

@@ -46,6 +46,7 @@ from .tokentrim_session.draft import Draft
 from .tokentrim_session.encode import encode_prompts
 from .tokentrim_session.given import read_video
 from .tokentrim_session.host import Pipeline
+from .tokentrim_session.keywords import CallArguments
 from .tokentrim_session.noise import Noise
 from .tokentrim_session.partition import partition_chunks
 from .tokentrim_session.plan import RolloutPlan

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 import torch
@@ -93,6 +93,7 @@ from .tokentrim_session.draft import Draft
 from .tokentrim_session.encode import encode_given, encode_prompts
 from .tokentrim_session.given import read_video
 from .tokentrim_session.host import Pipeline
+from .tokentrim_session.keywords import CallArguments
 from .tokentrim_session.noise import Noise
 from .tokentrim_session.partition import partition_chunks
 from .tokentrim_session.plan import RolloutPlan
@@ -147,6 +148,12 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
 
     # What a method of one's own is made of: `class Mine(pipe.ContextPolicy)`, `class Mine(pipe.Layout)`.
     ContextPolicy, Layout, View = ContextPolicy, Layout, View
+
+    if TYPE_CHECKING:  # Diffusers has no types
+
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self: ...
+
     Comparison = Comparison  # rollouts side by side: `pipe.Comparison({"plain": plain, "held": held})`
 
     def __init__(
@@ -400,24 +407,25 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
     @torch.no_grad()
     def stream(
         self,
-        *args,
+        prompt: str | list[str] | None = None,
+        *args: Any,
         preview_vae: Any = None,
         state_dir: str | os.PathLike | None = None,
         save_every: int = 10,
-        **kwargs,
+        **kwargs: Unpack[CallArguments],
     ) -> Stream:
         """
         The same video while it is made: an iterator over finished chunks, each with `index`, `latents`, `frames` and
         `decisions`, and a context manager. `num_frames=None` goes on until the caller stops.
 
         Args:
-            args, kwargs: as in [`__call__`].
+            prompt, args, kwargs: as in [`__call__`].
             preview_vae (*optional*):
                 Decodes in the place of the VAE: faster, rougher, such as `AutoencoderTinyVideo` or TAEHV.
             state_dir (`str` or `os.PathLike`, *optional*): where the run is saved, for [`resume`].
             save_every (`int`, defaults to `10`): chunks between two states.
         """
-        call = read_call(self._bind(*args, **kwargs))
+        call = read_call(self._bind(prompt, *args, **kwargs))
         check_int("save_every", save_every, 1)
         plan = plan_rollout(self, call, may_be_endless=True)
         with ExitStack() as held:
@@ -464,9 +472,9 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
                 return Stream(self, run, decoder, state_dir, *saved, held=held.pop_all())
 
     @torch.no_grad()
-    def plan(self, *args, **kwargs) -> RolloutPlan:
+    def plan(self, prompt: str | list[str] | None = None, *args: Any, **kwargs: Unpack[CallArguments]) -> RolloutPlan:
         """What a call with these arguments would do, completed from the checkpoint and checked; no model runs."""
-        return plan_rollout(self, self._bind(*args, **kwargs))
+        return plan_rollout(self, self._bind(prompt, *args, **kwargs))
 
     @property
     def fps(self) -> float:
