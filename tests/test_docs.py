@@ -370,7 +370,7 @@ def test_constraints_install_on_every_supported_python():
 def test_packages_hold_what_publishing_reads():
     """`tests/test_loading.py` installs them; this says which files."""
     setup = (ROOT / "setup.cfg").read_text()
-    assert "tokentrim.tools = model_card.md, card_*.md" in setup and "tokentrim = LICENSE\n" in setup
+    assert "tokentrim.tools = model_card.md, card_*.md" in setup and "tokentrim = LICENSE, py.typed\n" in setup
     assert {path.name for path in (ROOT / "tools").glob("*.md")} == {
         "model_card.md",
         "card_limits.md",

@@ -8,6 +8,7 @@ from builders import CHANNELS, CHUNK, HEIGHT, WIDTH, randn
 from oracle import threshold_of
 
 from tokentrim.tokentrim_policies.matching import (
+    MATCHINGS,
     MAX_NEIGHBOURS,
     MatchCovariance,
     MatchDistribution,
@@ -18,7 +19,6 @@ from tokentrim.tokentrim_policies.matching import (
     quantile_means,
 )
 from tokentrim.tokentrim_policies.outliers import (
-    MATCHINGS,
     magnitude,
     mean_offsets,
     outlier_threshold,
