@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from PIL import Image
 
 from tokentrim.tools import checkpoints, given, memory
 from tokentrim.tools.cli import main
-from tokentrim.tools.loading import load_checkpoint
+from tokentrim.tools.loading import load_checkpoint, load_without_weights
 from tokentrim.tools.runs import RUN, own_run, read_run
 
 
@@ -278,6 +279,51 @@ def test_code_of_another_project_in_the_folder_is_not_replaced(tmp_path):
         pipe.save_pretrained(tmp_path, include_code=True)
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline_tokentrim.py"]
     assert (tmp_path / "pipeline_tokentrim.py").read_text() == "# mine\n"
+
+
+@pytest.mark.parametrize(
+    "file, changes, message",
+    [
+        ("model_index.json", {"fps": "fast"}, "`fps` must be a number from 0.01 to 1000, but is 'fast'"),
+        ("model_index.json", {"transformer": []}, "has no transformer"),
+        ("model_index.json", {"scheduler": None}, "has no scheduler"),
+        ("transformer/config.json", {"patch_size": [1, 2]}, "has other sizes: None"),
+        ("transformer/config.json", {"num_layers": "two"}, "has other sizes: 'two'"),
+        ("transformer/config.json", {"attention_head_dim": 0}, "has other sizes: 0"),
+        ("vae/config.json", {"scale_factor_spatial": 0.5}, "has other sizes: 0.5"),
+        ("transformer/config.json", "[1]", "must hold one JSON object"),
+        ("model_index.json", "{" * 10**5, "is damaged"),
+        ("vae/config.json", b"\xff", "VALUE|damaged|unreadable|readable"),
+    ],
+    ids=str,
+)
+def test_damaged_checkpoints_are_one_line(file, changes, message, tmp_path, capsys):
+    folder = copy(tmp_path)
+    path = folder / file
+    if isinstance(changes, dict):
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    else:
+        path.write_bytes(changes if isinstance(changes, bytes) else changes.encode())
+    call = ["generate", PROMPT, "--checkpoint", str(folder), "--num-frames", "6", "--out", str(tmp_path / "x.mp4")]
+    assert main(call) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and re.search(message, said), said
+
+
+def test_a_config_that_hides_its_key(tmp_path):
+    folder = copy(tmp_path, tokenizer=["transformers", "AutoTokenizer"])
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("{", '{"\\u0061uto_map": {"AutoTokenizer": ["theirs.T", null]},', 1))
+    with pytest.raises(ValueError, match="needs code of its own, tokenizer/tokenizer_config.json"):
+        load_checkpoint(folder)
+
+
+def test_arguments_are_checked_without_weights():
+    pipe = load_without_weights(WORLD)
+    assert {weight.device.type for weight in pipe.transformer.parameters()} == {"meta"}
+    pipe.plan(PROMPT)
+    with pytest.raises(ValueError, match="`window_size` must be"):
+        pipe.plan(PROMPT, window_size=2)
 
 
 # Memory, and what is given

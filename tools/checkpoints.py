@@ -7,10 +7,13 @@ import re
 from difflib import get_close_matches
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from .component_sizes import check_components
 from .headers import TensorInfo, read_header
 from .names import FPS, INDEX
+from .numbers import FPS as RATES
+from .tensor_info import load_json
 
 
 PARTS = ("transformer", "text_encoder", "vae")  # that have weights
@@ -69,7 +72,7 @@ def download(repo_id: str, with_code: bool) -> Path:
     """The folder of a model on the Hub: its index, and the files of its parts; Python files only where they may run."""
     from huggingface_hub import snapshot_download
 
-    index = json.loads(find_index(repo_id).read_text())
+    index = read_json(find_index(repo_id))
     parts = [f"{name}/*" for name, value in index.items() if isinstance(value, list)]
     ignored = [*WEIGHTS, *([] if with_code else ["*.py"])]
     return Path(snapshot_download(repo_id, allow_patterns=[INDEX, *parts], ignore_patterns=ignored))
@@ -78,8 +81,8 @@ def download(repo_id: str, with_code: bool) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises `ValueError` with a sentence where the file holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = load_json(path.read_bytes())
+    except (EOFError, OSError) as error:
         raise ValueError(f"`checkpoint`: {path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"`checkpoint`: {path} must hold one JSON object.")
@@ -105,7 +108,7 @@ def list_code(folder: Path) -> list[str]:
         if value and isinstance(value[0], str) and (folder / name / f"{value[0]}.py").is_file():
             found.append(f"{name}/{value[0]}.py")
         configs = sorted((folder / name).glob("*config.json"))
-        found += [f"{name}/{path.name} (auto_map)" for path in configs if b'"auto_map"' in path.read_bytes()]
+        found += [f"{name}/{path.name} (auto_map)" for path in configs if '"auto_map"' in json.dumps(read_json(path))]
     return found
 
 
@@ -113,23 +116,54 @@ def check_parts(folder: Path) -> None:
     """Refuse a checkpoint without a transformer or a scheduler."""
     index = read_json(folder / INDEX)
     for name in ("transformer", "scheduler"):
-        if not isinstance(index.get(name), list) or not (folder / name).is_dir():
+        value = index.get(name)
+        if not isinstance(value, list) or len(value) != 2 or not (folder / name).is_dir():
             raise ValueError(f"`checkpoint` must be a folder of a causal Wan model, but {folder} has no {name}.")
+
+
+class Geometry(NamedTuple):
+    """What a checkpoint's configs say of tokens and of the keys that a run holds."""
+
+    rows: int  # pixels of a token's height and width
+    columns: int
+    values: int  # keys of a token, in all layers
+
+
+def read_geometry(folder: Path) -> Geometry:
+    """
+    The sizes of a checkpoint's tokens.
+
+    Raises:
+        `ValueError`: a config is damaged, or has no such sizes.
+    """
+    check_components("checkpoint", folder)
+    path, vae = folder / "transformer" / "config.json", folder / "vae" / "config.json"
+    config = read_json(path)
+    patch = config.get("patch_size", [1, 2, 2])
+    spatial = read_json(vae).get("scale_factor_spatial", 8) if vae.is_file() else 8
+    sizes = [config.get(name) for name in ("num_layers", "num_attention_heads", "attention_head_dim")]
+    for size in (*sizes, spatial, *(patch if isinstance(patch, list) and len(patch) == 3 else [None])):
+        if type(size) is not int or size < 1:
+            raise ValueError(
+                f"`checkpoint` must be a folder of a Wan model, but {path} has other sizes: {size!r:.60}."
+            )
+    return Geometry(spatial * patch[1], spatial * patch[2], prod(sizes))
 
 
 def check_size(folder: Path, settings: dict) -> None:
     """Refuse a height or a width that does not divide into tokens."""
-    patch = read_json(folder / "transformer" / "config.json").get("patch_size") or [1, 2, 2]
-    vae = folder / "vae" / "config.json"
-    spatial = read_json(vae).get("scale_factor_spatial", 8) if vae.is_file() else 8
-    for name, step in (("height", spatial * patch[1]), ("width", spatial * patch[2])):
+    geometry = read_geometry(folder)
+    for name, step in (("height", geometry.rows), ("width", geometry.columns)):
         if settings.get(name) is not None and settings[name] % step:
             raise ValueError(f"`{name}` must be a multiple of {step} for {folder}, but is {settings[name]}.")
 
 
 def read_fps(folder: Path) -> float:
     """Frames per second of a checkpoint's videos."""
-    return read_json(folder / INDEX).get("fps") or FPS
+    fps = read_json(folder / INDEX).get("fps")
+    if fps is not None:
+        RATES.check("fps", fps)
+    return fps or FPS
 
 
 def count_parameters(folder: Path) -> dict[str, int]:

@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from ..pipeline_tokentrim import TokenTrimPipeline
 from ..tokentrim_checks import check
 from .checkpoints import check_code, check_parts, download, find_checkpoint, read_json
+from .component_sizes import check_components
 from .names import INDEX
 
 
@@ -37,16 +38,12 @@ def load_checkpoint(
     folder = find_checkpoint(str(checkpoint)) or download(str(checkpoint), trust_remote_code)
     check_code(folder, trust_remote_code)
     check_parts(folder)
-    for name, value in read_json(folder / INDEX).items():
+    check_components("checkpoint", folder)
+    for name, (library, kind) in list_classes(folder).items():
         # Transformers' Auto classes would ask on the terminal whether to run code.
-        if (
-            name not in components
-            and isinstance(value, list)
-            and value[0] == "transformers"
-            and value[1].startswith("Auto")
-        ):
-            kind = getattr(transformers, value[1])
-            components[name] = kind.from_pretrained(folder / name, trust_remote_code=trust_remote_code)
+        if name not in components and library == "transformers" and kind.startswith("Auto"):
+            load = getattr(transformers, kind).from_pretrained
+            components[name] = load(folder / name, trust_remote_code=trust_remote_code)
     return TokenTrimPipeline.from_pretrained(
         folder, dtype=dtype or torch.float32, trust_remote_code=trust_remote_code, local_files_only=True, **components
     )
@@ -55,18 +52,29 @@ def load_checkpoint(
 def load_without_weights(checkpoint: str | Path) -> TokenTrimPipeline:
     """A checkpoint's pipeline whose weights are not there, to check the arguments of a call in a moment."""
     folder = find_checkpoint(str(checkpoint)) or download(str(checkpoint), False)
-    index, models = read_json(folder / INDEX), {}
+    check_code(folder, trust_remote_code=False)
+    check_components("checkpoint", folder)
+    models = {}
     with init_empty_weights():
-        for name in ("transformer", "vae"):
-            library, kind = index.get(name) or (None, None)
-            if library == "diffusers":
-                config = getattr(diffusers, kind).load_config(folder / name, local_files_only=True)
-                models[name] = getattr(diffusers, kind).from_config(config)
-        library, kind = index.get("text_encoder") or (None, None)
-        if library == "transformers":
-            config = transformers.AutoConfig.from_pretrained(folder / "text_encoder", trust_remote_code=False)
-            models["text_encoder"] = getattr(transformers, kind)(config)
+        for name, (library, kind) in list_classes(folder).items():
+            if name in ("transformer", "vae") and library == "diffusers":
+                model = getattr(diffusers, kind)
+                models[name] = model.from_config(model.load_config(folder / name, local_files_only=True))
+            elif name == "text_encoder" and library == "transformers":
+                config = transformers.AutoConfig.from_pretrained(folder / name, trust_remote_code=False)
+                models[name] = getattr(transformers, kind)(config)
     return load_checkpoint(folder, **models)
+
+
+def list_classes(folder: Path) -> dict[str, tuple[str, str]]:
+    """Library and class of each part of a checkpoint, where the library has such a class."""
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    classes = {}
+    for name, value in read_json(folder / INDEX).items():
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value):
+            if value[0] in libraries and hasattr(libraries[value[0]], value[1]):
+                classes[name] = (value[0], value[1])
+    return classes
 
 
 def place(pipe: TokenTrimPipeline, device: torch.device, offload: str = "none") -> TokenTrimPipeline:

@@ -2,8 +2,9 @@
 """Memory that a run takes, estimated from a checkpoint's headers before its weights are loaded."""
 
 from pathlib import Path
+from typing import Any
 
-from .checkpoints import count_parameters, read_json
+from .checkpoints import count_parameters, read_geometry, read_json
 from .names import INDEX
 
 
@@ -23,24 +24,22 @@ def estimate_memory(folder: Path, settings: dict, dtype: str, offload: str = "no
         dtype (`str`): of the weights, as PyTorch names it.
         offload (`str`): `"none"`, `"model"`, `"sequential"` or `"group"`.
     """
-    index, config = read_json(folder / INDEX), read_json(folder / "transformer" / "config.json")
+    index, geometry = read_json(folder / INDEX), read_geometry(folder)
     settings = {**{name: value for name, value in index.items() if value is not None}, **settings}
     parameters = count_parameters(folder)
     largest = max(parameters.values(), default=0)
     held = {"none": sum(parameters.values()), "model": largest}.get(offload, OFFLOADED * largest)
     layout = settings.get("layout")
-    window = (
-        next(iter(layout.values())).get("window_size") if isinstance(layout, dict) else settings.get("window_size")
-    )
-    window = window if isinstance(window, int) else WINDOW
-    patch = config.get("patch_size") or [1, 2, 2]
-    vae = folder / "vae" / "config.json"
-    spatial = read_json(vae).get("scale_factor_spatial", 8) if vae.is_file() else 8
-    height, width = settings.get("height") or 480, settings.get("width") or 832
-    tokens = window * (height // (spatial * patch[1])) * (width // (spatial * patch[2]))
-    values = config["num_layers"] * config["num_attention_heads"] * config["attention_head_dim"]
-    videos = settings.get("num_videos_per_prompt") or 1
-    return int(held * SIZES[dtype]), 2 * values * tokens * videos * SIZES[dtype]
+    named = next(iter(layout.values()), None) if isinstance(layout, dict) else None
+    window = as_size(named.get("window_size") if isinstance(named, dict) else settings.get("window_size"), WINDOW)
+    rows = as_size(settings.get("height"), 480) // geometry.rows
+    columns = as_size(settings.get("width"), 832) // geometry.columns
+    cached = geometry.values * window * rows * columns * as_size(settings.get("num_videos_per_prompt"), 1)
+    return int(held * SIZES[dtype]), 2 * cached * SIZES[dtype]
+
+
+def as_size(value: Any, default: int) -> int:
+    return value if type(value) is int and value > 0 else default
 
 
 def describe_shortage(weights: int, cache: int, free: int, device: str, offload: str, dtype: str) -> str | None:
