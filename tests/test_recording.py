@@ -99,6 +99,24 @@ def test_all_videos_of_a_batch_are_saved(tmp_path):
         assert alone.read_bytes() == (tmp_path / f"x-{video}.mp4").read_bytes()
 
 
+def test_two_streams_do_not_grow_one_file(tmp_path):
+    (tmp_path / "link.mp4").symlink_to("x.mp4")
+
+    def on_chunk(index, latents, decisions):
+        with stream(num_chunks=1) as other:
+            for name in ("x.mp4", "link.mp4"):
+                with pytest.raises(ValueError, match="`path` must be a file that no other stream writes"):
+                    other.save_video(tmp_path / name)
+
+    with stream(num_chunks=1, on_chunk=on_chunk) as running:
+        (path,) = running.save_video(tmp_path / "x.mp4", progress=False)
+    whole = path.read_bytes()
+    with stream(num_chunks=1) as again:
+        again.save_video(tmp_path / "x.mp4", progress=False)
+    assert path.read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.mp4", "x.jsonl", "x.mp4"]
+
+
 # Files that a resumed run goes on with
 
 

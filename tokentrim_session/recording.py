@@ -3,13 +3,17 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
+
+from filelock import Timeout
 
 from ..tokentrim_checks import check, plain
 from ..tokentrim_frames.mp4 import VIDEO_ENDINGS, LineWriter, VideoWriter, check_fps
 from ..tokentrim_frames.output import as_array, as_uint8
-from ..tokentrim_writing import check_target, is_decision_log, numbered
+from ..tokentrim_writing import check_target, is_decision_log, locked, numbered
 
 
 class Recording:
@@ -45,16 +49,19 @@ class Recording:
             check_target("path", log, is_ours=is_decision_log, ours=ours)
         for each in (*self.paths, *logs) if states else ():
             check(str(each) in states, "path", str(each), f"a file that the run began: one of {sorted(states)}")
-        if states:
-            self.fps = states[str(self.paths[0])]["fps"]
-            check(fps in (None, self.fps), "fps", fps, f"{self.fps}, as the file has it")
-            self._writers = [VideoWriter.resume(each, states[str(each)]) for each in self.paths]
-            self._logs = [LineWriter.resume(each, states[str(each)]) for each in logs]
-        else:
-            self.fps = default_fps if fps is None else fps
-            check_fps(self.fps)
-            self._writers = [VideoWriter(each, self.fps) for each in self.paths]
-            self._logs = [LineWriter(each) for each in logs]
+        self.fps = states[str(self.paths[0])]["fps"] if states else default_fps if fps is None else fps
+        check(not states or fps in (None, self.fps), "fps", fps, f"{self.fps}, as the file has it")
+        check_fps(self.fps)
+        with ExitStack() as held:
+            for video in self.paths:
+                held.enter_context(sole_writer(video))
+            if states:
+                self._writers = [VideoWriter.resume(each, states[str(each)]) for each in self.paths]
+                self._logs = [LineWriter.resume(each, states[str(each)]) for each in logs]
+            else:
+                self._writers = [VideoWriter(each, self.fps) for each in self.paths]
+                self._logs = [LineWriter(each) for each in logs]
+            self._held = held.pop_all()
 
     def add(self, frames: Any, decisions: list[dict]) -> None:
         """Append a chunk, to the disk."""
@@ -66,3 +73,17 @@ class Recording:
     def states(self) -> list[list]:
         """Path and state of each file."""
         return [[str(file.path), file.state] for file in (*self._writers, *self._logs)]
+
+    def close(self) -> None:
+        """Let others write the files."""
+        self._held.close()
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Two streams that grow one file would make a mixture of both."""
+    try:
+        with locked(Path(os.path.realpath(path))):
+            yield
+    except Timeout:
+        raise ValueError(f"`path` must be a file that no other stream writes, but {path} is being written.") from None

@@ -240,6 +240,7 @@ class Stream:
                 bar.update()
         finally:
             bar.close()
+            self._recording.close()
         return self._recording.paths
 
     def _models(self) -> dict[str, torch.nn.Module]:
