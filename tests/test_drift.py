@@ -332,7 +332,7 @@ def test_the_command(folder, tmp_path, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    for title in ("Colours at the end", "Slopes", "Start-end contrast", "VDE", "Convergence", "other/drift"):
+    for title in ("Colors at the end", "Slopes", "Start-end contrast", "VDE", "Convergence", "other/drift"):
         assert title in printed.out
 
     report = json.loads(options["json"].read_text())
@@ -437,4 +437,4 @@ def test_drift_does_not_import_torch(folder, tmp_path):
     command = [sys.executable, "-c", script, "drift", str(folder / "clip.mp4")]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0 and "Colours at the end" in process.stdout, process.stderr
+    assert process.returncode == 0 and "Colors at the end" in process.stdout, process.stderr

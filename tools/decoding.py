@@ -17,6 +17,7 @@ from threading import Thread, Timer
 
 import numpy as np
 
+from ..tokentrim_frames.pictures import MAX_PIXELS
 from .mp4_tables import is_video_cut
 
 
@@ -26,6 +27,7 @@ FORMATS = (
 )
 # Messages of ffmpeg about a file that ends too early. Its other errors also occur with complete files.
 CUT = re.compile(r"partial file|ended prematurely|corrupt input packet|Packet corrupt|LZW decode failed")
+RATE = r", ([\d.]+) fps,"
 CLOCK = r"(\d+):(\d+):([\d.]+)"
 
 
@@ -71,6 +73,21 @@ def start(path: Path, max_pixels: int) -> subprocess.Popen:
     # Without `passthrough`, ffmpeg repeats and drops frames to make the rate constant.
     command += ["-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def read_rate(path: Path) -> float | None:
+    """Frames per second that a video file says of itself; `None` where it says nothing."""
+    if not path.is_file():
+        return None
+    process = start(path, MAX_PIXELS)
+    messages = Messages(process.stderr)
+    read_ppm(process.stdout)  # by then ffmpeg has said it
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    messages.close()
+    rate = messages.find(RATE)
+    return float(rate[1]) or None if rate else None
 
 
 def read_ppm(stream: io.BufferedReader) -> np.ndarray | None:
@@ -124,7 +141,7 @@ class Messages:
 
         The length counts only for files without sound, because sound may be longer.
         """
-        length, end, rate = (self.find(each) for each in (f"Duration: {CLOCK}", f"time={CLOCK}", r", ([\d.]+) fps,"))
+        length, end, rate = (self.find(each) for each in (f"Duration: {CLOCK}", f"time={CLOCK}", RATE))
         ends_early, of = bool(self.find(CUT)) or is_video_cut(path), ""
         if length and end and not self.find(r"Stream #\S+ Audio"):
             length, end = (

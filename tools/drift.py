@@ -5,8 +5,8 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import cv2
@@ -20,7 +20,6 @@ from .measures import (
     color_distance,
     color_histogram,
     color_similarity,
-    color_spread,
     fit_slope,
     measure_look,
     reduce,
@@ -30,6 +29,9 @@ from .measures import (
 
 
 MAX_THUMBNAILS, THUMBNAIL_HEIGHT = 128, 96
+# A video drifts if its colors end farther away than this, and than twice what its content moves. 31 of 32 rendered clips
+# without drift end less than 0.42 away (docs/drift.md).
+SMALLEST, CONTENT_FACTOR = 1.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Drift:
         looks (`np.ndarray`): mean look of each segment, (segments, 5).
         histograms (`np.ndarray`): mean colour histogram of each segment, (segments, 512).
         thumbnails (`list[np.ndarray]`): small frames, evenly spaced.
+        fps (`float`, *optional*): frames per second, where the file says it.
+        prompt (`str`, *optional*): what the video was made of, where a record beside it says it.
     """
 
     name: str
@@ -51,6 +55,8 @@ class Drift:
     looks: np.ndarray
     histograms: np.ndarray
     thumbnails: list[np.ndarray]
+    fps: float | None = None
+    prompt: str | None = None
 
     def similarities(self) -> np.ndarray:
         """Colour similarity of each segment to the start, (segments,)."""
@@ -80,13 +86,16 @@ class Drift:
         return measures | {"motion_late_to_early": end / start if start else None}
 
 
-def measure_video(name: str, frames: Iterable[np.ndarray]) -> Drift:
+def measure_video(
+    name: str, frames: Iterable[np.ndarray], fps: float | None = None, prompt: str | None = None
+) -> Drift:
     """
     Read a video once, with two frames in memory at a time.
 
     Args:
         name (`str`): for reports.
         frames (`Iterable[np.ndarray]`): uint8 (H, W, 3).
+        fps (`float`, *optional*), prompt (`str`, *optional*): see [`Drift`].
 
     Raises:
         `ValueError`: there are fewer than 21 frames.
@@ -104,7 +113,44 @@ def measure_video(name: str, frames: Iterable[np.ndarray]) -> Drift:
     if num_frames <= NUM_SEGMENTS:
         raise ValueError(f"{name} has fewer than {NUM_SEGMENTS + 1} frames, too few to measure drift.")
     (looks, ends), (histograms, _) = looks.split(NUM_SEGMENTS), histograms.split(NUM_SEGMENTS)
-    return Drift(name, num_frames, ends + 1, looks, histograms, thumbnails)
+    return Drift(name, num_frames, ends + 1, looks, histograms, thumbnails, fps, prompt)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a video drifts.
+
+    Args:
+        distance (`float`): of the colors at the end from those at the start, in % of black to white.
+        content (`float`): what its content alone moves them: the median distance of consecutive segments.
+        first_frame (`int`, *optional*): from which on all colors are too far from the start; `None` without drift.
+    """
+
+    distance: float
+    content: float
+    first_frame: int | None
+
+    @property
+    def drifts(self) -> bool:
+        return self.first_frame is not None
+
+
+def judge(drift: Drift) -> Verdict:
+    """
+    The verdict on one video.
+
+    It drifts if its colors end farther from the start than `SMALLEST`, and than `CONTENT_FACTOR` times what its content
+    moves. It begins with the first segment from which on this holds up to the end.
+    """
+    start, end = start_and_end(drift.histograms)
+    pairs = zip(drift.histograms, drift.histograms[1:])
+    content = float(np.median([color_distance(*pair) for pair in pairs]))
+    distance, limit = color_distance(start, end), max(SMALLEST, CONTENT_FACTOR * content)
+    if distance <= limit:
+        return Verdict(distance, content, None)
+    near = [number for number, each in enumerate(drift.histograms) if color_distance(start, each) <= limit]
+    first = min(near[-1] + 1 if near else 0, len(drift.histograms) - 1)
+    return Verdict(distance, content, int(drift.ends[first - 1]) if first else 0)
 
 
 def make_thumbnail(frame: np.ndarray) -> np.ndarray:
@@ -114,12 +160,22 @@ def make_thumbnail(frame: np.ndarray) -> np.ndarray:
 
 
 def measure_convergence(drifts: Sequence[Drift]) -> dict[str, float | None]:
-    """Whether videos grow alike: how different their colours are at the start and at the end, and by how much less, in
-    percent; None for fewer than two videos, or for equal ones."""
-    if len(drifts) < 2:
+    """Whether videos grow alike: how different the colors of videos of different prompts are at the start and at the end,
+    and by how much less, in percent; None without two such videos, or where they begin alike."""
+    pairs = different_pairs(drifts)
+    if not pairs:
         return {"spread_start": None, "spread_end": None, "convergence": None}
-    start, end = (color_spread(np.stack(ends)) for ends in zip(*(start_and_end(each.histograms) for each in drifts)))
-    return {"spread_start": start, "spread_end": end, "convergence": 100 * (1 - end / start) if start else None}
+    ends = [start_and_end(drift.histograms) for drift in drifts]
+    start, end = (np.mean([color_distance(ends[a][when], ends[b][when]) for a, b in pairs]) for when in (0, 1))
+    convergence = 100 * (1 - end / start) if start else None
+    return {"spread_start": float(start), "spread_end": float(end), "convergence": convergence and float(convergence)}
+
+
+def different_pairs(drifts: Sequence[Drift]) -> list[tuple[int, int]]:
+    """Pairs of videos that are not known to have the same prompt: those would be alike from the start."""
+    prompts = [drift.prompt for drift in drifts]
+    pairs = combinations(range(len(drifts)), 2)
+    return [(a, b) for a, b in pairs if prompts[a] is None or prompts[a] != prompts[b]]
 
 
 # Reports
@@ -132,7 +188,8 @@ def write_json(path: Path, drifts: Sequence[Drift]) -> None:
         segments = {"end": drift.ends, "color_similarity": drift.similarities()} | dict(zip(LOOKS, drift.looks.T))
         segments = {name: values.tolist() for name, values in segments.items()}
         about = {"video": drift.name, "num_frames": drift.num_frames}
-        videos.append({**about, "measures": drift.measures(), "segments": segments})
+        verdict = {"drifts": judge(drift).drifts, **asdict(judge(drift))}
+        videos.append({**about, "verdict": verdict, "measures": drift.measures(), "segments": segments})
     convergence = {folder: measure_convergence(group) for folder, group in group_by_folder(drifts).items()}
     write_whole(path, json.dumps({"videos": videos, "convergence": convergence}, indent=1, allow_nan=False) + "\n")
 
@@ -156,7 +213,7 @@ def format_report(drifts: Sequence[Drift]) -> str:
         rows += [(names[drift.name], str(drift.num_frames), each) for drift, each in zip(group, measures)]
         if len(group) > 2:
             rows.append((f"median of {folder}", "", medians(measures)))
-        if len(group) > 1:
+        if different_pairs(group):
             spread = measure_convergence(group)
             grown.append(
                 [folder, *(show(value, "+.1f" if key == "convergence" else ".1f") for key, value in spread.items())]
@@ -169,7 +226,7 @@ def format_report(drifts: Sequence[Drift]) -> str:
         percents = [show(measures[key], ".1f") for key in percents]
         colors.append([name, num_frames, *percents, at_frames, show(measures["motion_late_to_early"], ".2f")])
     parts = [
-        "Colours at the end: similarity to the start (100 is no drift), and of neighbouring twentieths of the video (what its",
+        "Colors at the end: similarity to the start (100 is no drift), and of neighboring twentieths of the video (what its",
         "content costs); distance to the start (0 is no drift); the twentieth that is worst. Late / early motion.",
         align(colors),
     ]
@@ -184,7 +241,8 @@ def format_report(drifts: Sequence[Drift]) -> str:
         parts += ["", title, align(table)]
     if grown:
         title = (
-            "Convergence: colour distance between the videos of a folder, and its fall in %. Above 0, they grow alike."
+            "Convergence: color distance between a folder's videos of different prompts, and its fall in %. Above 0, they grow"
+            " alike."
         )
         parts += ["", title, align([["", "start", "end", "convergence"], *grown])]
     return "\n".join(parts)

@@ -47,6 +47,15 @@ def write_record(path: Path, record: dict) -> None:
     write_whole(path, json.dumps(record), path.with_suffix(".growing.json"))
 
 
+def read_prompt(video: Path) -> str | None:
+    """The prompt of a video, by the record beside it; `None` where none says it."""
+    try:
+        prompt = json.loads(video.with_suffix(".json").read_text())["prompt"]
+    except (OSError, LookupError, TypeError, ValueError, RecursionError):
+        return None
+    return prompt if isinstance(prompt, str) else None
+
+
 def check_records(jobs: Sequence[Job], records: Sequence[dict]) -> str | None:
     """
     Refuse a video that is there, but is not the one that is asked for.
