@@ -1,4 +1,4 @@
-"""Small real components, and what the tests do with them."""
+"""Small real components for the tests, and helpers that use them."""
 
 import re
 
@@ -25,7 +25,7 @@ WORDS = "a red blue green circle square moving left right over background".split
 
 
 def strengthened(transformer):
-    """With attention strong enough that what is attended to shows."""
+    """The transformer with attention so strong that every attended token has a visible effect."""
     with torch.no_grad():
         for block in transformer.blocks:
             for attn in (block.attn1, block.attn2):
@@ -100,7 +100,7 @@ def full_pipeline(scheduler=None, **settings) -> TokenTrimPipeline:
 
 
 def case_id(value) -> str:
-    """A value as the name of a test: the same in every process."""
+    """A value as a test id that is equal in every process."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))[:60]
 
 
@@ -113,7 +113,7 @@ def noise(num_chunks: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 def steady_noise(num_chunks: int, jumps: list[int], seed: int = 0) -> torch.Tensor:
-    """Nearly the same noise in every chunk, but for a corner that jumps in video v at chunk `jumps[v]`."""
+    """Nearly the same noise in every chunk, except for a corner that jumps in video v at chunk `jumps[v]`."""
     steady = noise(1, len(jumps), seed).repeat(1, 1, num_chunks, 1, 1) + 0.05 * noise(num_chunks, len(jumps), seed + 1)
     for video, chunk in enumerate(jumps):
         steady[video, :, chunk * CHUNK : (chunk + 1) * CHUNK, :2, :2] += 6
@@ -150,7 +150,7 @@ def held_tokens(cache: RollingKVCache, video: int = 0) -> list[tuple[int, int]]:
 
 
 def begin_pass(cache: RollingKVCache, num_frames: int, kind: str = "denoise") -> None:
-    """As the rollout does it before the first forward of a chunk."""
+    """Begin a pass as the rollout does before the first forward of a chunk."""
     cache.make_room(num_frames)
     cache.begin_pass(num_frames, Pass(kind))
 
@@ -176,7 +176,7 @@ def tiny_far(seed: int = 0, **config) -> AnyFlowFARTransformer3DModel:
 
 
 def far_components(transformer: AnyFlowFARTransformer3DModel | None = None) -> dict:
-    """What AnyFlowFARPipeline and ours are made of."""
+    """The components of AnyFlowFARPipeline and ours."""
     return {
         "tokenizer": tiny_tokenizer(),
         "text_encoder": tiny_text_encoder(),
@@ -198,7 +198,7 @@ def far_noise(num_frames: int, batch: int = 1, seed: int = 0, height: int = 8, w
 
 
 def rope(hidden_states, frames):
-    """Diffusers' own rotary embedding at whole latent frames: (rows, frames * tokens, heads, head_dim)."""
+    """Diffusers' rotary embedding at whole latent frames: (rows, frames * tokens, heads, head_dim)."""
     cos, sin = tiny_transformer().rope(torch.zeros(1, 4, max(frames) + 1, 2 * GRID[0], 2 * GRID[1]))
     places = [frame * NUM_TOKENS + token for frame in frames for token in range(NUM_TOKENS)]
     cos, sin = cos[:, places, :, 0::2], sin[:, places, :, 1::2]

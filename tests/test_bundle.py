@@ -1,4 +1,4 @@
-"""The single file: that it makes the same latents is a cell of the loading matrix (test_loading.py)."""
+"""The bundle. test_loading.py tests that it makes the same latents."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ from tokentrim.tools.bundle import PIPELINE
 from tokentrim.tools.cli import main
 
 
-def test_every_module_comes_after_those_that_it_imports():
+def test_modules_come_after_their_imports():
     modules = sort_modules(PIPELINE)
     rooms = [path for path in ROOT.glob("tokentrim_*/*.py") if path.name != "__init__.py"]
     assert sorted(modules) == sorted([PIPELINE, *ROOT.glob("tokentrim_*.py"), *rooms])
@@ -21,13 +21,13 @@ def test_every_module_comes_after_those_that_it_imports():
     assert names.index("tokentrim_kv/cache") < names.index("tokentrim_backbones/wan")
 
 
-def test_a_bundle_of_a_bundle_is_the_same(tmp_path):
+def test_bundling_a_bundle_changes_nothing(tmp_path):
     file = tmp_path / "pipeline_tokentrim.py"
     file.write_text(bundle(PIPELINE))
     assert bundle(file) == file.read_text()
 
 
-def test_the_file_needs_nothing_of_this_project_and_is_formatted():
+def test_bundle_is_self_contained_and_formatted():
     source = bundle(PIPELINE)
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     assert not any(node.level or "tokentrim" in node.module for node in imports)
@@ -37,7 +37,7 @@ def test_the_file_needs_nothing_of_this_project_and_is_formatted():
         assert process.returncode == 0, process.stdout + process.stderr
 
 
-def test_names_that_two_modules_define_are_an_error(tmp_path):
+def test_name_defined_in_two_modules_raises(tmp_path):
     pipeline = tmp_path / "pipeline_tokentrim.py"
     pipeline.write_text('# c\n"""Doc."""\n\nfrom .tokentrim_room.a import b\n\n\ndef c():\n    pass\n')
     (tmp_path / "tokentrim_room").mkdir()
@@ -56,7 +56,7 @@ def test_the_command(tmp_path, capsys):
     assert end.value.code == 2 and "FILE must end with .py" in capsys.readouterr().err
 
 
-def test_no_other_file_is_overwritten_and_the_package_is_not_shadowed(tmp_path, capsys, monkeypatch):
+def test_bundle_overwrites_no_other_file_and_shadows_no_package(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "pipeline_tokentrim.py"
     file.write_text("mine")

@@ -1,4 +1,4 @@
-"""Which tokens the cache holds, where it puts them, and when it says so."""
+"""Which tokens the cache holds, at which positions, and how it reports them."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_window_and_sink(window_size, num_sink_frames, kept_for_chunk_4):
     assert held_tokens(cache) == [(frame, token) for frame in kept_for_chunk_4 for token in range(NUM_TOKENS)]
 
 
-def test_window_counts_the_chunk_at_hand():
+def test_window_counts_the_current_chunk():
     cache = new_cache(window_size=6)
     for num_frames in (2, 3, 1):
         write(cache, num_frames)
@@ -129,8 +129,8 @@ def test_update_returns_exactly_the_held_keys_and_values_in_order():
     ],
 )
 def test_relative_positions(num_chunks, window_size, num_sink_frames, held, positions, chunk_positions):
-    """The sink directly before the recent frames, these directly before the chunk, all counted from 0: queries meet keys as
-    at these positions, wherever both stand."""
+    """The sink stands directly before the recent frames, and these directly before the chunk, counted from 0. Queries
+    meet keys at these positions."""
     cache = new_cache(window_size=window_size, num_sink_frames=num_sink_frames, relative_positions=True)
     written = torch.cat([write(cache, seed=seed)[0] for seed in range(num_chunks)], dim=1)
     begin_pass(cache, CHUNK)
@@ -143,8 +143,8 @@ def test_relative_positions(num_chunks, window_size, num_sink_frames, held, posi
     torch.testing.assert_close(*(torch.einsum("bqhd,bkhd->bhqk", *pair) for pair in pairs), atol=1e-5, rtol=0)
 
 
-def test_relative_positions_do_not_close_up_over_evicted_tokens():
-    """A frame that lost tokens, or all of them, keeps its place."""
+def test_relative_positions_keep_gaps_of_evicted_tokens():
+    """A frame that lost some or all tokens keeps its position."""
     cache = new_cache(window_size=9, relative_positions=True)
     key, _ = write(cache)
     cache.evict({0: range(NUM_TOKENS)})
@@ -156,7 +156,7 @@ def test_relative_positions_do_not_close_up_over_evicted_tokens():
 
 @pytest.mark.parametrize("offset", [1_000, 100_000])
 def test_only_distances_between_positions_matter(offset):
-    """Far beyond the 1024 frames of the transformer's own table."""
+    """Far beyond the 1024 frames of the transformer's table."""
     products = []
     for start in (0, offset):
         cache = new_cache(window_size=9)
@@ -171,7 +171,7 @@ def test_only_distances_between_positions_matter(offset):
 
 
 def test_rollout_of_more_latent_frames_than_the_rope_table():
-    """Without a sink, positions in the window and in the video differ by a shift alone."""
+    """Without a sink, positions in the window and in the video differ only by a shift."""
     latents = randn(1, 4, 1100, 2, 2, seed=3)
     settings = {"num_frames_per_chunk": 50, "window_size": 110, "num_inference_steps": 1, "height": 16, "width": 16}
     absolute, relative = (
@@ -181,7 +181,7 @@ def test_rollout_of_more_latent_frames_than_the_rope_table():
     torch.testing.assert_close(absolute, relative, atol=1e-4, rtol=0)
 
 
-def test_version_changes_when_and_only_when_the_context_does():
+def test_version_changes_exactly_with_the_context():
     cache = new_cache(num_videos=2, window_size=9, num_sink_frames=3)
     versions = [cache.version]
 
@@ -206,8 +206,8 @@ def test_version_changes_when_and_only_when_the_context_does():
     assert len(set(versions)) == 6
 
 
-def test_a_key_is_held_once_and_read_where_it_lies():
-    """No pass copies the past, whatever its window; the tokens of a commit stay where the pass put them."""
+def test_keys_are_held_once_and_read_in_place():
+    """No pass copies the past, whatever its window, and a commit's tokens stay where the pass wrote them."""
     cache = new_cache(window_size=9, num_sink_frames=3, relative_positions=True)
     for seed in range(5):
         write(cache, seed=seed)
@@ -234,7 +234,7 @@ def test_memory_grows_by_doubling_up_to_the_window(window_size, sizes):
     assert seen == sizes
 
 
-def test_a_saved_context_stays_as_it_was():
+def test_saved_context_does_not_change_later():
     cache = new_cache(window_size=9)
     write(cache)
     state = cache.state_dict()
@@ -260,7 +260,7 @@ def test_writing_is_all_or_nothing():
     torch.testing.assert_close(cache.update(0, *probe)[0], keys_before, atol=0, rtol=0)
 
 
-def test_reading_for_some_videos_reads_their_rows():
+def test_only_reads_the_rows_of_the_chosen_videos():
     cache = new_cache(num_videos=3)
     write(cache, rows=6)
     cache.evict({0: [1], 2: [1, 2]})
@@ -276,7 +276,7 @@ def test_reading_for_some_videos_reads_their_rows():
 
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
 def test_loaded_context_reads_the_same_bits(used, tmp_path):
-    """Also where it replaces another context."""
+    """Also if it replaces another context."""
     settings = {"window_size": 8, "num_sink_frames": 1, "relative_positions": True}
     cache, other = (new_cache(num_videos=2, **settings) for _ in range(2))
     for seed in range(3):

@@ -14,7 +14,7 @@ COMMANDS = ("generate", "convert", "doctor", "publish", "bundle", "drift", "app"
 
 
 def start(folder, *arguments):
-    """In a process of its own, with the checkout as the package `tokentrim`."""
+    """In a separate process, with the checkout as the package `tokentrim`."""
     (folder / "tokentrim").symlink_to(ROOT)
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     command = [sys.executable, *arguments]
@@ -75,7 +75,7 @@ def test_defects_have_a_traceback(monkeypatch):
         cli.main(["bundle", "one.py"])
 
 
-def test_the_page_without_gradio_is_a_sentence(monkeypatch, capsys):
+def test_app_without_gradio_prints_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["app"]) == 1
     assert "`make app`" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Original files: every layout becomes the model that it came from, and whatever is wrong with one is said."""
+"""Original files: every format becomes the model that it came from, and every fault is reported."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ def in_model(key: str) -> str:
 
 
 def in_fsdp(key: str) -> str:
-    """The model and each of its blocks are wrapped."""
+    """Names as if FSDP wraps the model and each of its blocks."""
     parts = key.split(".")
     if parts[0] == "blocks":
         parts.insert(2, "_fsdp_wrapped_module")
@@ -104,7 +104,7 @@ def arguments(path, base, out, preset="self_forcing", *more):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(layout, tmp_path, caplog):
+def test_every_file_format_converts(layout, tmp_path, caplog):
     path = write(tmp_path, LAYOUTS[layout]())
     with caplog.at_level(logging.INFO, logger="tokentrim.convert"):
         transformer = load(path)
@@ -139,8 +139,8 @@ def test_dtype_leaves_in_fp32_what_diffusers_does(tmp_path, base):
     assert_same_weights(converted, direct)
 
 
-def test_fp8_files_hold_what_they_held(tmp_path, base):
-    """As they are, or in another dtype; the modules that Diffusers keeps in fp32 are."""
+def test_fp8_values_survive_conversion(tmp_path, base):
+    """Unchanged, or cast to another dtype; modules that Diffusers keeps in fp32 are fp32."""
     weights = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in original_weights(EMA, in_model).items()}
     save_file(weights, tmp_path / "fp8.safetensors")
     expected = load(tmp_path / "fp8.safetensors").state_dict()
@@ -158,7 +158,7 @@ def test_fp8_files_hold_what_they_held(tmp_path, base):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_rollout_travels_in_the_folder(preset, tmp_path, base):
+def test_folder_stores_the_rollout_settings(preset, tmp_path, base):
     path = write(tmp_path, LAYOUTS["longlive"]())
     convert_checkpoint(path, base, tmp_path / "new" / "out", preset)
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["out"]
@@ -188,8 +188,8 @@ def latents(pipe, **call) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", ["self_forcing", "longlive"])
-def test_the_folder_is_what_diffusers_writes(layout, tmp_path, base):
-    """Of the same weights, byte by byte."""
+def test_folder_equals_what_diffusers_writes(layout, tmp_path, base):
+    """For the same weights, byte by byte."""
     path = write(tmp_path, LAYOUTS[layout]())
     direct = full_pipeline(FlowMatchLCMScheduler(**SCHEDULES[layout]), **PRESETS[layout])
     direct.save_pretrained(tmp_path / "direct")
@@ -206,9 +206,9 @@ def test_the_folder_is_what_diffusers_writes(layout, tmp_path, base):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_latents_are_those_of_the_weights(preset, tmp_path, base):
-    """Converted with a LoRA, and the merged weights with the preset as arguments: bit by bit, through folders (weights
-    lie differently in memory-mapped files). The prompt changes on the way."""
+def test_converted_weights_make_the_same_latents(preset, tmp_path, base):
+    """Converted with a LoRA against merged weights with the preset as arguments, bit by bit, through folders (memory-
+    mapped weights have another alignment). The prompt changes during the video."""
     path = write(tmp_path, {"generator": original_weights(EMA, in_model)})
     keys = ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight")
     small = {key: 0.1 * tensor for key, tensor in lora_weights(*keys).items()}
@@ -240,7 +240,7 @@ def test_schedules_are_the_published_ones(preset, timesteps):
 
 
 def test_the_command(tmp_path, base):
-    """As a stranger runs it, in a process of its own, into an empty folder that is there."""
+    """As a user runs it: in a separate process, into an existing empty folder."""
     path = write(tmp_path, LAYOUTS["rolling_forcing"]())
     (tmp_path / "tokentrim").symlink_to(ROOT)
     (tmp_path / "out").mkdir()
@@ -299,7 +299,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files(case, tmp_path):
+def test_bad_files_raise(case, tmp_path):
     content, message = BAD_FILES[case]
     path = write(tmp_path, content)
     with pytest.raises(ValueError, match=message) as error:
@@ -309,7 +309,7 @@ def test_bad_files(case, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("keep", [0, 0.5, 0.99])
-def test_truncated_files(suffix, keep, tmp_path):
+def test_truncated_files_raise(suffix, keep, tmp_path):
     path = tmp_path / f"original{suffix}"
     (torch.save if suffix == ".pt" else save_file)(original_weights(), path)
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
@@ -318,7 +318,7 @@ def test_truncated_files(suffix, keep, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["data/3", "data.pkl", ".format_version"])
-def test_bit_flips_are_told(part, tmp_path):
+def test_bit_flips_are_reported(part, tmp_path):
     """PyTorch compares no checksums."""
     path = write(tmp_path, original_weights())
     with zipfile.ZipFile(path) as archive:
@@ -333,7 +333,7 @@ def test_bit_flips_are_told(part, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_told(suffix, value, tmp_path, base, fail, nothing_written):
+def test_weights_that_are_not_finite_raise(suffix, value, tmp_path, base, fail, nothing_written):
     weights = original_weights()
     weights["blocks.1.ffn.0.weight"][3, 5] = value
     path = tmp_path / f"original{suffix}"
@@ -344,7 +344,7 @@ def test_weights_that_are_not_finite_are_told(suffix, value, tmp_path, base, fai
     )
 
 
-def test_weights_that_leave_the_range_of_the_dtype_are_told(tmp_path):
+def test_weights_beyond_the_range_of_the_dtype_raise(tmp_path):
     weights = original_weights()
     weights["blocks.1.ffn.0.weight"][3, 5] = 1e6
     with pytest.raises(
@@ -353,7 +353,7 @@ def test_weights_that_leave_the_range_of_the_dtype_are_told(tmp_path):
         load(write(tmp_path, weights), dtype=torch.float16)
 
 
-def test_zeroed_weights_are_told(tmp_path, caplog):
+def test_zeroed_weights_are_reported(tmp_path, caplog):
     weights = original_weights()
     weights["blocks.1.ffn.0.weight"].zero_()
     load(write(tmp_path, weights))
@@ -361,7 +361,7 @@ def test_zeroed_weights_are_told(tmp_path, caplog):
     assert "tensors hold nothing but zeros: " in told.message and "blocks.1.ffn.0.weight" in told.message
 
 
-def test_the_reason_of_a_pickle_is_told(tmp_path):
+def test_refused_pickle_names_the_reason(tmp_path):
     torch.save(original_weights(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match="bare pickle, as `torch.save` wrote before PyTorch 1.6: save it again"):
         load(tmp_path / "old.pt")
@@ -371,7 +371,7 @@ def test_the_reason_of_a_pickle_is_told(tmp_path):
         load(tmp_path / "odd.pt")
 
 
-def test_a_header_that_lies_is_told(tmp_path):
+def test_wrong_header_raises(tmp_path):
     save_file(original_weights(), tmp_path / "original.safetensors")
     data = (tmp_path / "original.safetensors").read_bytes()
     (tmp_path / "original.safetensors").write_bytes(data.replace(b'"F32"', b'"F16"', 1))
@@ -381,7 +381,7 @@ def test_a_header_that_lies_is_told(tmp_path):
         load(tmp_path / "original.safetensors")
 
 
-def test_files_that_are_none(tmp_path):
+def test_files_that_are_not_checkpoints_raise(tmp_path):
     with pytest.raises(ValueError, match="`path`.*none.pt does not exist"):
         load(tmp_path / "none.pt")
     with pytest.raises(ValueError, match="`path`.*is a folder"):
@@ -391,7 +391,7 @@ def test_files_that_are_none(tmp_path):
         load(tmp_path / "text.pt")
 
 
-def test_ema_that_is_not_there(tmp_path):
+def test_missing_ema_raises(tmp_path):
     with pytest.raises(ValueError, match="`ema` must be None or False.*only 'generator'"):
         load(write(tmp_path, LAYOUTS["longlive"]()), ema=True)
     with pytest.raises(ValueError, match="`ema` must be None or True.*only 'generator_ema'"):
@@ -415,7 +415,7 @@ def test_a_generator_that_is_none_names_the_way_out(tmp_path):
     assert_same_weights(load(path), tiny_transformer())
 
 
-def test_head_dim_that_does_not_divide(tmp_path):
+def test_head_dim_that_does_not_divide_raises(tmp_path):
     with pytest.raises(ValueError, match="`attention_head_dim` must be a divisor of the width 24.*is 128"):
         load_original_transformer(write(tmp_path, LAYOUTS["bare"]()))
 
@@ -443,7 +443,7 @@ def nothing_written(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "vae"])
-def test_base_without_a_part(part, tmp_path, base, fail, nothing_written):
+def test_base_without_a_part_raises(part, tmp_path, base, fail, nothing_written):
     path = write(tmp_path, LAYOUTS["bare"]())
     poor = tmp_path / "base"
     poor.mkdir()
@@ -455,7 +455,7 @@ def test_base_without_a_part(part, tmp_path, base, fail, nothing_written):
     fail(arguments(path, poor, tmp_path / "out"), f"`base` must be a complete folder.*{part} does not load")
 
 
-def test_base_of_another_model(tmp_path, base, fail, nothing_written):
+def test_base_of_another_model_raises(tmp_path, base, fail, nothing_written):
     weights = {**original_weights(), "text_embedding.0.weight": torch.zeros(24, 40)}
     fail(
         arguments(write(tmp_path, weights), base, tmp_path / "out"),
@@ -463,7 +463,7 @@ def test_base_of_another_model(tmp_path, base, fail, nothing_written):
     )
 
 
-def test_bad_file_for_the_command(tmp_path, base, fail, nothing_written):
+def test_command_reports_a_bad_file(tmp_path, base, fail, nothing_written):
     path = write(tmp_path, {**original_weights(), "extra": torch.zeros(3)})
     fail(arguments(path, base, tmp_path / "out"), "`path` must be.*1 unexpected: extra")
     fail(
@@ -472,7 +472,7 @@ def test_bad_file_for_the_command(tmp_path, base, fail, nothing_written):
     )
 
 
-def test_failure_while_saving(tmp_path, base, fail, nothing_written, monkeypatch):
+def test_failure_while_saving_leaves_nothing(tmp_path, base, fail, nothing_written, monkeypatch):
     def run_out_of_space(path, *_):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
@@ -481,7 +481,7 @@ def test_failure_while_saving(tmp_path, base, fail, nothing_written, monkeypatch
     fail(arguments(write(tmp_path, LAYOUTS["bare"]()), base, tmp_path / "out"), "No space left on device")
 
 
-def test_what_a_killed_conversion_left_is_swept_by_the_next(tmp_path, base, fail):
+def test_next_conversion_removes_files_of_a_killed_one(tmp_path, base, fail):
     path = write(tmp_path, LAYOUTS["bare"]())
     pid = os.fork()
     if pid == 0:
@@ -496,14 +496,14 @@ def test_what_a_killed_conversion_left_is_swept_by_the_next(tmp_path, base, fail
     assert {entry.name for entry in tmp_path.iterdir()} == {"original.pt", "out"}
 
 
-def test_out_that_is_there(tmp_path, base, fail):
+def test_existing_output_folder_raises(tmp_path, base, fail):
     path = write(tmp_path, LAYOUTS["bare"]())
     fail(arguments(path, base, path), "`out` must be a new or an empty folder, but is ")
     fail(arguments(path, base, tmp_path), "`out` must be a new or an empty folder, but is ")
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_preset_of_another_size(tmp_path, base, fail, nothing_written, monkeypatch):
+def test_preset_of_another_size_raises(tmp_path, base, fail, nothing_written, monkeypatch):
     path = write(tmp_path, LAYOUTS["bare"]())
     monkeypatch.setitem(SIZES, (2, 24), "Wan 14B")
     message = r"`preset` must be one for Wan 14B \(krea_realtime\), but is 'self_forcing', for another size"
@@ -511,6 +511,6 @@ def test_preset_of_another_size(tmp_path, base, fail, nothing_written, monkeypat
     fail(["convert", str(path), "--check", "--base", str(base), "--preset", "self_forcing"], message)
 
 
-def test_unknown_preset(tmp_path, base):
+def test_unknown_preset_raises(tmp_path, base):
     with pytest.raises(ValueError, match="`preset` must be one of.*'longlive'.*is 'wan'"):
         convert_checkpoint(tmp_path / "original.pt", base, tmp_path / "out", "wan")

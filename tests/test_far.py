@@ -1,4 +1,4 @@
-"""AnyFlow-FAR: with the gate shut, ours is Diffusers' own AnyFlowFARPipeline; and what that one cannot do."""
+"""AnyFlow-FAR: with the gate shut, the rollout equals Diffusers' AnyFlowFARPipeline; and its additions."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def ours(transformer):
 
 
 def compare(transformer=None, batch=1, atol=1e-5, **arguments):
-    """Both pipelines, from the same noise; ours with the gate shut."""
+    """Run both pipelines from the same noise, ours with the gate shut."""
     transformer = tiny_far() if transformer is None else transformer
     partition = arguments.setdefault("chunk_partition", PARTITION)
     arguments = {
@@ -88,7 +88,7 @@ def test_equals_upstream(condition, batch, guidance):
     ],
     ids=str,
 )
-def test_equals_upstream_whatever_the_arguments(arguments):
+def test_equals_upstream_for_all_arguments(arguments):
     compare(**arguments)
 
 
@@ -107,7 +107,7 @@ def test_equals_upstream_whatever_the_arguments(arguments):
     ],
     ids=str,
 )
-def test_equals_upstream_whatever_the_model(config):
+def test_equals_upstream_for_all_models(config):
     compare(tiny_far(**config), chunk_partition=[1, 1, 2, 1, 1])
 
 
@@ -124,7 +124,7 @@ def test_several_videos_of_a_prompt_equal_upstream():
 # Upstream's key padding
 
 
-def test_padding_keys_makes_no_difference_where_there_is_none():
+def test_pad_keys_changes_nothing_without_padding():
     padded, bare = (far_pad([1, 1, 2], 16, 32, pad_keys) for pad_keys in (True, False))  # 128 tokens a frame
     assert torch.equal(padded, bare)
     padded, bare = (far_pad([1, 1, 2], 8, 12, pad_keys) for pad_keys in (True, False))
@@ -138,7 +138,7 @@ def far_pad(partition, height, width, pad_keys):
 
 
 def training_flow(transformer, chunks, noisy, timestep, next_timestep, text):
-    """Flow of `noisy` behind clean chunks, by the forward that the model is trained with."""
+    """Flow of `noisy` behind clean chunks, by the forward of the training."""
     partition = [each.shape[2] for each in [*chunks, noisy]]
     everything = torch.cat([*chunks, noisy], dim=2)
     num_compressed = sum(partition[: max(len(partition) - transformer.config.full_chunk_limit, 0)])
@@ -170,8 +170,8 @@ def cached_flow(transformer, chunks, noisy, timestep, next_timestep, text, pad_k
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 5])
-def test_without_padding_the_flow_is_that_of_training(num_chunks):
-    """The mask of the training forward leaves padding out."""
+def test_flow_without_padding_equals_training(num_chunks):
+    """The mask of the training forward excludes padding."""
     transformer, (*chunks, noisy) = tiny_far(), far_noise(2 * num_chunks).split(2, dim=2)
     arguments = (transformer, chunks, noisy, 800.0, 400.0, randn(1, TEXT_LENGTH, TEXT_DIM))
     trained = training_flow(*arguments)
@@ -222,8 +222,8 @@ def partition_of(pipe, **arguments):
     return sizes
 
 
-def test_a_long_video_goes_beyond_the_models_own_table_of_positions():
-    """Upstream ends at `rope_max_seq_len`."""
+def test_long_video_exceeds_the_models_position_table():
+    """Upstream stops at `rope_max_seq_len`."""
     arguments = {"prompt_embeds": embeds(), "chunk_partition": [2] * 6, "num_inference_steps": 1}
     long, short = (
         far_pipeline(tiny_far(rope_max_seq_len=length))(
@@ -238,7 +238,7 @@ def test_a_long_video_goes_beyond_the_models_own_table_of_positions():
 
 
 def tokens_read(num_chunks, **settings):
-    """For each chunk: tokens that its context pass encodes, and tokens that its first step attends to."""
+    """For each chunk: the tokens that its context pass encodes, and the tokens that its first step reads."""
     pipe, encoded, read = far_pipeline(), [], []
 
     def watch(module, args, kwargs):
@@ -280,7 +280,7 @@ def test_a_wide_window_changes_no_bit():
 # What Wan rollouts can do
 
 
-def test_flowmo_guides_the_first_chunk_that_is_generated():
+def test_flowmo_guides_the_first_generated_chunk():
     arguments = {"prompt_embeds": embeds(), "chunk_partition": [3, 3, 3, 3], "num_inference_steps": 2}
     arguments |= {"latents": far_noise(12), "output_type": "latent", "method": "plain"}
     arguments |= {"video_latents": randn(1, 3, 4, 8, 12)}
@@ -292,7 +292,7 @@ def test_flowmo_guides_the_first_chunk_that_is_generated():
 
 
 @pytest.mark.parametrize("stock", ["FlowMatchLCMScheduler", "FlowMatchEulerDiscreteScheduler"])
-def test_other_schedulers_serve(stock):
+def test_other_schedulers_work(stock):
     import diffusers
 
     pipe = TokenTrimPipeline(None, None, tiny_far(), None, getattr(diffusers, stock)(shift=5.0))
@@ -302,7 +302,7 @@ def test_other_schedulers_serve(stock):
 
 
 def test_backend_of_the_transformer_is_used():
-    """Upstream's flex attention is only what it starts with."""
+    """Upstream's flex attention is only the default."""
     arguments = {"prompt_embeds": embeds(), "chunk_partition": [1, 2, 2, 2], "num_inference_steps": 1}
     arguments |= {"latents": far_noise(7), "output_type": "latent", "method": "plain"}
     transformer = tiny_far()

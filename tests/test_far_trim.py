@@ -1,4 +1,4 @@
-"""Trimming AnyFlow-FAR: what is evicted from both parts of its context stays away, and nothing else changes."""
+"""Trimming AnyFlow-FAR: evicted tokens leave both parts of its context, and nothing else changes."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def held_parts(backbone):
 
 
 def roll_far(pipe, partition, latents, text=None, **settings):
-    """The output, and after each generated chunk what the cache of video 0 holds: full and compressed tokens."""
+    """The output, and the tokens of video 0 in the cache after each generated chunk: full and compressed."""
     held = []
 
     def on_chunk(index, chunk, decisions):
@@ -77,7 +77,7 @@ def compare(transformer, partition=PARTITION, num_given=0, protect=True, guided=
     ],
     ids=str,
 )
-def test_rollout_equals_the_whole_history_written_out(settings):
+def test_rollout_equals_the_written_out_history(settings):
     output, held = compare(tiny_far(), **settings)
     assert bool(triggers(output.decisions[0])) == ("method" not in settings)
 
@@ -85,7 +85,7 @@ def test_rollout_equals_the_whole_history_written_out(settings):
 @pytest.mark.parametrize(
     "config", [{"full_chunk_limit": 2}, {"full_chunk_limit": 5}, {"deltatime_type": "t-r"}], ids=str
 )
-def test_rollout_of_other_models_equals_the_whole_history_written_out(config):
+def test_rollout_of_other_models_equals_the_written_out_history(config):
     output, _ = compare(tiny_far(**config), **EAGER)
     assert triggers(output.decisions[0])
 
@@ -100,7 +100,7 @@ def steady(num_chunks, batch=1):
 
 
 def corrupting(pipe, chunks, first=0):
-    """A callback that spoils the full tokens CORRUPT of some chunks when they are finished, at every attempt."""
+    """A callback that spoils the full tokens CORRUPT of some finished chunks, at every attempt."""
 
     def callback(pipe, step, timestep, tensors):
         latents = tensors["latents"].clone()
@@ -118,7 +118,7 @@ def by_frame(tokens):
 
 
 def test_a_corrupt_region_is_evicted_from_both_parts_of_the_cache():
-    """Chunk by chunk: chunk 3 is spoilt, so what earlier chunks hold at its place goes, and stays away for good."""
+    """Chunk 3 is spoilt, so earlier chunks lose their tokens at its place for good."""
     pipe = far_pipeline()
     output, held = roll_far(pipe, [2] * 8, steady(8), prune_fraction=0.125, callback_on_step_end=corrupting(pipe, [3]))
     assert triggers(output.decisions[0]) == [3] and output.decisions[0][3]["tokens"] == sorted(CORRUPT)
@@ -145,7 +145,7 @@ def test_a_corrupt_region_is_evicted_from_both_parts_of_the_cache():
 
 
 def test_evictions_of_a_compressed_token_add_up():
-    """One full token of four is evicted, later another: then half are gone."""
+    """One full token of four is evicted, later another: then half have left."""
     backbone = FARBackbone(tiny_far(full_chunk_limit=2), grid=(4, 6), num_videos=1)
 
     def commit():
@@ -195,7 +195,7 @@ def test_conditioning_frames_are_protected(kind, protect):
 
 @pytest.mark.parametrize("settings", [{}, {"drift_signal": "first_step"}, {"window_size": 8}], ids=str)
 def test_a_batch_equals_single_runs(settings):
-    """Only the second video is spoilt: it alone is generated again, and its rows alone are pruned."""
+    """Only the second video is spoilt, so only this video is regenerated and pruned."""
     transformer, latents, text = tiny_far(), steady(8, batch=2), embeds(2)
     settings = {"guidance_scale": 2.0, **EAGER, **settings}
     negative = embeds(2, seed=5)
@@ -223,8 +223,8 @@ def test_a_gate_that_never_triggers_changes_no_bit():
     assert torch.equal(shut.frames, open_.frames)
 
 
-def test_a_chunk_is_not_generated_again_where_nothing_can_leave():
-    """All frames are sink."""
+def test_chunk_is_not_regenerated_if_nothing_can_leave():
+    """All frames belong to the sink."""
     trimmed, plain = (
         roll_far(far_pipeline(), PARTITION, far_noise(14, seed=3), num_sink_frames=14, **settings)[0]
         for settings in (EAGER, {"method": "plain"})
@@ -233,8 +233,8 @@ def test_a_chunk_is_not_generated_again_where_nothing_can_leave():
     assert torch.equal(trimmed.frames, plain.frames)
 
 
-def test_a_context_without_any_token_is_as_if_there_was_none():
-    """Attention over nothing but masked keys, in the context pass of a chunk that lost all, makes no NaN."""
+def test_empty_context_equals_no_context():
+    """Attention over masked keys only, in the context pass of a chunk that lost all tokens, gives no NaN."""
     transformer, text = tiny_far(), embeds(2)
     *chunks, noisy = far_noise(10, batch=2).split(2, dim=2)
     times = torch.tensor([[800.0], [400.0]])

@@ -1,5 +1,5 @@
-"""Training-free methods of the field as layouts: which frames each pass reads at which position, by hand; and what holds
-for every layout that has a name."""
+"""Training-free methods of the field as layouts: frames and positions of each pass, written out by hand, and rules for
+every named layout."""
 
 import math
 
@@ -55,7 +55,7 @@ def test_every_name_is_tested():
 
 
 def views(layout, num_chunks, events=None, num_steps=1):
-    """The views of each chunk's passes, by kind: what a rollout asks of a layout, on frame numbers alone."""
+    """The views of each chunk's passes, by kind, computed from frame numbers as a rollout asks for them."""
     layout, held, passes = make_layout(layout), [], []
     for chunk in range(num_chunks):
         new, event = list(range(CHUNK * chunk, CHUNK * chunk + CHUNK)), (events or {}).get(chunk)
@@ -78,7 +78,8 @@ def views(layout, num_chunks, events=None, num_steps=1):
 
 
 def table(view):
-    """`frame@position` of what is read, its own keys behind a bar, and the queries where they stand elsewhere."""
+    """`frame@position` of the frames that are read, then a bar and the keys of the pass, and query positions if they
+    differ."""
     past = " ".join(f"{frame}@{position}" for frame, position in zip(view.frames, view.positions))
     own = " ".join(map(str, view.own_positions))
     queries = view.query_positions
@@ -174,7 +175,7 @@ TABLES = [
 
 
 @pytest.mark.parametrize(("layout", "events", "chunk", "kind", "expected"), TABLES)
-def test_what_a_pass_reads_and_where(layout, events, chunk, kind, expected):
+def test_views_equal_the_written_out_frames_and_positions(layout, events, chunk, kind, expected):
     assert table(views(layout, chunk + 1, events)[chunk][kind]) == expected
 
 
@@ -194,7 +195,7 @@ def test_what_a_pass_reads_and_where(layout, events, chunk, kind, expected):
         ({"attention_bias": {"window_size": 9}}, 5, "commit", None),
     ],
 )  # fmt: skip
-def test_what_the_past_weighs(layout, chunk, kind, weights):
+def test_weights_of_the_past_equal_the_written_out_ones(layout, chunk, kind, weights):
     found = views(layout, chunk + 1, num_steps=4)[chunk][kind].log_weights
     assert found == (None if weights is None else pytest.approx(weights))
 
@@ -220,8 +221,8 @@ def test_a_renewed_sink_is_safe_from_eviction():
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_nothing_that_is_read_was_let_go(name):
-    """And the window is what it says, at every chunk."""
+def test_frames_that_are_read_are_held(name):
+    """And the window has the stated size, at every chunk."""
     layout = make_layout(SMALL[name])
     for passes in views(layout, 12):
         for view in passes.values():
@@ -231,8 +232,8 @@ def test_nothing_that_is_read_was_let_go(name):
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name not in ("attention_bias", "recency", "tame")])
-def test_while_all_frames_fit_nothing_changes(name):
-    """Where nothing has left, and nothing is weighted, every layout reads everything where it is."""
+def test_layouts_equal_plain_while_all_frames_fit(name):
+    """If no frame has left and no weights apply, every layout reads everything at its own position."""
     ((kind, settings),) = SMALL[name].items()
     settings = {**settings, "window_size": 15, **({"commit_window_size": 15} if name == "commit_forcing" else {})}
     expected = roll(latent_pipeline(), noise(5), method="plain", layout=Layout()).frames
@@ -240,7 +241,7 @@ def test_while_all_frames_fit_nothing_changes(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_layout_changes_the_video_and_leaves_the_pipeline_alone(name):
+def test_layout_changes_the_video_and_not_the_pipeline(name):
     pipe = latent_pipeline()
     before = roll(pipe, noise(7), method="plain").frames
     other = roll(pipe, noise(7), method="plain", layout=SMALL[name]).frames
@@ -249,8 +250,8 @@ def test_a_layout_changes_the_video_and_leaves_the_pipeline_alone(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_batch_equals_its_singles(name):
-    """Trimmed at different chunks, so that the videos hold different tokens."""
+def test_a_batch_equals_single_runs(name):
+    """Videos are trimmed at different chunks, so they hold different tokens."""
     latents, text, settings = steady_noise(8, [4, 6]), embeds(2), {"method": EAGER, "layout": SMALL[name]}
     both = roll(latent_pipeline(), latents, prompt_embeds=text, **settings)
     assert triggers(both.decisions[0]) != triggers(both.decisions[1])
@@ -263,7 +264,7 @@ def test_a_batch_equals_its_singles(name):
 
 @pytest.mark.parametrize("method", [EAGER, {"quarantine": {"sensitivity": 0.0}, "reanchor": {}}], ids=["trim", "plus"])
 @pytest.mark.parametrize("name", SMALL)
-def test_a_run_that_was_saved_goes_on_to_the_same_bits(name, method, tmp_path):
+def test_saved_run_resumes_to_the_same_bits(name, method, tmp_path):
     call = {
         "latents": steady_noise(8, [5]),
         "prompt_embeds": embeds(),
@@ -290,7 +291,7 @@ def test_a_run_that_was_saved_goes_on_to_the_same_bits(name, method, tmp_path):
 
 @pytest.mark.parametrize("transition", ["keep", "recache", "flush", "cut"])
 @pytest.mark.parametrize("name", SMALL)
-def test_transitions_are_served_or_refused_with_the_reason(name, transition):
+def test_transitions_work_or_raise_with_the_reason(name, transition):
     layout = SMALL[name]
     call = {
         "prompt_schedule": {0: embeds(), 5: embeds(seed=9)},
@@ -305,7 +306,7 @@ def test_transitions_are_served_or_refused_with_the_reason(name, transition):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_rolling_forcing_and_far_are_served_or_refused_with_the_reason(name):
+def test_rolling_forcing_and_far_work_or_raise_with_the_reason(name):
     rolling = {"rollout": "rolling_forcing", "num_inference_steps": 2, "layout": SMALL[name]}
     far = {"prompt_embeds": embeds(), "num_inference_steps": 1, "output_type": "latent", "layout": SMALL[name]}
     calls = (
@@ -351,6 +352,6 @@ def test_rolling_forcing_and_far_are_served_or_refused_with_the_reason(name):
     ],
     ids=str,
 )
-def test_bad_settings_are_refused(layout, error, message):
+def test_bad_settings_raise(layout, error, message):
     with pytest.raises(error, match=message):
         roll(latent_pipeline(), noise(3), layout=layout)

@@ -107,19 +107,19 @@ def test_pictures_follow_their_exif_orientation(orientation, tmp_path):
         (RAMP.astype(np.int32), "does not say which level is white"),
     ],
 )
-def test_levels_without_a_known_white_are_refused(levels, message):
+def test_levels_without_a_known_white_raise(levels, message):
     with pytest.raises(ValueError, match=message):
         as_rgb(Image.fromarray(levels))
 
 
 @pytest.mark.parametrize("name, form", [("x.png", "BMP"), ("x.jpg", "TIFF"), ("x.webp", "GIF"), ("x.png", "PPM")])
-def test_pictures_in_other_formats_are_refused_whatever_their_name(name, form, tmp_path):
+def test_pictures_in_other_formats_raise(name, form, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / name, format=form)
     with pytest.raises(ValueError, match=f"{name} is no complete picture in PNG, JPEG, WEBP format"):
         open_picture(tmp_path / name)
 
 
-def test_pictures_with_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
+def test_pictures_with_too_many_pixels_raise_before_decoding(tmp_path):
     Image.new("1", (20000, 20000)).save(tmp_path / "0.png")  # Pillow itself would refuse it
     Image.new("1", (8192, 8192)).save(tmp_path / "1.png")
     for name in ("0.png", "1.png"):
@@ -184,7 +184,7 @@ def test_hidden_system_files_are_ignored(tmp_path):
     assert find_videos([tmp_path]) == [pictures] and len(list(read_frames(pictures))) == 24
 
 
-def test_a_path_that_is_neither_file_nor_folder_is_refused(tmp_path):
+def test_path_that_is_neither_file_nor_folder_raises(tmp_path):
     os.mkfifo(tmp_path / "x.mp4")
     with pytest.raises(ValueError, match="x.mp4 is neither a file nor a folder"):
         find_videos([tmp_path / "x.mp4"])
@@ -194,7 +194,7 @@ def test_a_path_that_is_neither_file_nor_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.mp4", "x.mov", "x.mkv", "x.webm", "x.avi", "x.gif", "x.webp", "-x %d 'y' ü.mp4"])
-def test_formats_of_videos(name, tmp_path, caplog):
+def test_every_video_format_decodes(name, tmp_path, caplog):
     path = make_video(tmp_path / name, *(["-c:v", "libwebp_anim"] if name == "x.webp" else []))
     frames = list(read_frames(path))
     assert len(frames) == 48 and all(frame.shape == (64, 96, 3) for frame in frames)
@@ -261,7 +261,7 @@ PLAYLISTS = {
 
 @pytest.mark.parametrize("form", PLAYLISTS)
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "gif"])
-def test_a_file_that_names_other_files_is_refused(form, ending, tmp_path, capsys):
+def test_playlist_raises(form, ending, tmp_path, capsys):
     private = make_video(tmp_path / "private.mp4", "-movflags", "+frag_keyframe+empty_moov")
     (tmp_path / f"x.{ending}").write_text(PLAYLISTS[form].format(private))
     start = time.monotonic()
@@ -282,7 +282,7 @@ def test_a_name_is_never_a_pattern_or_an_address(tmp_path, monkeypatch):
 # Limits
 
 
-def test_frames_with_too_many_pixels_are_refused(tmp_path):
+def test_frames_with_too_many_pixels_raise(tmp_path):
     """Within the memory of a small video."""
     ffmpeg(
         "-f",
@@ -328,7 +328,7 @@ def list_decoders():
     return pids
 
 
-def test_the_decoder_ends_with_its_reader(tmp_path):
+def test_decoder_ends_with_its_reader(tmp_path):
     path = make_video(tmp_path / "x.mp4", "-vf", "scale=1920:1280")
     frames = read_frames(path)
     next(frames)

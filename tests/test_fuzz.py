@@ -1,5 +1,8 @@
-"""Random calls: each works and tells of itself consistently, or is refused with the name of an argument; whatever happens,
-the pipeline is as new afterwards. `make fuzz EXAMPLES=20000` for more of them."""
+"""Random calls. Each works and reports consistently, or raises with the name of an argument, and leaves the pipeline
+as new.
+
+`make fuzz EXAMPLES=20000` runs more of them.
+"""
 
 import inspect
 import json
@@ -52,7 +55,7 @@ def far():
 
 
 class Fuzzed:
-    """A pipeline that is used again and again, and what it gives to a call that never changes."""
+    """A pipeline that is used many times, and its output for a call that never changes."""
 
     def __init__(self, name):
         self.pipe = PIPELINES[name]()
@@ -87,13 +90,13 @@ fuzzed = cache(Fuzzed)
 
 
 def mostly(good, bad=()):
-    """One of the good values; one in eight times a bad one."""
+    """A good value, or a bad one in one of eight cases."""
     good = good if isinstance(good, st.SearchStrategy) else st.sampled_from(good)
     return st.integers(0, 7).flatmap(lambda pick: st.sampled_from(bad) if bad and pick == 0 else good)
 
 
 class Callback:
-    """One of a user's own, which does something at its call number `at`."""
+    """A user's callback that acts at its call number `at`."""
 
     def __init__(self, does, at):
         self.does, self.at, self.calls = does, at, 0
@@ -261,7 +264,7 @@ def test_every_argument_is_fuzzed():
 
 
 def is_refusal(error):
-    """It names an argument, in a line that a terminal shows."""
+    """Whether the error names an argument, in one readable line."""
     told = re.findall(r"`(\w+)", str(error))
     assert set(told) & KNOWN or re.search(r"chunk \d+: ", str(error)), repr(error)
     assert len(str(error)) < 700 and "\n" not in str(error), repr(error)
@@ -286,7 +289,7 @@ def is_consistent(pipe, plan, output, interrupted):
 
 
 def run(pipe, call, mode):
-    """The output of a call, in one way or another."""
+    """The output of a call, through one of several entry points."""
     if mode == "stream":
         with pipe.stream(**{**call, "return_dict": True}) as stream:
             return [chunk for chunk, _ in zip(stream, range(3))]
@@ -335,7 +338,7 @@ def sabotage(pipe, mode):
     suppress_health_check=list(HealthCheck),
 )
 @given(st.sampled_from(sorted(PIPELINES)), calls, st.sampled_from(MODES))
-def test_a_call_works_or_says_which_argument_is_wrong(name, given_arguments, mode):
+def test_call_works_or_names_the_wrong_argument(name, given_arguments, mode):
     this = fuzzed(name)
     pipe, call = this.pipe, {**CALL, **given_arguments}
     if call["num_frames"] is None and mode != "stream":

@@ -1,4 +1,4 @@
-"""`tokentrim generate` and `examples/generate.py`, as their users start them."""
+"""`tokentrim generate` and `examples/generate.py`, as users start them."""
 
 import itertools
 import json
@@ -56,9 +56,9 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_many_prompts(here):
-    """Two processes make what one makes, bit by bit; a failure is reported and the rest goes on; a second start does
-    what is left; one prompt with its seed is one of them."""
+def test_several_processes_write_the_files_of_one(here):
+    """Two processes make the same files as one, bit by bit. A failure is reported and the others continue. A second
+    start finishes the rest. A single prompt with its seed gives the same video."""
     (here / "two").mkdir()
     (here / "two" / f".{NAMES[1]}.mp4.lock").mkdir()  # a video cannot be written there
     arguments = ["--prompts", "prompts.txt", "--out", "two", *OPTIONS]
@@ -130,7 +130,7 @@ threading.Thread(target=interrupt, daemon=True).start()
 
 
 def start_here(nursery, folder, *arguments, interrupt=None):
-    """`tokentrim generate`: exit code, stdout, and what is said on stderr."""
+    """`tokentrim generate`: exit code, stdout and stderr."""
     script = "" if interrupt is None else INTERRUPT.format(log=interrupt[0], lines=interrupt[1])
     script += f"import sys\nsys.argv = ['tokentrim', 'generate', *{list(arguments)}]\n"
     script += "from tokentrim.tools.cli import main\ntry:\n    print('exit', main())\n"
@@ -138,7 +138,7 @@ def start_here(nursery, folder, *arguments, interrupt=None):
     return int(printed.split()[-1]), printed, "\n".join(said)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_files(here):
+def test_interrupted_run_resumes_to_the_same_files(here):
     (here / "schedule.json").write_text(json.dumps({"2": PROMPTS[2], "6": PROMPTS[3]}))
     options = [
         PROMPTS[0],
@@ -174,7 +174,7 @@ def test_an_interrupted_run_goes_on_to_the_same_files(here):
         assert "0 to generate, 1 there already" in start_here(nursery, here, "--state-dir", "a run", "--resume")[2]
 
 
-def test_a_video_without_an_end_is_complete_at_ctrl_c(here):
+def test_endless_video_is_complete_after_ctrl_c(here):
     with Nursery(HF_HUB_OFFLINE="1") as nursery:
         options = [PROMPTS[0], *OPTIONS, "--num-frames", "endless"]
         done = start_here(nursery, here, *options, "--out", "x.mp4", interrupt=("x.growing.jsonl", 3))
@@ -213,7 +213,7 @@ def test_a_video_is_complete_only_if_it_plays_to_its_last_frame(tmp_path):
 
 
 def test_the_long_video_of_the_examples(tmp_path):
-    """Short: 12 chunks, cut by Ctrl-C and started again."""
+    """A short one: 12 chunks, stopped by Ctrl-C and started again."""
     script = "import runpy, sys\nsys.argv = ['long_video.py', '--out', 'x.mp4', '--state-dir', 'run', {}]\n"
     script += f"runpy.run_path({str(SCRIPT.with_name('long_video.py'))!r}, run_name='__main__')"
     stops = INTERRUPT.format(log="x.jsonl", lines=3) + script.replace("runpy.run_path", "try:\n    runpy.run_path")
@@ -264,7 +264,7 @@ def ended(pid):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_killed_at_any_step_what_is_done_is_whole_and_the_rest_is_made_at_the_next_start(resume, here):
+def test_generate_killed_at_any_step_keeps_whole_videos_and_finishes_later(resume, here):
     def jobs(name):
         settings = {"num_frames": 21, "window_size": 9, "num_videos_per_prompt": 2}
         return [Job(PROMPTS[0], 3, here / name / "x.mp4", settings, here / name / "run" if resume else None)]
@@ -292,7 +292,7 @@ def test_two_processes_on_one_folder_make_each_video_once(here):
         verify(job.path, [9, 12])
 
 
-def test_a_video_that_finds_no_room_is_told_and_made_at_the_next_start(here, capfd):
+def test_full_disk_is_reported_and_retried(here, capfd):
     def job(name):
         return Job(PROMPTS[0], 0, here / name / "x.mp4", {"num_frames": 69, "window_size": 9})
 
@@ -317,7 +317,7 @@ def test_seeds_do_not_depend_on_the_number_of_prompts(tmp_path):
     assert [(job.seed, job.path.stem) for job in jobs] == list(zip((5, 7, 8), NAMES))
 
 
-def test_lines_without_words_are_told(tmp_path):
+def test_empty_prompt_lines_are_reported(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa red circle\r\n\r\n---\r\nein grüner Kreis\u2028mit Rand\r\n".encode())
     jobs, note = read_jobs(file, tmp_path, 0, {})
@@ -356,7 +356,7 @@ JOB = Job("a red circle", 3, Path("x.mp4"), {"prune_fraction": 0.1, "prompt_sche
     ],
     ids=str,
 )
-def test_a_video_of_something_else_is_not_there_already(other, different, tmp_path, monkeypatch):
+def test_finished_video_of_another_call_raises(other, different, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = {"job": JOB, "fps": 16, "dtype": "float32", "checkpoint": "world", "weights": "a"}
     write_record(Path("x.json"), make_record(**made))
@@ -373,7 +373,7 @@ def test_a_video_of_something_else_is_not_there_already(other, different, tmp_pa
         check_records([JOB], [make_record(**made)])
 
 
-def test_a_fingerprint_tells_checkpoints_apart(here):
+def test_fingerprint_distinguishes_checkpoints(here):
     folder = here / "checkpoint"
     ours = fingerprint_folder(folder)
     shutil.copytree(folder, here / "copy")
@@ -386,7 +386,7 @@ def test_a_fingerprint_tells_checkpoints_apart(here):
         (folder / name).write_bytes(content)
 
 
-def test_what_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, capsys):
+def test_unwritable_output_is_reported_before_loading(tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "world").mkdir()
@@ -411,14 +411,14 @@ def test_what_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, caps
     ],
     ids=str,
 )
-def test_configs_that_make_no_video_are_told_at_once(settings, message, tmp_path, capsys):
+def test_invalid_configs_are_reported_at_once(settings, message, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     out = ["--out", str(tmp_path / "x.mp4"), "--config", str(tmp_path / "config.json")]
     assert main(["generate", "a prompt", *out, *SHARED]) == 1
     assert re.fullmatch(f"tokentrim generate: error: {message}\\.\n", capsys.readouterr().err)
 
 
-def test_later_settings_count(here):
+def test_later_settings_override_earlier_ones(here):
     settings = read_settings([here / "rollout.json", here / "trim.json"])
     assert settings == {"window_size": 9, "num_frames": 33, "drift_sensitivity": 0.0, "warmup_chunks": 1}
     (here / "trim.json").write_text("\ufeff{}")
@@ -429,7 +429,7 @@ def test_later_settings_count(here):
             read_settings([here / "bad.json"])
 
 
-def test_schedules_have_chunks(here):
+def test_schedule_keys_are_chunks(here):
     (here / "schedule.json").write_text('{"4": "a", "20": "b"}')
     assert read_schedule(here / "schedule.json") == {4: "a", 20: "b"}
     for content in ('["a"]', '{"four": "a"}', "{"):
@@ -490,7 +490,7 @@ SHARED = ["--checkpoint", "nowhere"]
         (["a prompt", "--out", "a.mp4", *SHARED, "--negative-prompt", "blue", "--guidance-scale", "1"], "above 1"),
     ],
 )
-def test_wrong_usage(arguments, message, capsys, tmp_path, monkeypatch):
+def test_wrong_usage_exits_with_2(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         main(["generate", *arguments])
@@ -498,7 +498,7 @@ def test_wrong_usage(arguments, message, capsys, tmp_path, monkeypatch):
     assert end.value.code == 2 and message in said and said.count("\n") == 1
 
 
-def test_options_count_more_than_files(here, monkeypatch, capsys):
+def test_options_override_files(here, monkeypatch, capsys):
     jobs = []
     monkeypatch.setattr("tokentrim.tools.generate.generate_missing", lambda listed, *_, **__: jobs.extend(listed) or 0)
     (here / "method.json").write_text(json.dumps({"method": "paper", "num_frames": 33, "window_size": 9}))
@@ -516,7 +516,7 @@ def test_options_count_more_than_files(here, monkeypatch, capsys):
     assert first.startswith(f"{Path.cwd() / 'a.mp4'}: 9 frames (0.6 s), method plain, checkpoint ")
 
 
-def test_files_that_are_missing(tmp_path, capsys):
+def test_missing_files_are_reported(tmp_path, capsys):
     none = str(tmp_path / "none")
     assert main(["generate", "--state-dir", none, "--resume"]) == 1
     assert f"must be the folder of a run to resume, but {none} does not exist" in capsys.readouterr().err

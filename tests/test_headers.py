@@ -40,7 +40,7 @@ CONFIG = {
 
 
 def write_sharded(folder, weights, num_shards=3, write=save_file):
-    """As `save_pretrained` does; returns the index."""
+    """Write like `save_pretrained`; returns the index."""
     folder.mkdir()
     names, weight_map = list(weights), {}
     for shard in range(num_shards):
@@ -55,7 +55,7 @@ def write_sharded(folder, weights, num_shards=3, write=save_file):
 # Headers
 
 
-def test_headers_of_both_formats_are_those_of_the_tensors(tmp_path):
+def test_headers_of_both_formats_match_the_tensors(tmp_path):
     dtypes = [getattr(torch, name) for name in DTYPES.values()]
     tensors = {str(dtype): torch.zeros(2, 3).to(dtype) for dtype in dtypes}
     save_file(tensors, tmp_path / "x.safetensors")
@@ -87,7 +87,7 @@ class Harmful:
         return os.system, ("touch harmed",)
 
 
-def test_nothing_is_run(tmp_path, monkeypatch):
+def test_reading_runs_no_code_of_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Harmful()}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="tensors alone, .* needs more to be unpickled.*posix.system"):
@@ -108,7 +108,7 @@ def test_sharded_files_are_one_model(tmp_path):
     assert load_original_transformer(index.parent, attention_head_dim=HEAD_DIM).num_parameters() > 20_000
 
 
-def test_sharded_files_that_are_incomplete(tmp_path):
+def test_incomplete_sharded_files_raise(tmp_path):
     index = write_sharded(tmp_path / "sharded", original_weights())
     files = sorted(index.parent.glob("*.safetensors"))
     content = files[1].read_bytes()
@@ -131,7 +131,7 @@ def test_sharded_files_that_are_incomplete(tmp_path):
 # Writing
 
 
-def test_written_files_are_those_of_safetensors(tmp_path):
+def test_written_files_equal_those_of_safetensors(tmp_path):
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
     tensors = {
         f"{name}{number}": torch.randn(3, number + 1).to(dtypes[number]) for name in "ba" for number in range(5)
@@ -154,7 +154,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.slow
 def test_conversion_needs_memory_for_some_tensors(tmp_path):
-    """400 MB in files of 80 MB add less than 160 MB to what Python and PyTorch take."""
+    """400 MB in files of 80 MB add less than 160 MB to the memory of Python and PyTorch."""
     config = {**CONFIG, "attention_head_dim": 12, "num_attention_heads": 64, "ffn_dim": 3000, "text_dim": 32}
     config |= {"in_channels": 4, "out_channels": 4, "num_layers": 10}
     shapes = list_shapes(config)
@@ -177,7 +177,7 @@ def test_conversion_needs_memory_for_some_tensors(tmp_path):
 # The dry run
 
 
-def test_the_dry_run_reads_headers_alone(tmp_path):
+def test_dry_run_reads_only_headers(tmp_path):
     """11 GB in a moment, without PyTorch."""
     path = tmp_path / "longlive_base.safetensors"
     write_sparse(path, {f"model.{name}": shape for name, shape in list_shapes(CONFIG).items()}, "F64", 8)
@@ -211,7 +211,7 @@ def test_memory_is_that_of_the_tensors():
         assert weight_bytes(MODELS[name]) == pytest.approx(2 * num_parameters, rel=0.01)
 
 
-def test_the_dry_run_of_a_file_that_does_not_fit(tmp_path, capsys):
+def test_dry_run_reports_a_file_that_does_not_fit(tmp_path, capsys):
     full_pipeline().save_pretrained(tmp_path / "base")
     torch.save({"generator": original_weights()}, tmp_path / "original.pt")
     arguments = ["convert", str(tmp_path / "original.pt"), "--check", "--base", str(tmp_path / "base")]
@@ -224,7 +224,7 @@ def test_the_dry_run_of_a_file_that_does_not_fit(tmp_path, capsys):
     assert main([*arguments, "--lora", str(tmp_path / "none.pt")]) == 1
 
 
-def test_what_a_conversion_needs(tmp_path, capsys):
+def test_dry_run_reports_memory(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["convert", "original.pt", "--preset", "longlive"])
     assert end.value.code == 2 and "are required: --base, --out" in capsys.readouterr().err

@@ -48,7 +48,7 @@ def change_json(path, **values):
         ("scheduler", {"num_train_timesteps": 10**12}),
     ],
 )
-def test_configs_of_sizes_that_no_model_has_are_refused_before_anything_is_built(config, values, copied, capsys):
+def test_absurd_sizes_raise_before_anything_is_built(config, values, copied, capsys):
     name = "scheduler_config.json" if config == "scheduler" else "config.json"
     check_components("checkpoint", copied)
     change_json(copied / config / name, **values)
@@ -88,7 +88,7 @@ def link_to_secret(folder, place):
 
 
 @pytest.mark.parametrize("place", ["vae/notes.txt", "README.md", "vae/config.json", ".hidden/x", "new/x.txt"])
-def test_links_out_of_a_checkpoint_are_refused(place, copied, tmp_path):
+def test_links_out_of_a_checkpoint_raise(place, copied, tmp_path):
     path, secret = link_to_secret(copied, place)
     path.symlink_to(secret)
     with pytest.raises(ValueError, match=f"`checkpoint` must be a folder of its own files.*{path.name} is a link to"):
@@ -97,7 +97,7 @@ def test_links_out_of_a_checkpoint_are_refused(place, copied, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["..", ".", "../vae", "../../private", "missing", "/dev/zero"])
-def test_links_that_lead_nowhere_good_are_refused(target, copied, tmp_path):
+def test_broken_links_raise(target, copied, tmp_path):
     (tmp_path / "private").mkdir()
     (copied / "vae" / "link").symlink_to(target)
     with pytest.raises(ValueError, match="link is a link to"):
@@ -121,7 +121,7 @@ def test_links_inside_a_checkpoint_and_its_cache_are_followed(checkpoint, tmp_pa
     assert json.loads((tmp_path / "hub" / name).read_text()) == json.loads((checkpoint / name).read_text())
 
 
-def test_links_out_of_a_base_are_refused(copied, tmp_path, capsys):
+def test_links_out_of_a_base_raise(copied, tmp_path, capsys):
     path, secret = link_to_secret(copied, "vae/notes.txt")
     path.symlink_to(secret)
     torch.save(original_weights(), tmp_path / "x.pt")
@@ -196,7 +196,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("case", STATES)
-def test_made_up_states_are_refused_in_a_sentence(case, saved, tmp_path):
+def test_made_up_states_raise_a_sentence(case, saved, tmp_path):
     """Their sums are right, as a stranger would make them."""
     pipe, record, tensors = saved
     plain = json.loads(json.dumps(record["state"]))
@@ -230,7 +230,7 @@ def test_made_up_states_are_refused_in_a_sentence(case, saved, tmp_path):
     ],
     ids=lambda text: text[:12],
 )
-def test_records_that_are_none_are_refused(text, saved, tmp_path):
+def test_invalid_records_raise(text, saved, tmp_path):
     pipe, _, tensors = saved
     (tmp_path / "state-00000002").mkdir()
     (tmp_path / "state-00000002" / "tensors.safetensors").write_bytes(tensors)

@@ -48,7 +48,7 @@ def test_a_room_imports_only_the_rooms_below_it(path):
     assert {room_of(target) for target in targets} <= MAY_IMPORT[room] | {room}
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_imports_have_no_circle():
     imports = {path: relative_imports(path)[0] for path in MODULES}
     free = set()
     while len(free) < len(imports):

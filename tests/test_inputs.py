@@ -1,4 +1,4 @@
-"""Bad input is refused at the door: the message names the argument, and no model runs."""
+"""Bad input raises before any model runs, and the message names the argument."""
 
 import math
 import re
@@ -191,7 +191,7 @@ def show(arguments):
 
 
 @each(BAD)
-def test_bad_argument(arguments, error, name, message):
+def test_bad_argument_raises(arguments, error, name, message):
     refuse(full_pipeline(), {**PROMPT, **arguments}, error, name, message)
 
 
@@ -214,7 +214,7 @@ def test_bad_argument(arguments, error, name, message):
         ({"output_type": "np"}, ValueError, "vae", "latent"),
     ]
 )
-def test_bad_argument_of_a_pipeline_without_text_encoder_and_vae(arguments, error, name, message):
+def test_bad_argument_without_text_encoder_and_vae_raises(arguments, error, name, message):
     size = {"num_frames": 21, "height": 32, "width": 48, "output_type": "latent"}
     refuse(latent_pipeline(), {**EMBEDS, **size, **arguments}, error, name, message)
 
@@ -233,7 +233,7 @@ def test_video_to_continue_needs_a_vae():
         ({"num_inference_steps": 0.5}, TypeError, "num_inference_steps"),
     ],
 )
-def test_bad_setting_of_a_checkpoint(settings, error, name):
+def test_bad_setting_of_a_checkpoint_raises(settings, error, name):
     refuse(full_pipeline(**settings), PROMPT, error, name, str(settings[name]))
 
 
@@ -257,7 +257,7 @@ def unet():
 
 
 @pytest.mark.parametrize("component", [image_to_video_transformer, deep_patch_transformer, unet])
-def test_transformer_that_the_rollout_does_not_know(component):
+def test_unknown_transformer_raises(component):
     pipe = full_pipeline()
     pipe.transformer = component()
     forwards = count_forwards(pipe)
@@ -278,7 +278,7 @@ def test_transformer_that_the_rollout_does_not_know(component):
         ),
     ],
 )
-def test_scheduler_that_does_not_fit(scheduler, arguments, name):
+def test_unfit_scheduler_raises(scheduler, arguments, name):
     refuse(full_pipeline(scheduler()), {**PROMPT, **arguments}, ValueError, name, "")
 
 
@@ -287,8 +287,8 @@ BAD_NOISE = [(noise(2), ValueError), (noise(1)[0], ValueError), (noise(1) * math
 
 @pytest.mark.parametrize("value, error", BAD_NOISE, ids=["frames", "ndim", "nan", "None"])
 @pytest.mark.parametrize("at, expected_forwards", [((0, 0), 1), ((1, 0), 4)], ids=str)
-def test_renoise_that_returns_no_fitting_noise(at, expected_forwards, value, error):
-    """Refused when it is drawn, after the forward of that step and before another; then the processors are back."""
+def test_renoise_with_wrong_noise_raises(at, expected_forwards, value, error):
+    """It raises when the noise is drawn, after the forward of that step, and restores the processors."""
     pipe, forwards = latent_pipeline(scheduler=FlowMatchLCMScheduler(shift=5.0)), []
     pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
     before = processors(pipe.transformer)
@@ -298,8 +298,8 @@ def test_renoise_that_returns_no_fitting_noise(at, expected_forwards, value, err
     assert len(forwards) == expected_forwards
 
 
-def test_checks_draw_nothing_set_nothing_and_call_nothing():
-    """A call that is refused leaves generator and schedule as they were, and asks no function of its user."""
+def test_checks_have_no_side_effects():
+    """A refused call changes neither generator nor schedule, and calls no user function."""
     pipe, called, generator = full_pipeline(FlowMatchLCMScheduler(shift=5.0)), [], torch.Generator().manual_seed(0)
     before, timesteps = generator.get_state(), pipe.scheduler.timesteps
     functions = {name: lambda *_: called.append(1) for name in ("renoise", "on_chunk", "callback_on_step_end")}
@@ -309,7 +309,7 @@ def test_checks_draw_nothing_set_nothing_and_call_nothing():
     assert pipe.scheduler.timesteps is timesteps
 
 
-def test_trim_settings_left_out_are_the_papers():
+def test_default_trim_settings_are_the_papers():
     latents = noise(5)
     paper = {
         "prune_fraction": 0.1,
@@ -325,7 +325,7 @@ def test_trim_settings_left_out_are_the_papers():
     assert torch.equal(default.frames, given.frames) and torch.equal(default.frames, in_dict.frames)
 
 
-def test_arguments_at_the_edge_are_fine():
+def test_arguments_at_the_limits_are_accepted():
     edge = {
         "prune_fraction": 0.999,
         "drift_sensitivity": 0,

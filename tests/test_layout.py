@@ -1,4 +1,4 @@
-"""Which past frames a pass reads and where it puts them: by hand, and in the cache that obeys."""
+"""Which past frames a pass reads and at which positions: by hand, and in the cache."""
 
 import logging
 
@@ -58,7 +58,7 @@ DENOISE, COMMIT = Pass("denoise", 0), Pass("commit")
     ],
 )
 def test_window_keeps_the_sink_and_the_newest_frames(window_size, num_sink_frames, sink_at_commit, held, new, kept):
-    """Wherever they stand."""
+    """At all positions."""
     for relative_positions in (False, True):
         layout = WindowLayout(window_size, num_sink_frames, relative_positions, sink_at_commit)
         assert layout.keep(held, new) == kept
@@ -94,7 +94,7 @@ def test_window_views(settings, held, new, pass_, frames, positions, own_positio
     assert WindowLayout(*settings).view(held, new, pass_) == View(frames, positions, own_positions)
 
 
-def test_layout_by_default_keeps_and_reads_everything_where_it_is():
+def test_default_layout_keeps_and_reads_everything():
     layout = Layout()
     assert layout.keep([0, 1, 5], [6, 7]) == [0, 1, 5]
     assert layout.view([0, 1, 5], [6, 7], DENOISE) == View([0, 1, 5], [0, 1, 5], [6, 7])
@@ -146,7 +146,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("layout", "error", "message"), BAD, ids=[case_id(case[0]) for case in BAD])
-def test_bad_layout_is_refused_before_any_model_runs(layout, error, message):
+def test_bad_layout_raises_before_any_model_runs(layout, error, message):
     pipe, forwards = latent_pipeline(), []
     pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
     with pytest.raises(error, match=message):
@@ -157,13 +157,13 @@ def test_bad_layout_is_refused_before_any_model_runs(layout, error, message):
 @pytest.mark.parametrize(
     "setting", [{"window_size": 9}, {"num_sink_frames": 0}, {"relative_positions": False}, {"sink_at_commit": True}]
 )
-def test_settings_of_the_window_beside_a_layout_are_an_error(setting):
+def test_window_settings_beside_a_layout_raise(setting):
     ((name, value),) = setting.items()
     with pytest.raises(ValueError, match=f"`{name}` must be None where `layout` is given, but is {value}"):
         roll(latent_pipeline(), noise(2), layout="window", **setting)
 
 
-def test_a_window_beside_the_layout_of_the_checkpoint_is_an_error():
+def test_window_beside_the_checkpoints_layout_raises():
     pipe, valid = (
         latent_pipeline(layout={"longlive": {}}),
         "`window_size` must be None where `layout` is given, here",
@@ -173,7 +173,7 @@ def test_a_window_beside_the_layout_of_the_checkpoint_is_an_error():
     roll(pipe, noise(2), layout={"window": {"window_size": 9}})
 
 
-def test_a_layout_goes_before_the_window_of_the_checkpoint():
+def test_layout_overrides_the_checkpoints_window():
     pipe = latent_pipeline(window_size=6, num_sink_frames=1, relative_positions=True)
     everything = roll(latent_pipeline(), noise(4)).frames
     assert not torch.equal(roll(pipe, noise(4)).frames, everything)
@@ -191,14 +191,14 @@ def test_a_layout_goes_before_the_window_of_the_checkpoint():
     ],
     ids=str,
 )
-def test_window_arguments_and_a_window_layout_are_the_same(settings):
+def test_window_arguments_equal_a_window_layout(settings):
     expected = roll(latent_pipeline(), noise(6), **settings)
     for layout in ({"window": settings}, WindowLayout(**settings)):
         output = roll(latent_pipeline(), noise(6), layout=layout)
         assert torch.equal(output.frames, expected.frames) and output.decisions == expected.decisions
 
 
-def test_bases_of_a_layout_of_ones_own_are_on_the_pipeline():
+def test_pipeline_has_the_base_classes_of_layouts():
     assert TokenTrimPipeline.Layout is Layout and TokenTrimPipeline.View is View
 
 
@@ -206,7 +206,7 @@ def test_bases_of_a_layout_of_ones_own_are_on_the_pipeline():
 
 
 class Record(WindowLayout):
-    """A window that writes down what it was asked."""
+    """A window that records its calls."""
 
     def __init__(self, *settings):
         super().__init__(*settings)
@@ -238,7 +238,7 @@ def test_layout_is_asked_before_each_chunk_and_at_each_pass():
 
 
 class Bare:
-    """`keep` and `view` and nothing else: the newest chunk alone, at the start of the axis."""
+    """Only `keep` and `view`: the newest chunk, at the start of the axis."""
 
     def keep(self, held, new):
         return held[-CHUNK:]
@@ -247,14 +247,14 @@ class Bare:
         return View(held, range(len(held)), range(len(held), len(held) + len(new)))
 
 
-def test_an_object_with_keep_and_view_alone_serves():
+def test_object_with_keep_and_view_is_a_layout():
     expected = roll(latent_pipeline(), noise(5), window_size=6, relative_positions=True)
     output = roll(latent_pipeline(), noise(5), layout=Bare())
     assert torch.equal(output.frames, expected.frames)
 
 
-def test_what_a_layout_returns_does_not_reach_into_the_cache():
-    """Lists that it is given are its own to change."""
+def test_lists_of_a_layout_do_not_alias_the_cache():
+    """A layout may change the lists that it receives."""
 
     class Careless(Layout):
         def keep(self, held, new):
@@ -272,7 +272,7 @@ def test_what_a_layout_returns_does_not_reach_into_the_cache():
     )
 
 
-def test_a_sink_that_is_not_read_at_commit_changes_what_is_cached():
+def test_sink_not_read_at_commit_changes_the_cache():
     settings = {"window_size": 9, "num_sink_frames": 3}
     read, unread = (
         roll(latent_pipeline(), noise(7), **settings, sink_at_commit=sink_at_commit).frames
@@ -283,7 +283,7 @@ def test_a_sink_that_is_not_read_at_commit_changes_what_is_cached():
     assert not torch.allclose(read[:, :, 4 * CHUNK :], unread[:, :, 4 * CHUNK :], atol=1e-4)
 
 
-def test_frames_of_the_sink_are_safe_from_eviction():
+def test_sink_frames_are_never_evicted():
     cache = RollingKVCache(GRID, ROPE_DIMS, 1, layout=WindowLayout(9, 2), num_protected_frames=1)
     assert cache.num_protected_frames == 2
     write(cache)
@@ -306,7 +306,7 @@ def test_frames_of_the_sink_are_safe_from_eviction():
     ],
     ids=["not held", "own", "positions", "own short", "own long", "queries", "weights", "None", "tuple"],
 )
-def test_wrong_view_names_the_layout_and_the_processors_are_back(view, error):
+def test_wrong_view_names_the_layout_and_restores_processors(view, error):
     class Mine(Layout):
         def view(self, held, new, pass_):
             return view(held, new) if new[0] == CHUNK else super().view(held, new, pass_)
@@ -364,7 +364,7 @@ def test_sink_at_absolute_positions_of_a_long_video_warns(num_frames, settings, 
 
 
 class Fixed(Layout):
-    """One view, for the pass at hand."""
+    """Returns one view for the current pass."""
 
     def __init__(self, **fields):
         self.fields = fields
@@ -383,21 +383,21 @@ def write(cache, seed=0):
 
 
 def attend(cache, query, key, value):
-    """What the processor of a layer makes of the queries, keys and values of a pass."""
+    """The output of a layer's processor for the queries, keys and values of a pass."""
     stock = tiny_transformer().blocks[0].attn1.processor
     keys, values, mask = cache.update(0, key, value)
     return CachedSelfAttnProcessor(cache, 0, stock).attend(cache.rotate_queries(query), keys, values, mask)
 
 
 def written_out(query, keys, values, weights):
-    """Attention, each key counted `weights` times: (rows, seq, heads, head_dim), weights (rows, keys)."""
+    """Attention in which each key counts `weights` times: (rows, seq, heads, head_dim), weights (rows, keys)."""
     scores = (torch.einsum("bqhd,bkhd->bhqk", query, keys) / HEAD_DIM**0.5).exp() * weights[:, None, None, :]
     return torch.einsum("bhqk,bkhd->bqhd", scores / scores.sum(dim=-1, keepdim=True), values)
 
 
 @pytest.mark.parametrize("num_videos", [1, 2])
-def test_log_weights_count_the_keys_of_a_frame_that_many_times(num_videos):
-    """exp(w) of each frame of the past, one for the pass's own; also where videos have lost different tokens."""
+def test_log_weights_equal_repeated_keys(num_videos):
+    """exp(w) for each past frame, 1 for the pass's own frames; also if videos have lost different tokens."""
     log_weights = [0.0, -0.5, 1.0, -2.0, 0.25, 3.0]
     cache = RollingKVCache(GRID, ROPE_DIMS, num_videos, layout=Fixed(log_weights=log_weights))
     (key_a, value_a), (key_b, value_b) = write(cache, 1), write(cache, 2)
@@ -413,7 +413,7 @@ def test_log_weights_count_the_keys_of_a_frame_that_many_times(num_videos):
 
 
 def test_log_weights_belong_to_frames_in_the_order_of_the_view():
-    """Frames out of order, at positions of their own."""
+    """Frames out of order, at other positions."""
     layout = Fixed(frames=[4, 0, 2], positions=[1, 5, 0], own_positions=[6, 7, 8], log_weights=[1.0, -1.0, 0.5])
     cache = RollingKVCache(GRID, ROPE_DIMS, 1, layout=layout)
     pairs = [write(cache, 1), write(cache, 2)]
@@ -428,7 +428,7 @@ def test_log_weights_belong_to_frames_in_the_order_of_the_view():
     torch.testing.assert_close(attend(cache, query, key, value), expected, atol=1e-5, rtol=0)
 
 
-def test_query_positions_move_queries_alone():
+def test_query_positions_move_only_queries():
     query, key, value = randn(3, 1, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
     read = []
     for fields in ({}, {"query_positions": [3, 4, 5]}, {"query_positions": [6, 7, 8]}):
@@ -445,7 +445,7 @@ def test_query_positions_move_queries_alone():
     assert torch.equal(queries, unmoved)
 
 
-def test_weights_of_one_change_nothing_and_of_nearly_nothing_leave_a_frame_out():
+def test_weight_one_changes_nothing_and_tiny_weight_hides_a_frame():
     """In a whole rollout."""
 
     class Weighted(Layout):
@@ -469,7 +469,7 @@ def test_weights_of_one_change_nothing_and_of_nearly_nothing_leave_a_frame_out()
 
 @pytest.mark.parametrize("num_videos", [1, 2])
 def test_a_frame_may_be_read_again_at_another_position(num_videos):
-    """Also where videos have lost different tokens."""
+    """Also if videos have lost different tokens."""
     frames, positions = [4, 0, 4, 5, 0], [1, 5, 2, 0, 3]
     cache = RollingKVCache(GRID, ROPE_DIMS, num_videos, layout=Fixed(frames=frames, positions=positions))
     pairs = [write(cache, 1), write(cache, 2)]

@@ -1,4 +1,4 @@
-"""What layouts rewrite in the memory of one video in one layer: against the rules written out."""
+"""Rewrites of one video's memory in one layer by layouts, against the rules written out."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ ROPE_DIMS = (4, 4, 4)
 
 
 def memory_of(frames, seed=0, gone=()):
-    """Random keys and values of some frames; `gone` are (frame, token) that are not held."""
+    """Random keys and values of some frames; the (frame, token) pairs in `gone` are not held."""
     key, value = randn(2, len(frames), NUM_TOKENS, HEADS, HEAD_DIM, seed=seed)
     held = torch.ones(len(frames), NUM_TOKENS, dtype=torch.bool)
     for frame, token in gone:
@@ -34,7 +34,7 @@ def query_of(seed=9):
 # MemRoPE
 
 
-def test_memrope_averages_what_leaves_over_frames_and_tokens():
+def test_memrope_averages_evicted_frames_and_tokens():
     layout, memory = make_layout("memrope"), memory_of(range(12), gone=[(6, 2)])
     old = memory.key.clone()
     left = torch.cat([old[5], old[6, [0, 1, 3, 4, 5]], old[7]])
@@ -92,7 +92,7 @@ def test_memrope_of_a_subclass_stays_one():
     assert isinstance(plan.layout, Mine) and plan.layout.num_recent_frames == 7
 
 
-def test_memrope_later_moves_each_average_at_its_rate():
+def test_memrope_moves_each_average_at_its_rate():
     layout, memory = make_layout({"memrope": {"slow": 0.25, "fast": 0.5}}), memory_of([0, 1, 2, 3, 4, *range(8, 15)])
     old = memory.value.clone()
     layout.before_chunk(memory, [15, 16, 17], query_of())
@@ -104,7 +104,7 @@ def test_memrope_later_moves_each_average_at_its_rate():
 # Reward Forcing
 
 
-def test_ema_sink_takes_in_each_frame_that_leaves_token_by_token():
+def test_ema_sink_averages_leaving_frames_by_token():
     layout, memory = make_layout({"ema_sink": {"decay": 0.75}}), memory_of([0, 1, 2, *range(6, 12)], gone=[(7, 2)])
     key, value = memory.key.clone(), memory.value.clone()
     layout.before_chunk(memory, [12, 13, 14], query_of())  # frames 6, 7, 8 leave
@@ -115,7 +115,7 @@ def test_ema_sink_takes_in_each_frame_that_leaves_token_by_token():
         assert torch.equal(table[3:], old[3:])
 
 
-def test_ema_sink_stays_while_nothing_leaves():
+def test_ema_sink_is_constant_while_nothing_leaves():
     layout, memory = make_layout("ema_sink"), memory_of(range(6))
     old = memory.key.clone()
     layout.before_chunk(memory, [6, 7, 8], query_of())
@@ -123,8 +123,8 @@ def test_ema_sink_stays_while_nothing_leaves():
 
 
 @pytest.mark.parametrize("partition", [[3] * 6, [1, 3, 3, 3, 3], [2, 1, 3, 2, 1, 3]])
-def test_ema_sink_takes_in_each_frame_once(partition):
-    """Also where chunks differ in size."""
+def test_ema_sink_averages_each_frame_once(partition):
+    """Also if chunks differ in size."""
     layout, held, entered, start = make_layout("ema_sink"), [], [], 0
 
     for size in partition:
@@ -145,7 +145,7 @@ def test_ema_sink_takes_in_each_frame_once(partition):
 # TetherCache
 
 
-def test_tether_admits_by_mass_and_aligns_what_is_admitted():
+def test_tether_admits_by_mass_and_aligns_admitted_frames():
     layout = make_layout({"tether": {"window_size": 12, "diversity": 0.0, "align": 1.0}})
     memory, query = memory_of([*range(8), 8, 9, 10, 11], seed=3), query_of()
     key, value = memory.key.clone(), memory.value.clone()
@@ -166,7 +166,7 @@ def test_tether_admits_by_mass_and_aligns_what_is_admitted():
             )
 
 
-def test_tether_scores_count_diversity():
+def test_tether_scores_include_diversity():
     layout, memory = make_layout({"tether": {"window_size": 12, "diversity": 0.5}}), memory_of(range(12))
     mass, frames = (memory.key[3:11].mean(dim=1) * query_of().mean(dim=0)).sum(-1).mean(-1), list(range(3, 11))
     mass = (mass / HEAD_DIM**0.5).softmax(dim=0)
@@ -175,7 +175,7 @@ def test_tether_scores_count_diversity():
     torch.testing.assert_close(layout.scores(memory, range(3, 11), frames, query_of()), expected)
 
 
-def test_a_place_keeps_its_token_where_the_admitted_frame_has_none():
+def test_place_keeps_its_token_if_the_admitted_frame_has_none():
     layout, query = make_layout({"tether": {"window_size": 12, "align": 0.0}}), query_of()
     memory = memory_of(range(12), gone=[(9, 1)])
     old = memory.key.clone()
@@ -207,13 +207,13 @@ BUDGET = {"deep_sink": {"window_size": 12, "num_sink_frames": 3, "budget": 9}}
 
 
 def selection(memory):
-    """[latent frame, grid token] of what is in the places of frames 3 and 4."""
+    """[latent frame, grid token] of the tokens in the places of frames 3 and 4."""
     places = [(frame, token) for frame in (3, 4) for token in range(NUM_TOKENS)]
     return [(f + int(memory.tag[f, n, 1]), n + int(memory.tag[f, n, 2])) for f, n in places]
 
 
 def test_compression_keeps_the_tokens_that_recent_queries_attend_to_most():
-    """With their time and grid place, whatever place they take."""
+    """With their time and grid place, in whatever place they are stored."""
     layout, memory, query = make_layout(BUDGET), memory_of(range(12)), query_of()
     layout.before_commit(memory, [9, 10, 11], query_of(8))
     key, places = memory.key.clone(), memory.places
@@ -234,7 +234,7 @@ def test_compression_keeps_the_tokens_that_recent_queries_attend_to_most():
     assert selection(memory) == kept  # every second chunk
 
 
-def test_a_token_that_was_selected_seven_times_is_no_candidate():
+def test_token_selected_seven_times_is_not_a_candidate():
     layout, memory = make_layout(BUDGET), memory_of(range(12))
     layout.before_chunk(memory, [12, 13, 14], query_of())
     assert (memory.tag[3:5, :, 0] == 1).all()
@@ -248,7 +248,7 @@ def test_a_token_that_was_selected_seven_times_is_no_candidate():
 # The hooks
 
 
-def test_what_is_not_held_is_not_written_and_rows_are_their_own():
+def test_hooks_write_only_held_tokens_of_their_row():
     book = TokenBook.of_frames([0, 5], NUM_TOKENS, 2)
     book.held = book.held.clone()
     book.held[1, 7] = False  # frame 5, token 1 of the second video
@@ -272,8 +272,8 @@ def test_what_is_not_held_is_not_written_and_rows_are_their_own():
 
 
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.0, "negative_prompt_embeds": embeds(1, 8)}], ids=str)
-def test_hooks_are_called_once_a_chunk_and_layer(settings):
-    """Also where a chunk is generated again, and FlowMo predicts before the first step."""
+def test_hooks_are_called_once_per_chunk_and_layer(settings):
+    """Also if a chunk is regenerated, and if FlowMo predicts before the first step."""
 
     class Counting(Layout):
         def __init__(self):

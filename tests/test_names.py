@@ -17,18 +17,18 @@ def settings(kinds):
     return {name: tuple(inspect.signature(kind).parameters) for name, kind in kinds.items()}
 
 
-def test_methods_and_layouts():
+def test_method_and_layout_names_match_the_registries():
     assert names.METHODS == tuple(METHODS)
     assert names.PARTS == settings({**POLICIES, **HOOKS})
     assert names.LAYOUTS == settings(LAYOUTS)
 
 
-def test_arguments_of_the_call():
+def test_argument_names_match_the_call():
     parameters = set(inspect.signature(TokenTrimPipeline.__call__).parameters) - {"self"}
     assert sorted([*names.ARGUMENTS, *names.OBJECTS]) == sorted(parameters)
 
 
-def test_other_choices():
+def test_other_choices_match_the_code():
     assert (names.ROLLOUTS, names.TRANSITIONS) == (ROLLOUTS, TRANSITIONS)
     assert (names.INDEX, names.FPS) == (checkpoint.INDEX, mp4.FPS)
     assert generate.OFFLOADS == loading.OFFLOADS

@@ -33,7 +33,7 @@ def plan(prompt=PROMPT, **call):
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_a_batch_of_frames_that_does_not_divide_the_prompts_is_named(name, given):
+def test_batch_of_frames_that_does_not_divide_the_prompts_raises(name, given):
     with pytest.raises(ValueError, match=f"^`{name}` must be a batch that divides the 3 videos"):
         plan([PROMPT] * 3, **{name: given})
 
@@ -89,7 +89,7 @@ def test_a_prompt_of_a_batch_may_have_no_change(none):
 
 
 @pytest.mark.parametrize("schedule", [{}, [{1: OTHER}, {}, 3], [{1: OTHER}, {-1: OTHER}], [{1: OTHER}, "x"], "x", 3])
-def test_a_schedule_that_is_none_says_what_to_write(schedule):
+def test_invalid_schedule_says_what_to_write(schedule):
     with pytest.raises((TypeError, ValueError), match="^`prompt_schedule` must be .*(None|dicts)"):
         plan([PROMPT, OTHER], prompt_schedule=schedule)
 
@@ -148,7 +148,7 @@ def test_an_unknown_part_of_a_method_is_named():
 
 @pytest.mark.parametrize("name", ["num_frames", "num_frames_per_chunk", "num_inference_steps", "max_sequence_length"])
 @pytest.mark.parametrize("value", [10**10, 10**18, 2**63])
-def test_sizes_that_no_machine_has_are_refused_at_the_door(name, value):
+def test_absurd_sizes_raise_at_once(name, value):
     with pytest.raises(ValueError, match=f"^`{name}` must be an int from 1 to .*, but is {value}"):
         plan(**{name: value})
 
@@ -193,7 +193,7 @@ def test_a_fraction_is_the_rate_of_its_float_also_after_resuming(tmp_path):
     ],
     ids=lambda settings: " ".join(settings),
 )
-def test_numbers_of_numpy_and_fractions_are_taken_and_saved(settings, tmp_path):
+def test_numpy_numbers_and_fractions_are_accepted_and_saved(settings, tmp_path):
     call = {"latents": noise(5), "prompt_embeds": embeds(), "num_inference_steps": 2, "output_type": "latent"}
     whole = latent_pipeline()(**call, **settings)
     with latent_pipeline().stream(**call, **settings, state_dir=tmp_path) as stream:

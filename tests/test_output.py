@@ -1,4 +1,4 @@
-"""Looking at a run: pictures of what the decisions say."""
+"""Pictures of a run's decisions."""
 
 import base64
 import resource
@@ -35,7 +35,7 @@ def decision(chunk, tokens=(), quarantined=False):
 
 
 def make_output(frames=None):
-    """Two grey videos; the second one lost two tokens at its last chunk."""
+    """Two gray videos; the second one lost two tokens at its last chunk."""
     frames = np.full((2, 8, 16, 32, 3), 0.5) if frames is None else frames
     decisions = [[decision(0), decision(1), decision(2)], [decision(0), decision(1), decision(2, [0, 7])]]
     return TokenTrimPipelineOutput(frames, decisions, GRID, CHUNK_FRAMES)
@@ -115,7 +115,7 @@ def test_save_video(tmp_path):
         make_output().save_video(tmp_path / "no.mp4", fps=0)
 
 
-def test_a_video_that_cannot_be_written_whole_is_told_and_the_file_before_stays(tmp_path):
+def test_failed_save_raises_and_keeps_the_old_file(tmp_path):
     frames = np.random.default_rng(0).random((2, 8, 64, 64, 3))
     path = make_output(frames).save_video(tmp_path / "x.mp4", fps=8, video=0)
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -130,7 +130,7 @@ def test_a_video_that_cannot_be_written_whole_is_told_and_the_file_before_stays(
         make_output(frames).save_video(tmp_path / "x.gif")
 
 
-def test_latents_have_no_frames_to_look_at(tmp_path):
+def test_looking_at_latents_raises(tmp_path):
     output = TokenTrimPipelineOutput(torch.zeros(2, 4, 9, 2, 4), make_output().decisions, GRID)
     output.plot_drift()
     for look in (output.overlay_evictions, output.filmstrip, lambda: output.save_video(tmp_path / "no.mp4")):
@@ -196,7 +196,7 @@ def test_chunks_and_streams_say_what_was_done():
 
 
 @pytest.mark.parametrize("output_type", ["np", "latent"])
-def test_a_run_says_its_grid_and_its_chunks(output_type):
+def test_output_knows_its_grid_and_chunks(output_type):
     pipe = full_pipeline(FlowMatchLCMScheduler(shift=5.0))
     prompt = "a red circle moving right over a blue background"
     output = pipe(prompt, num_frames=45, generator=generators(0), output_type=output_type, drift_sensitivity=0.0)

@@ -1,5 +1,6 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Prompts over time: schedules, and what each transition does to the context, against forwards over all of the past."""
+"""Prompts over time: schedules, and the effect of each transition on the context, against forwards over the whole
+past."""
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ SIGMAS = [1.0, 5 * 0.5 / (1 + 4 * 0.5), 0.0]  # 2 steps, shift 5
 
 
 def flow_with_texts(transformer, parts, texts):
-    """Flow of the last of `parts`, as `placed_flow` has it; each part reads its own text."""
+    """Flow of the last of `parts`, as in `placed_flow`; each part reads its own text."""
     lengths = [latents.shape[2] * NUM_TOKENS for latents, *_ in parts]
     mask = torch.block_diag(*(torch.ones(length, text.shape[1]) for length, text in zip(lengths, texts))).bool()
     stock = [block.attn2.processor for block in transformer.blocks]
@@ -128,8 +129,8 @@ def test_transitions_equal_forwards_over_all_of_the_past(transition, window):
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_the_chunk_after_a_cut_stands_apart(window):
-    """Keys are placed anew in every pass, so that it stands back in line for the chunk after it."""
+def test_chunk_after_a_cut_stands_apart(window):
+    """Keys are placed again in every pass, so later chunks see it in line."""
     cut = compare(4, {3: 8}, "cut", **window)
     flushed = slow_rollout(
         tiny_transformer(),
@@ -188,7 +189,7 @@ def test_a_flush_leaves_the_sink_and_the_last_two_frames(transition, num_sink_fr
 
 
 class Evicts(TokenTrimPipeline.ContextPolicy):
-    """Two tokens of all that chunk 2 could read."""
+    """Evicts two tokens of the past of chunk 2."""
 
     def __init__(self):
         self.index = 0
@@ -202,7 +203,7 @@ class Evicts(TokenTrimPipeline.ContextPolicy):
 
 
 def test_keys_after_recache_are_those_of_one_masked_forward_over_the_window():
-    """Under the new prompt at timestep 0; tokens that were evicted stay so, and nobody sees them."""
+    """Under the new prompt at timestep 0; evicted tokens stay evicted and are not read."""
     states, chunks = caches("recache", at=3, num_chunks=4, method=[Evicts()])
     frames, layers, held = states[3]
     assert frames == list(range(9)) and len(held) == 9 * NUM_TOKENS - 2 * 6
@@ -264,7 +265,7 @@ def test_texts_and_their_embeddings_are_the_same_prompts():
     assert (videos[0] - pipe(PROMPT, **settings()).frames)[:, :, 2 * CHUNK :].abs().max() > 1e-3
 
 
-def test_the_prompt_that_was_there_before_changes_nothing():
+def test_same_prompt_again_changes_nothing():
     pipe = full_pipeline()
     expected = pipe(PROMPT, **settings())
     output = pipe(PROMPT, prompt_schedule={2: PROMPT}, **settings())
@@ -272,7 +273,7 @@ def test_the_prompt_that_was_there_before_changes_nothing():
     assert output.decisions == expected.decisions
 
 
-def test_transitions_by_chunk():
+def test_transitions_may_differ_by_chunk():
     pipe, schedule = full_pipeline(), {1: OTHER, 3: THIRD}
     mixed = pipe(PROMPT, prompt_schedule=schedule, prompt_transition={3: "flush"}, **settings())
     kept = pipe(PROMPT, prompt_schedule=schedule, **settings())
@@ -282,7 +283,7 @@ def test_transitions_by_chunk():
     assert (mixed.frames - flushed.frames)[:, :, CHUNK : 2 * CHUNK].abs().max() > 1e-4
 
 
-def test_videos_with_schedules_of_their_own_equal_single_runs():
+def test_videos_with_separate_schedules_equal_single_runs():
     pipe, schedules = full_pipeline(), [{2: THIRD}, {1: PROMPT, 3: THIRD}]
     trims = {"drift_sensitivity": 0.0, "warmup_chunks": 1}
     output = pipe([PROMPT, OTHER], prompt_schedule=schedules, **settings(seeds=(1, 2), **trims))
@@ -324,7 +325,7 @@ class Told(TokenTrimPipeline.ContextPolicy):
         return {"told": self.times}
 
 
-def test_policies_of_the_videos_that_change_are_told():
+def test_policies_are_notified_of_a_prompt_change():
     for blend_chunks, schedules, expected in (
         (0, [{2: THIRD}, {1: PROMPT, 4: THIRD}], [[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2]]),
         (1, [{2: THIRD}, {4: THIRD}], [[0, 0, 1, 2, 2, 2], [0, 0, 0, 0, 1, 2]]),  # a change in each chunk
@@ -335,7 +336,7 @@ def test_policies_of_the_videos_that_change_are_told():
 
 
 def test_rolling_forcing_changes_with_the_chunks_in_flight():
-    """Chunks in flight go on under the new prompt; the first one that has seen it is the first to differ."""
+    """Chunks in flight continue under the new prompt; the first chunk that has seen it is the first to differ."""
     rolling = {"rollout": "rolling_forcing", "num_inference_steps": 3, "window_size": 15}
     pipe = full_pipeline()
     expected = pipe(PROMPT, **settings(**rolling)).frames
@@ -378,14 +379,14 @@ BAD = [
 
 
 @pytest.mark.parametrize("arguments, error, message", BAD, ids=str)
-def test_schedules_that_are_no_good_are_refused_before_any_step(arguments, error, message):
+def test_invalid_schedules_raise_before_any_step(arguments, error, message):
     pipe = full_pipeline()
     pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the transformer was called"))
     with pytest.raises(error, match=message):
         pipe(PROMPT, **settings(**arguments))
 
 
-def test_only_keep_where_some_videos_stay():
+def test_only_keep_works_if_some_videos_do_not_change():
     pipe = full_pipeline()
     for schedule in ([{1: OTHER}, {2: THIRD}], {1: [OTHER, None]}):
         call = settings(seeds=(1, 2), prompt_schedule=schedule, prompt_transition="flush")

@@ -34,7 +34,7 @@ def stream(pipe=None, **others):
         ("missing/x.mp4", OSError, "`path` must be in an existing folder, but .*missing does not exist"),
     ],
 )
-def test_paths_are_refused_before_anything_runs(name, error, message, prompts, tmp_path):
+def test_bad_paths_raise_before_anything_runs(name, error, message, prompts, tmp_path):
     pipe = full_pipeline()
     output = pipe([PROMPT] * prompts, **settings(1))
     with pipe.stream([PROMPT] * prompts, **settings()) as running:
@@ -61,7 +61,7 @@ def test_decisions_of_something_else_beside_the_video_are_kept(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_chunks_that_are_gone_are_told(tmp_path):
+def test_missing_chunks_are_reported(tmp_path):
     with stream() as running:
         next(running)
         with pytest.raises(ValueError, match="`path` must be given before the first chunk is taken, but 1 of them"):
@@ -69,7 +69,7 @@ def test_chunks_that_are_gone_are_told(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_frame_rate_is_the_models(tmp_path):
+def test_frame_rate_is_the_models(tmp_path):
     pipe = full_pipeline(fps=12)
     assert pipe.fps == 12 and full_pipeline().fps == 16
     running = stream(pipe, num_chunks=1, state_dir=tmp_path / "run")
@@ -85,7 +85,7 @@ def test_the_frame_rate_is_the_models(tmp_path):
 
 
 @pytest.mark.parametrize("fps", [0, -1, 1001, float("nan"), "12", True])
-def test_frame_rates_that_are_none(fps):
+def test_invalid_frame_rates_raise(fps):
     with pytest.raises((TypeError, ValueError), match="`fps` must be"):
         full_pipeline(fps=fps)
 
@@ -138,7 +138,7 @@ def test_a_file_of_other_bytes_is_not_cut_back(name, tmp_path):
     assert path.read_bytes() == content
 
 
-def test_states_of_before_have_no_digest(tmp_path):
+def test_older_states_have_no_digest(tmp_path):
     log = LineWriter(tmp_path / "x.jsonl")
     log.write("{}")
     state = {"bytes": log.state["bytes"]}
@@ -156,7 +156,7 @@ def test_states_of_before_have_no_digest(tmp_path):
 # Stopping, and locks
 
 
-def test_a_stream_that_is_asked_to_finish_ends_after_its_chunk_and_is_saved(tmp_path):
+def test_finished_stream_ends_after_its_chunk_and_is_saved(tmp_path):
     running = stream(num_chunks=4, state_dir=tmp_path / "run", save_every=10)
     chunks = []
     for chunk in running:

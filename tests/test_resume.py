@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""A run that is cut, however, goes on to the bits that it would have had."""
+"""A run that is cut in any way resumes to the same bits."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def killed_pipeline():
 
 
 def killed_call():
-    """Two videos with trims, quarantine, re-anchoring and changes of prompt: all that a state holds."""
+    """Two videos with trims, quarantine, re-anchoring and prompt changes: everything that a state holds."""
     return {
         "prompt": [PROMPT, "a green square"],
         "method": ["tokentrim", "tokentrim_plus"],
@@ -71,7 +71,7 @@ def killed_call():
 
 
 def make_video(folder, save_every=2):
-    """In a child: begin or go on, and say what happens."""
+    """In a child: start or resume, and report."""
     pipe, run = killed_pipeline(), folder / "run"
 
     def on_chunk(index, latents, decisions):
@@ -92,7 +92,7 @@ def make_video(folder, save_every=2):
 
 
 def slow_states():
-    """In a child: a state takes long to be written, and says so."""
+    """In a child: writing a state takes long, and is reported."""
     sync = tokentrim_writing.sync
 
     def slow_sync(path):
@@ -104,7 +104,7 @@ def slow_states():
 
 
 class Child:
-    """A process forked from this one, which has imported everything, and what it says on stdout, line by line."""
+    """A process forked from this one, which has all imports, and its stdout, line by line."""
 
     def __init__(self, *calls):
         reading, writing = os.pipe()
@@ -169,8 +169,8 @@ def tensors_of(value, name=""):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(tmp_path):
-    """At least ten kills in one rollout, three of them and one at least while a state is being written."""
+def test_run_killed_at_random_moments_resumes_to_the_same_bits(tmp_path):
+    """At least ten kills in one rollout, three of them and at least one while a state is written."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
@@ -222,7 +222,7 @@ def limit_files(size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["state", "video"])
-def test_a_full_disk_is_told_and_the_last_state_and_the_video_remain(what, tmp_path):
+def test_full_disk_raises_and_keeps_the_last_state_and_video(what, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
@@ -312,7 +312,7 @@ def assert_same(chunks, expected):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_that_is_cut_goes_on_to_the_same_bits(name, tmp_path):
+def test_cut_run_resumes_to_the_same_bits(name, tmp_path):
     make, call = CASES[name]
 
     def stream(pipe, **others):
@@ -336,13 +336,13 @@ def test_a_run_that_is_cut_goes_on_to_the_same_bits(name, tmp_path):
 
 
 def iter_of(stream, num_chunks):
-    """The first chunks, whether or not there are more."""
+    """The first chunks, whether or not more follow."""
     with stream:
         for _ in range(num_chunks):
             yield next(stream)
 
 
-def test_a_run_can_be_cut_again_and_again(tmp_path):
+def test_run_can_be_cut_repeatedly(tmp_path):
     expected = list(full_pipeline().stream(PROMPT, output_type="latent", **settings(**EAGER)))
     stream, chunks = full_pipeline().stream(PROMPT, output_type="latent", state_dir=tmp_path, **settings(**EAGER)), []
     while True:
@@ -354,7 +354,7 @@ def test_a_run_can_be_cut_again_and_again(tmp_path):
     assert_same(chunks, expected)
 
 
-def test_a_prompt_set_while_it_runs_is_saved(tmp_path):
+def test_prompt_set_during_a_run_is_saved(tmp_path):
     def run(cut):
         chunks, stream = [], full_pipeline().stream(PROMPT, output_type="latent", **settings(**EAGER))
         for index in range(6):
@@ -372,7 +372,7 @@ def test_a_prompt_set_while_it_runs_is_saved(tmp_path):
         assert_same(run(cut), expected)
 
 
-def test_random_numbers_without_a_generator_go_on(tmp_path):
+def test_random_numbers_without_a_generator_resume(tmp_path):
     pipe, call = full_pipeline(), settings(**EAGER) | {"generator": None, "output_type": "latent"}
     torch.manual_seed(3)
     expected = list(pipe.stream(PROMPT, **call))
@@ -385,7 +385,7 @@ def test_random_numbers_without_a_generator_go_on(tmp_path):
 
 
 class Halves(TokenTrimPipeline.ContextPolicy):
-    """A policy of one's own, whose state goes with the run."""
+    """A custom policy whose state is saved with the run."""
 
     def __init__(self):
         self.seen, self.mean = [], None
@@ -404,7 +404,7 @@ class Newest(TokenTrimPipeline.Layout):
         return held[-CHUNK:]
 
 
-def test_objects_of_ones_own_are_given_again(tmp_path):
+def test_custom_objects_are_passed_again(tmp_path):
     calls = []
 
     def objects():
@@ -435,7 +435,7 @@ def test_objects_of_ones_own_are_given_again(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """A folder with the state after chunk 2, and the whole run's chunks."""
+    """A folder with the state after chunk 2, and the chunks of the whole run."""
     arguments = {"output_type": "np", **settings(4, **EAGER)}
     expected = list(full_pipeline().stream(PROMPT, **arguments))
     with full_pipeline().stream(PROMPT, **{**arguments, **settings(4, **EAGER)}) as stream:
@@ -445,7 +445,7 @@ def run(tmp_path):
     return tmp_path / "run", expected
 
 
-def test_states_are_saved_every_so_often_and_only_the_last_is_kept(tmp_path):
+def test_states_are_saved_every_few_chunks_and_only_the_last_is_kept(tmp_path):
     saved = []
     stream = full_pipeline().stream(PROMPT, state_dir=tmp_path, save_every=2, output_type="latent", **settings(5))
     for _ in stream:
@@ -456,7 +456,7 @@ def test_states_are_saved_every_so_often_and_only_the_last_is_kept(tmp_path):
     assert resumed.index == 5 and list(resumed) == []
 
 
-def test_a_state_that_is_written_again_leaves_the_one_before_until_it_is_whole(tmp_path, monkeypatch):
+def test_old_state_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     save_state(tmp_path, 3, {"value": 1})
     with monkeypatch.context() as patch:
         patch.setattr(tokentrim_writing, "sync", lambda path: 1 / 0)
@@ -468,14 +468,14 @@ def test_a_state_that_is_written_again_leaves_the_one_before_until_it_is_whole(t
         assert load_state(tmp_path) == {"value": value} and len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_a_killed_process_left_of_a_state_is_swept(tmp_path):
+def test_remains_of_a_killed_save_are_removed(tmp_path):
     for sweep in (lambda: save_state(tmp_path, 3, {}), lambda: run_state.remove_states(tmp_path)):
         (tmp_path / ".state-00000002.unfinished").mkdir()
         sweep()
         assert not list(tmp_path.glob(".*"))
 
 
-def test_values_come_back_as_they_were(tmp_path):
+def test_values_survive_saving(tmp_path):
     nested = {"a": [1, 2.5, None, True, "x"], 3: {"b": torch.arange(3), "empty": []}, "c": torch.ones(2).bfloat16()}
     save_state(tmp_path, 0, nested)
     loaded = load_state(tmp_path)
@@ -511,7 +511,7 @@ def rewrite(path, old, new):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_state_is_refused_or_the_one_before_is_taken(damage, run):
+def test_damaged_state_raises_or_the_previous_one_loads(damage, run):
     folder, expected = run
     state = folder / "state-00000002"
     shutil.copytree(state, folder / "state-00000009")  # a newer one
@@ -525,7 +525,7 @@ def test_a_damaged_state_is_refused_or_the_one_before_is_taken(damage, run):
         full_pipeline().resume(folder)
 
 
-def test_a_folder_without_a_state_is_refused(tmp_path):
+def test_folder_without_a_state_raises(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(ValueError, match="`state_dir` must be a folder with a whole state"):
             full_pipeline().resume(folder)
@@ -535,7 +535,7 @@ def test_a_folder_without_a_state_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("other", [0, 2])
-def test_a_state_of_another_format_is_refused_with_both_versions(other, run):
+def test_state_of_another_format_raises_with_both_versions(other, run):
     folder, _ = run
     rewrite(folder / "state-00000002", '"version": 1', f'"version": {other}')
     rewrite(folder / "state-00000002", '"tokentrim 0', '"tokentrim 9')
@@ -543,7 +543,7 @@ def test_a_state_of_another_format_is_refused_with_both_versions(other, run):
         full_pipeline().resume(folder)
 
 
-def test_a_state_of_other_code_goes_on_and_is_told(run, caplog):
+def test_state_of_other_code_loads_with_a_warning(run, caplog):
     folder, _ = run
     load_state(folder)
     assert not caplog.records
@@ -558,7 +558,7 @@ def test_the_code_knows_the_version_of_its_package():
     assert run_state.CODE_VERSION == tokentrim.__version__ and f"version = {tokentrim.__version__}\n" in setup
 
 
-def test_other_weights_are_refused(run):
+def test_other_weights_raise(run):
     folder, expected = run
     for name, other in (("transformer", tiny_transformer(1)), ("vae", tiny_vae(1))):
         pipe = full_pipeline()
@@ -572,7 +572,7 @@ def test_other_weights_are_refused(run):
     assert_same(list(full_pipeline().resume(folder)), expected[2:])
 
 
-def test_other_settings_of_the_checkpoint_are_refused(run):
+def test_other_checkpoint_settings_raise(run):
     folder, _ = run
     for pipe, name in (
         (full_pipeline(FlowMatchEulerDiscreteScheduler(shift=3.0)), "scheduler.shift"),
@@ -592,7 +592,7 @@ def test_setting_of_the_checkpoint_that_the_call_overrides_may_change(tmp_path):
 
 @pytest.mark.parametrize("before, after", [(None, "tokentrim_plus"), ("tokentrim_plus", "plain"), ("plain", None)])
 def test_run_keeps_the_method_that_its_checkpoint_named(before, after, tmp_path):
-    """Also when it is saved and resumed a second time, by a checkpoint that names another method by then."""
+    """Also if it is saved and resumed a second time, when the checkpoint names another method."""
     call = settings(6, window_size=30) | {"output_type": "latent"}
     expected = list(full_pipeline(method=before).stream(PROMPT, **call))
     call = settings(6, window_size=30) | {"output_type": "latent"}
@@ -608,13 +608,13 @@ def test_run_keeps_the_method_that_its_checkpoint_named(before, after, tmp_path)
 @pytest.mark.parametrize(
     "name, value", [("num_frames", 33), ("on_chunk", print), ("method", "plain"), ("nonsense", 1)]
 )
-def test_arguments_that_the_state_holds_are_refused(name, value, run):
+def test_arguments_that_the_state_holds_raise(name, value, run):
     folder, _ = run
     with pytest.raises(ValueError, match=f"`{name}` must be left out"):
         full_pipeline().resume(folder, **{name: value})
 
 
-def test_a_preview_vae_is_given_again(tmp_path):
+def test_preview_vae_is_passed_again(tmp_path):
     from test_stream import Preview
 
     torch.manual_seed(0)
@@ -630,7 +630,7 @@ def test_a_preview_vae_is_given_again(tmp_path):
     assert_same([*chunks, *full_pipeline().resume(tmp_path, preview_vae=preview)], expected)
 
 
-def test_a_stream_into_a_folder_with_a_state_is_refused(run):
+def test_stream_into_a_folder_with_a_state_raises(run):
     folder, _ = run
     before = sorted(path.name for path in folder.rglob("*"))
     with pytest.raises(ValueError, match="`state_dir` must be a folder without a state: `pipe.resume"):
@@ -647,7 +647,7 @@ def test_a_stream_without_a_folder_says_so(tmp_path):
 
 
 def video_run(folder, num_chunks):
-    """A run that stops after some chunks, as a consumer's exception stops it."""
+    """A run that stops after some chunks, as an exception of its consumer stops it."""
 
     def on_chunk(index, latents, decisions):
         if index == num_chunks:
@@ -665,7 +665,7 @@ def resume_run(folder):
     return full_pipeline().resume(folder / "run", on_chunk=lambda *_: None)
 
 
-def test_files_that_got_ahead_are_cut_back(tmp_path):
+def test_files_ahead_of_the_state_are_cut_back(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     video_run(whole.mkdir() or whole, None)
     video_run(cut.mkdir() or cut, 3)
@@ -674,7 +674,7 @@ def test_files_that_got_ahead_are_cut_back(tmp_path):
     assert files(cut) == files(whole)
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_raise(tmp_path):
     video_run(tmp_path, 3)
     before = files(tmp_path)
     for path, fps, message in (("y.mp4", 8, "path"), ("x.mp4", 12, "fps")):
@@ -689,7 +689,7 @@ def test_other_files_are_refused(tmp_path):
         stream.save_video(tmp_path / "x.mp4", 8, progress=False)
 
 
-def test_a_run_whose_first_chunks_went_elsewhere_writes_no_file(tmp_path):
+def test_run_without_its_first_chunks_writes_no_file(tmp_path):
     arguments = {"state_dir": tmp_path / "run", "save_every": 1, **settings(3)}
     with full_pipeline().stream(PROMPT, **arguments) as stream:
         next(stream)

@@ -1,4 +1,4 @@
-"""Rolling Forcing: against its own story written out without a cache, and what trimming must leave alone in it."""
+"""Rolling Forcing: against the algorithm written out without a cache, and the parts that trimming must not change."""
 
 import copy
 import json
@@ -161,8 +161,8 @@ def test_trimmed_rollout_equals_placed_forwards(settings, lcm):
     assert triggers(output.decisions[0])
 
 
-def test_an_outlier_triggers_where_it_is():
-    """The paper's settings; token 0 of the grid is the corner that jumps."""
+def test_outlier_triggers_at_its_chunk():
+    """With the paper's settings; token 0 of the grid is the corner that jumps."""
     output = rolling(steady_noise(7, [4]), window_size=15)
     assert triggers(output.decisions[0]) == [4]
     assert output.decisions[0][4]["tokens"] == [0]
@@ -177,8 +177,8 @@ def test_default_sink_is_the_first_chunk_directly_before_the_recent_frames():
         assert (changed - default).abs().max() > 1e-3, other
 
 
-def test_one_step_is_self_forcing():
-    """A window of one chunk that takes one step, in both rollouts."""
+def test_rolling_forcing_with_one_step_is_self_forcing():
+    """A window of one chunk and one step, in both rollouts."""
     one, other = (
         rolling(noise(9, seed=8), rollout=rollout, num_inference_steps=1, num_sink_frames=3, **EAGER)
         for rollout in ("rolling_forcing", "self_forcing")
@@ -215,8 +215,8 @@ def test_a_gate_that_never_triggers_changes_no_bit(stock):
 
 
 @every_scheduler
-def test_trimmed_and_plain_part_at_the_first_trigger(stock):
-    """Not a forward earlier: the first attempt at the triggering chunk is the plain one, its whole window included."""
+def test_trimmed_and_plain_differ_from_the_first_trigger_on(stock):
+    """Not a forward earlier: the first attempt at the triggering chunk equals the plain one, with its whole window."""
     (plain, plain_windows), (trimmed, trimmed_windows) = (
         windows_of(
             noise(8, seed=8),
@@ -266,7 +266,7 @@ def test_a_batch_equals_single_runs(stock, guidance_scale):
             assert (ours["trim"], ours["tokens"]) == (theirs["trim"], theirs["tokens"])
 
 
-def test_a_callback_of_a_regeneration_sees_its_videos_alone():
+def test_callback_of_a_regeneration_sees_only_its_videos():
     latents, settings = steady_noise(6, [9, 3]), {"window_size": 15}
     watched, windows = windows_of(latents, **settings)
     assert [triggers(decisions) for decisions in watched.decisions] == [[], [3]]
@@ -281,7 +281,7 @@ def test_a_callback_of_a_regeneration_sees_its_videos_alone():
 
 @pytest.mark.parametrize("num_sink_frames", [3, 1, 4])
 def test_sink_is_never_evicted_and_never_changes(num_sink_frames):
-    """And what was evicted stays away, though it is still inside the window."""
+    """And evicted tokens stay away, although they are still inside the window."""
     pipe, seen = latent_pipeline(), []
 
     def on_chunk(index, latents, decisions):
@@ -320,8 +320,8 @@ def test_sink_is_never_evicted_and_never_changes(num_sink_frames):
 
 @pytest.mark.parametrize("num_chunks, num_given", [(7, 0), (2, 0), (7, 2)])
 @both_methods
-def test_renoise_is_asked_once_for_each_chunk_and_step(num_chunks, num_given, method):
-    """And never after the last step; a regeneration replays what it gave."""
+def test_renoise_is_called_once_per_chunk_and_step(num_chunks, num_given, method):
+    """And never after the last step; a regeneration replays its results."""
     asked = []
 
     def renoise(chunk, step):
@@ -350,7 +350,7 @@ def test_trimming_draws_no_more_random_numbers(stock, many):
 @pytest.mark.parametrize("stock", [SCHEDULERS["LCM"], SCHEDULERS["stochastic"]], ids=["LCM", "stochastic"])
 @pytest.mark.parametrize("many", [False, True], ids=["one generator", "a list"])
 def test_default_draws_follow_the_seed_and_repeat_in_a_regeneration(stock, many):
-    """With a policy whose tokens stay and count for all that they did, a regeneration is the same forward again."""
+    """With a policy whose tokens keep their full weight, a regeneration is the same forward again."""
 
     def run(seed, **method):
         generator = generators(seed, seed + 1) if many else torch.Generator().manual_seed(seed)
@@ -370,7 +370,7 @@ def test_default_draws_follow_the_seed_and_repeat_in_a_regeneration(stock, many)
     "num_chunks, num_given, max_regenerations", [(1, 0, 1), (2, 0, 1), (7, 0, 0), (7, 0, 1), (7, 0, 2), (7, 1, 1)]
 )
 def test_cost_of_a_rollout_in_forwards(num_chunks, num_given, max_regenerations, capfd):
-    """A forward for each window and one for each regeneration, and a context pass for each chunk but the last."""
+    """One forward per window, one per regeneration, and a context pass for each chunk except the last."""
     pipe, timesteps = latent_pipeline(), []
 
     def count(module, args, kwargs):
@@ -413,7 +413,7 @@ def test_callback_is_given_the_latents_of_the_window():
 
 
 def test_callback_may_change_the_window():
-    """With another rollout's window in its place after two forwards, the rest is that rollout, bit for bit."""
+    """If it inserts another rollout's window after two forwards, the rest equals that rollout, bit for bit."""
     latents = noise(7)
     others = torch.cat([noise(2, seed=9), latents[:, :, 2 * CHUNK :]], dim=2)
     expected, windows = windows_of(others, **EAGER)
@@ -440,7 +440,7 @@ def test_on_chunk_is_called_once_for_each_accepted_chunk():
 
 @pytest.mark.parametrize("at", range(1, 8))
 def test_interrupt_stops_at_once(at):
-    """After that many of the 7 windows: the chunks that were finished before it come out, and nothing else."""
+    """After that many of the 7 windows: only the chunks finished before it are returned."""
     windows, forwards = [], []
 
     def callback(pipe, step, timestep, tensors):
@@ -496,7 +496,7 @@ def refuse(pipe, error, message, **arguments):
     ],
     ids=str,
 )
-def test_window_too_short_for_the_sink_and_a_chunk_for_each_step(arguments, minimum):
+def test_too_short_window_raises(arguments, minimum):
     message = f"`window_size` .* >= {minimum}: .* sink frames and .* is {minimum - 1}"
     refuse(latent_pipeline(), ValueError, message, window_size=minimum - 1, **arguments)
     rolling(noise(6), window_size=minimum, **arguments)
@@ -515,7 +515,7 @@ FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     ],
     ids=["UniPC", "DPM++", "sde-DPM++", "Heun"],
 )
-def test_scheduler_with_a_history_is_refused(scheduler):
+def test_scheduler_with_a_history_raises(scheduler):
     refuse(latent_pipeline(scheduler=scheduler), ValueError, f"`scheduler` .*TokenTrim{type(scheduler).__name__}")
 
 
@@ -532,13 +532,13 @@ def test_scheduler_with_a_history_is_refused(scheduler):
     ],
     ids=lambda value: case_id(value) if isinstance(value, dict) else "",
 )
-def test_bad_argument(arguments, error, message):
+def test_bad_argument_raises(arguments, error, message):
     refuse(latent_pipeline(), error, message, **arguments)
 
 
 @pytest.mark.parametrize("at, num_forwards", [((0, 0), 1), ((3, 1), 5 + 2)], ids=str)
-def test_renoise_that_returns_no_fitting_noise(at, num_forwards):
-    """Refused when it is drawn; the second after five windows and two context passes."""
+def test_renoise_with_wrong_noise_raises(at, num_forwards):
+    """It raises when the noise is drawn; the second after five windows and two context passes."""
     pipe = latent_pipeline(scheduler=FlowMatchLCMScheduler(shift=5.0))
     forwards, before = [], processors(pipe.transformer)
     pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
@@ -550,8 +550,8 @@ def test_renoise_that_returns_no_fitting_noise(at, num_forwards):
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 @pytest.mark.parametrize("forward", [1, 3, 4, 10])
-def test_after_an_error_the_next_call_is_as_new(forward, error):
-    """In a window and in a context pass (the fourth and, after the regeneration, the tenth forward among them)."""
+def test_call_after_an_error_equals_a_first_call(forward, error):
+    """In a window and in a context pass (the fourth forward and, after the regeneration, the tenth)."""
 
     def fail(*_):
         forwards.append(1)
@@ -572,7 +572,7 @@ def test_after_an_error_the_next_call_is_as_new(forward, error):
 # Settings of the checkpoint
 
 
-def test_settings_travel_with_the_checkpoint(tmp_path):
+def test_settings_are_saved_with_the_checkpoint(tmp_path):
     settings = {"rollout": "rolling_forcing", "window_size": 12, "num_inference_steps": STEPS}
     call = {"prompt": "a red circle", "num_frames": 93, "output_type": "latent", **EAGER}
     size = {"height": 32, "width": 48, "max_sequence_length": 8}

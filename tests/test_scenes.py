@@ -31,14 +31,14 @@ def play(policy, shifts):
 # Quarantine
 
 
-def test_after_a_change_of_prompt_a_jump_is_meant():
+def test_jump_after_a_prompt_change_is_accepted():
     policy = Quarantine()
     assert play(policy, [0.01 * index for index in range(6)]) == []
     policy.prompt_changed()
     assert play(policy, [5.0]) == [] and policy.jumps == []
 
 
-def test_a_lively_scene_after_a_calm_one_is_judged_by_its_own_jumps():
+def test_lively_scene_is_judged_by_its_own_jumps():
     calm, lively = [0.01 * index for index in range(6)], [5.0 + index for index in range(8)]
     policy = Quarantine()
     assert play(policy, calm) == []
@@ -91,7 +91,7 @@ def outcomes(policy, shifts, seeds=None):
 
 
 @pytest.mark.parametrize("step", [0.0, 0.01, 0.3, 1.0])
-def test_holding_resumes_after_the_patience_however_much_the_new_scene_moves(step):
+def test_holding_resumes_after_the_patience(step):
     policy = Reanchor("mean", 0.2, PATIENCE)
     assert outcomes(policy, [0.0, 0.0, 0.0]) == [None, "held", "held"]
     policy.prompt_changed()
@@ -170,7 +170,7 @@ SCENES = {
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_no_chunk_of_a_new_scene_is_judged_by_the_old_one(scene):
+def test_new_scene_is_not_judged_by_the_old_one(scene):
     """The second chunk of the new scene used to be thrown out of the context."""
     (decisions,) = latent_pipeline()(**scene_call(**SCENES[scene])).decisions
     expected = [None, *["held"] * (CHANGE - 1), *["watched"] * PATIENCE]
@@ -215,7 +215,7 @@ def test_blending_is_over_before_the_new_scene_counts():
 
 
 @pytest.mark.parametrize("transition", ["keep", "cut"])
-def test_a_stream_that_is_steered_says_the_same_as_a_schedule(transition):
+def test_steered_stream_equals_a_schedule(transition):
     schedule = {"prompt_schedule": {CHANGE: embeds(seed=8)}, "prompt_transition": transition}
     (expected,) = latent_pipeline()(**scene_call(**schedule)).decisions
     decisions = []

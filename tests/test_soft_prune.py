@@ -1,4 +1,4 @@
-"""Tokens that are pruned to a weight: they stay, and count for less."""
+"""Tokens that are pruned to a weight: they stay, and count less."""
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ def soft(weight):
 
 
 @pytest.mark.parametrize("num_videos", [1, 2])
-def test_pruned_tokens_count_for_their_weight_at_each_trim(num_videos):
-    """Of one video of a batch, in all frames but the protected one."""
+def test_pruned_tokens_are_weighted_at_each_trim(num_videos):
+    """For one video of a batch, in all frames except the protected one."""
     cache = RollingKVCache(GRID, ROPE_DIMS, num_videos, num_protected_frames=1)
     (key_a, value_a), (key_b, value_b) = write(cache, 1), write(cache, 2)
     last = num_videos - 1
@@ -70,7 +70,7 @@ def test_weights_follow_their_tokens_through_other_changes():
     )
 
 
-def test_a_weight_of_nearly_nothing_is_hard_pruning_and_one_is_between():
+def test_tiny_weight_equals_hard_pruning():
     latents = steady_noise(8, [5])
     hard, none, half, plain = (
         roll(latent_pipeline(), latents, method=method) for method in (soft(0.0), soft(1e-30), soft(0.5), "plain")
@@ -85,7 +85,7 @@ def test_a_weight_of_nearly_nothing_is_hard_pruning_and_one_is_between():
 @pytest.mark.parametrize(
     "layout", [{"window": {"window_size": 9}}, "memrope", {"rolling_sink": {"window_size": 12}}], ids=str
 )
-def test_a_batch_equals_its_singles(layout):
+def test_a_batch_equals_single_runs(layout):
     latents, text = steady_noise(8, [4, 6]), embeds(2)
     both = roll(latent_pipeline(), latents, prompt_embeds=text, method=soft(0.3), layout=layout)
     for video in range(2):
@@ -94,7 +94,7 @@ def test_a_batch_equals_its_singles(layout):
         torch.testing.assert_close(single.frames, both.frames[rows], atol=1e-4, rtol=0)
 
 
-def test_a_run_that_was_saved_goes_on_to_the_same_bits(tmp_path):
+def test_saved_run_resumes_to_the_same_bits(tmp_path):
     call = {
         "latents": steady_noise(8, [5]),
         "prompt_schedule": {0: embeds(), 6: embeds(seed=9)},
@@ -122,7 +122,7 @@ class Trimmer(ContextPolicy):
     prune_weight = 0.5
 
 
-def test_policies_of_one_method_have_one_weight():
+def test_policies_of_a_method_share_one_weight():
     assert make_method("tokentrim", {}).prune_weight == 0
     assert make_method([soft(0.3), ContextPolicy()], {}).prune_weight == 0.3
     with pytest.raises(ValueError, match="`method` .*one prune weight.*0.3, 0.5"):
@@ -132,13 +132,13 @@ def test_policies_of_one_method_have_one_weight():
 @pytest.mark.parametrize(
     ("weight", "error"), [(1, ValueError), (-0.1, ValueError), ("0.3", TypeError), (None, TypeError)]
 )
-def test_bad_weights_are_refused(weight, error):
+def test_bad_weights_raise(weight, error):
     with pytest.raises(error, match="`prune_weight` .*0 to 1"):
         TokenTrim(prune_weight=weight)
     with pytest.raises(error, match=r"method\['tokentrim'\].*`prune_weight`"):
         roll(latent_pipeline(), noise(2), method=soft(weight))
 
 
-def test_anyflow_far_has_no_weights():
+def test_far_with_weights_raises():
     with pytest.raises(ValueError, match="`prune_weight` .*0 for AnyFlow-FAR.*0.3"):
         far_pipeline()(latents=far_noise(5), prompt_embeds=embeds(), method=soft(0.3), output_type="latent")

@@ -1,4 +1,4 @@
-"""A growing mp4: what it plays, and its bytes whatever interrupted the writing."""
+"""A growing mp4: its frames, and its bytes after any interruption."""
 
 import json
 import os
@@ -25,7 +25,7 @@ CHUNKS = [9, 12, 12, 12, 1, 12]
 
 
 def frames_of(chunk, num_frames=12, height=HEIGHT, width=WIDTH):
-    """A grey step on a colour of its own, moving down; each frame is brighter."""
+    """A gray step on a changing color, moving down; each frame is brighter."""
     rng = np.random.default_rng(chunk)
     frames = np.empty((num_frames, height, width, 3))
     frames[:] = rng.uniform(40, 160, 3)
@@ -59,7 +59,7 @@ def played(path, height=HEIGHT, width=WIDTH):
 
 
 def timestamps(path):
-    """Seconds of each frame, as the file has them."""
+    """Seconds of each frame in the file."""
     lines = run_ffmpeg(path, "-enc_time_base", "demux", "-f", "framecrc").stdout.decode().splitlines()
     (base,) = (Fraction(line.split()[-1]) for line in lines if line.startswith("#tb"))
     return [int(line.split(",")[2]) * base for line in lines if not line.startswith("#")]
@@ -111,7 +111,7 @@ def test_crf_sets_the_quality(tmp_path):
     assert fine > 1.3 * coarse
 
 
-def test_state_tells_what_is_in_the_file(tmp_path):
+def test_state_describes_the_file(tmp_path):
     states = write_all(tmp_path / "x.mp4")
     assert [state["frames"] for state in states] == [0, 9, 21, 33, 45, 46, 58]
     assert [state["chunks"] for state in states] == list(range(7))
@@ -132,7 +132,7 @@ def test_every_prefix_of_whole_chunks_plays(tmp_path):
 
 @contextmanager
 def child(task):
-    """A process that runs `task(report)`; reports are read as JSON lines. A fork, because imports take seconds."""
+    """A process that runs `task(report)`; reports are JSON lines. It forks, because imports take seconds."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -161,7 +161,7 @@ def die(*_):
 
 
 def die_at(moment):
-    """In a child: the next chunk is its last. Counted in steps, so that nothing depends on the machine's speed."""
+    """In a child: the next chunk is its last. It counts steps, so that the machine's speed has no effect."""
     if moment == "encoding":
         mp4.encode_chunk = die
     elif moment == "written":
@@ -178,7 +178,7 @@ def die_at(moment):
         mp4.append = append
 
 
-def test_killed_at_any_moment_it_plays_and_goes_on_to_the_same_bytes(tmp_path):
+def test_file_killed_at_any_moment_plays_and_resumes_to_the_same_bytes(tmp_path):
     chunks = [9] + [12] * 2 * len(MOMENTS)
     write_all(tmp_path / "whole.mp4", chunks)
     whole, path = played(tmp_path / "whole.mp4"), tmp_path / "x.mp4"
@@ -203,7 +203,7 @@ def test_killed_at_any_moment_it_plays_and_goes_on_to_the_same_bytes(tmp_path):
     assert path.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
 
 
-def test_killed_within_an_append_it_plays_and_goes_on_to_the_same_bytes(tmp_path):
+def test_file_killed_within_an_append_plays_and_resumes_to_the_same_bytes(tmp_path):
     states = write_all(tmp_path / "whole.mp4")
     data = (tmp_path / "whole.mp4").read_bytes()
     start, end = states[3]["bytes"], states[4]["bytes"]
@@ -215,7 +215,7 @@ def test_killed_within_an_append_it_plays_and_goes_on_to_the_same_bytes(tmp_path
 
 
 @pytest.mark.parametrize("chunks", range(len(CHUNKS) + 1))
-def test_a_file_that_got_ahead_is_cut_back_to_its_state(tmp_path, chunks):
+def test_file_ahead_of_its_state_is_cut_back(tmp_path, chunks):
     states = write_all(tmp_path / "x.mp4", fps=12.5, crf=20)
     data = (tmp_path / "x.mp4").read_bytes()
     writer = VideoWriter.resume(tmp_path / "x.mp4", json.loads(json.dumps(states[chunks])))
@@ -224,7 +224,7 @@ def test_a_file_that_got_ahead_is_cut_back_to_its_state(tmp_path, chunks):
     assert (tmp_path / "x.mp4").read_bytes() == data
 
 
-def test_two_files_of_the_same_frames_are_the_same_bytes(tmp_path):
+def test_equal_frames_give_equal_bytes(tmp_path):
     for name in "ab":
         write_all(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -233,7 +233,7 @@ def test_two_files_of_the_same_frames_are_the_same_bytes(tmp_path):
 # Bad input
 
 
-def test_a_file_that_is_shorter_than_its_state_is_refused_and_untouched(tmp_path):
+def test_file_shorter_than_its_state_raises_and_is_untouched(tmp_path):
     state = write_all(tmp_path / "x.mp4")[-1]
     os.truncate(tmp_path / "x.mp4", 1000)
     with pytest.raises(ValueError, match=f"holds 1000 bytes, but held {state['bytes']}"):
@@ -241,7 +241,7 @@ def test_a_file_that_is_shorter_than_its_state_is_refused_and_untouched(tmp_path
     assert os.path.getsize(tmp_path / "x.mp4") == 1000
 
 
-def test_another_file_is_refused_and_untouched(tmp_path):
+def test_other_file_raises_and_is_untouched(tmp_path):
     state = write_all(tmp_path / "x.mp4")[2]
     for data in (b"\0" * 10**5, b"text" * 10**5):
         (tmp_path / "other.mp4").write_bytes(data)
@@ -255,7 +255,7 @@ def test_another_file_is_refused_and_untouched(tmp_path):
         VideoWriter.resume(tmp_path / "gone.mp4", state)
 
 
-def test_frames_of_another_size_are_refused(tmp_path):
+def test_frames_of_another_size_raise(tmp_path):
     writer = VideoWriter(tmp_path / "x.mp4")
     writer.write(frames_of(0))
     with pytest.raises(ValueError, match="of the size"):
@@ -277,23 +277,23 @@ def test_frames_of_another_size_are_refused(tmp_path):
     ],
     ids=["float", "picture", "empty", "grey", "list"],
 )
-def test_frames_that_are_no_video_are_refused(tmp_path, frames, error):
+def test_frames_that_are_not_a_video_raise(tmp_path, frames, error):
     with pytest.raises(error, match="`frames` must be"):
         VideoWriter(tmp_path / "x.mp4").write(frames)
 
 
 @pytest.mark.parametrize("settings", [{"fps": 0}, {"fps": float("nan")}, {"fps": "16"}, {"crf": 52}, {"crf": None}])
-def test_settings_that_are_no_good_are_refused(tmp_path, settings):
+def test_invalid_settings_raise(tmp_path, settings):
     with pytest.raises((TypeError, ValueError), match=f"`{[*settings][0]}` must be"):
         VideoWriter(tmp_path / "x.mp4", **settings)
 
 
-def test_a_folder_that_is_missing_is_told_at_once(tmp_path):
+def test_missing_folder_raises_at_once(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
         VideoWriter(tmp_path / "missing" / "x.mp4")
 
 
-def test_an_ffmpeg_that_fails_is_told_and_the_file_stays_whole(tmp_path):
+def test_failing_ffmpeg_raises_and_the_file_stays_whole(tmp_path):
     writer = VideoWriter(tmp_path / "x.mp4")
     writer.write(frames_of(0))
     state, data = writer.state, (tmp_path / "x.mp4").read_bytes()
@@ -317,7 +317,7 @@ def test_an_ffmpeg_that_fails_is_told_and_the_file_stays_whole(tmp_path):
 
 
 @pytest.mark.parametrize("room", [0, 1, 600])
-def test_a_full_disk_is_told_and_the_file_ends_with_the_last_whole_chunk(tmp_path, room):
+def test_full_disk_raises_and_the_file_ends_with_a_whole_chunk(tmp_path, room):
     states = write_all(tmp_path / "x.mp4")
     data = (tmp_path / "x.mp4").read_bytes()
     assert states[3]["bytes"] - states[2]["bytes"] > 600
@@ -340,7 +340,7 @@ def test_a_full_disk_is_told_and_the_file_ends_with_the_last_whole_chunk(tmp_pat
     assert (tmp_path / "x.mp4").read_bytes() == data
 
 
-def test_a_file_that_is_cut_or_lost_while_it_grows_is_told(tmp_path):
+def test_file_cut_or_lost_while_it_grows_raises(tmp_path):
     writer = VideoWriter(tmp_path / "x.mp4")
     writer.write(frames_of(0))
     os.truncate(tmp_path / "x.mp4", 100)
@@ -352,7 +352,7 @@ def test_a_file_that_is_cut_or_lost_while_it_grows_is_told(tmp_path):
         writer.write(frames_of(1))
 
 
-def test_ctrl_c_while_a_chunk_is_appended_leaves_the_chunk_before(tmp_path, monkeypatch):
+def test_ctrl_c_during_an_append_leaves_the_chunk_before(tmp_path, monkeypatch):
     writer = VideoWriter(tmp_path / "x.mp4")
     writer.write(frames_of(0))
     state, data = writer.state, (tmp_path / "x.mp4").read_bytes()
@@ -387,7 +387,7 @@ def test_ctrl_c_does_not_reach_ffmpeg(tmp_path):
         assert json.loads(reports.readline())["chunks"] == 1
 
 
-def test_imageio_ffmpeg_is_asked_for_by_name(tmp_path, monkeypatch):
+def test_missing_ffmpeg_names_imageio_ffmpeg(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "imageio_ffmpeg", None)
     with pytest.raises(ImportError, match="pip install imageio-ffmpeg"):
         VideoWriter(tmp_path / "x.mp4")

@@ -44,7 +44,7 @@ def test_targets_that_can_be_written(tmp_path):
         ("loop.mp4", ValueError, "`path` must be a new or a plain file, but .*loop.mp4 is a device, pipe, link"),
     ],
 )
-def test_targets_that_cannot(name, error, message, tmp_path):
+def test_targets_that_cannot_be_written_raise(name, error, message, tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "gone.mp4").symlink_to("nowhere/x.mp4")
@@ -58,12 +58,12 @@ def test_targets_that_cannot(name, error, message, tmp_path):
 
 
 @pytest.mark.parametrize("path", [None, 3, b"x.mp4", ["x.mp4"]])
-def test_what_is_no_path(path):
+def test_invalid_paths_raise(path):
     with pytest.raises(TypeError, match="--out must be a path, but is"):
         check_target("--out", path)
 
 
-def test_inputs_are_never_replaced_whatever_they_are_called(tmp_path):
+def test_inputs_are_never_replaced(tmp_path):
     (tmp_path / "in.json").write_text("{}")
     os.link(tmp_path / "in.json", tmp_path / "hard.json")
     (tmp_path / "soft.json").symlink_to("in.json")
@@ -72,7 +72,7 @@ def test_inputs_are_never_replaced_whatever_they_are_called(tmp_path):
             check_target("--json", tmp_path / name, given=[tmp_path / "none", tmp_path / "in.json"])
 
 
-def test_only_what_is_ours_is_replaced(tmp_path):
+def test_only_own_files_are_replaced(tmp_path):
     log = tmp_path / "x.jsonl"
     for content, ours in (
         ('{"chunk": 0, "severity": null}\n', True),
@@ -107,7 +107,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_error_leaves_what_was_there_and_nothing_else(error, tmp_path):
+def test_error_keeps_the_old_file_and_leaves_no_other(error, tmp_path):
     (tmp_path / "x.txt").write_text("before")
     with pytest.raises(type(error) if isinstance(error, OSError) else error) as told:
         with whole_file(tmp_path / "x.txt") as unfinished:
@@ -152,7 +152,7 @@ def test_writers_of_one_file_do_not_mix(tmp_path):
     assert (tmp_path / "x.txt").read_text() in {letter * 10_000 for letter in "abcd"} and names(tmp_path) == ["x.txt"]
 
 
-def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
+def test_files_of_killed_processes_are_removed_after_a_day(tmp_path):
     old, new = tmp_path / ".x.00000000.unfinished.txt", tmp_path / ".x.11111111.unfinished.txt"
     other = tmp_path / ".xy.00000000.unfinished.txt"
     for path in (old, new, other):
@@ -167,7 +167,7 @@ def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["new", "deep", "empty", "link", "dangling", "here", "swept"])
-def test_a_folder_is_whole_whatever_stood_in_its_place(kind, tmp_path, monkeypatch):
+def test_folder_appears_whole_in_any_case(kind, tmp_path, monkeypatch):
     out = tmp_path / {"deep": "a/b/out", "here": "out"}.get(kind, "out")
     if kind in ("empty", "here", "swept"):
         out.mkdir()
@@ -205,7 +205,7 @@ def test_a_failure_leaves_no_folder(exists, tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["out"] * exists
 
 
-def test_files_that_stand_where_a_folder_should(tmp_path):
+def test_file_at_the_place_of_a_folder_raises(tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "out"):
         with pytest.raises(ValueError, match="`out` must be a new or an empty folder"):
