@@ -1,6 +1,7 @@
 """The shipped world: its grammar, its measures, its checkpoint, its configs and its demo."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from builders import held_tokens
 from conftest import ROOT
+from PIL import Image
 from skimage.color import rgb2lab
 
 from research.evaluation.experiment import sample_prompts
@@ -133,15 +135,24 @@ def test_paired_methods_differ_only_by_what_they_do(pipe):
     assert not np.allclose(runs["plain"].frames[:, 6:], runs["tokentrim_plus"].frames[:, 6:], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_demo_writes_what_it_promises(tmp_path):
     command = [sys.executable, "-m", "research.evaluation.demo", "--chunks", "6", "--out", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    promised = "decisions.json drift.png filmstrip.png plain.mp4 side_by_side.mp4 tokentrim.mp4 tokentrim_plus.mp4"
+    promised = "decisions.json drift.png filmstrip.png plain.mp4 side_by_side.mp4 side_by_side.webp tokentrim.mp4 "
+    promised += "tokentrim_plus.mp4"
     assert sorted(path.name for path in tmp_path.iterdir()) == promised.split()
     assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
     decisions = json.loads((tmp_path / "decisions.json").read_text())
     assert [len(method_decisions) for method_decisions in decisions.values()] == [6, 6, 6]
-    assert "tokentrim_plus" in result.stdout
+    lines = result.stdout.splitlines()
+    for method in METHODS:
+        assert any(
+            re.match(rf"{method} +colors of the top 30% end +\d+\.\d away from the start; ", line) for line in lines
+        )
+    assert any(line.endswith("held 4 of 6 chunks") for line in lines)  # neither the first, nor the last
+    with Image.open(tmp_path / "side_by_side.webp") as picture:
+        assert picture.n_frames == 6 and picture.width >= 3 * 192
 
 
 def test_rolling_forcing_trims_on_the_world_and_keeps_the_sink(pipe):

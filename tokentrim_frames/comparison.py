@@ -27,20 +27,24 @@ class Comparison:
     Args:
         outputs (`dict[str, TokenTrimPipelineOutput]`): by name; all with frames, and as many of the same size.
         video (`int`, defaults to `0`): which video of each batch.
+        top (`float`, defaults to `1.0`):
+            Share of the height, from the top, whose colors are compared: below 1 where the rest is meant to change, as the
+            ground under a sky does when the camera travels.
 
     Raises:
         `ValueError`: no output, videos that are latents, or of different lengths or sizes.
     """
 
-    def __init__(self, outputs: dict[str, Any], video: int = 0):
+    def __init__(self, outputs: dict[str, Any], video: int = 0, top: float = 1.0):
         check(bool(outputs), "outputs", outputs, "a dict of at least one output, by name")
         self.videos = {name: as_uint8(output.as_array()[video]) for name, output in outputs.items()}
         shapes = {video.shape for video in self.videos.values()}
         check(len(shapes) == 1, "outputs", shapes, "of videos that are equally long and large")
         self.decisions = {name: output.decisions[video] for name, output in outputs.items()}
         first = next(iter(outputs.values()))
+        self.part = "colors" if top == 1 else f"colors of the top {top:.0%}"
         self.chunk_frames, self.fps = first.chunk_frames, first.fps or FPS
-        self.drifts = {name: color_drift(video, self.chunk_frames) for name, video in self.videos.items()}
+        self.drifts = {name: color_drift(video, self.chunk_frames, top) for name, video in self.videos.items()}
 
     def __str__(self) -> str:
         width, num_chunks = max(map(len, self.videos)), len(self.chunk_frames)
@@ -49,7 +53,7 @@ class Comparison:
             counts = count_events(self.decisions[name])
             done = [f"{event} {counts[event]} of {num_chunks} chunks" for event in sorted(counts) if counts[event]]
             told = ", ".join(done) or "changed nothing"
-            lines.append(f"{name:{width}}  colors end {end_of(drift):5.1f} away from the start; {told}")
+            lines.append(f"{name:{width}}  {self.part} end {end_of(drift):4.1f} away from the start; {told}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -62,7 +66,7 @@ class Comparison:
         One video with a labeled column for each rollout.
 
         Args:
-            side (`int`, defaults to `288`): pixels of a picture's shorter side, at least; frames grow by whole numbers.
+            side (`int`, defaults to `288`): pixels of a picture's shorter side, at least.
 
         Returns:
             `np.ndarray`: uint8 (frames, H, W, 3).
@@ -78,6 +82,20 @@ class Comparison:
         """Write [`side_by_side`] as mp4; the file appears when it is complete."""
         return save_video(path, self.side_by_side(side), self.fps, self.chunk_frames)
 
+    def save_webp(self, path: str | os.PathLike, side: int = 192, every: int = 3, quality: int = 60) -> Path:
+        """
+        Write [`side_by_side`] as an animated WebP, which browsers and README pages show.
+
+        Args:
+            path (`str` or `os.PathLike`): the file, `x.webp`.
+            side (`int`, defaults to `192`): pixels of a picture's shorter side, at least.
+            every (`int`, defaults to `3`): of so many frames, one is written; the speed stays.
+            quality (`int`, defaults to `60`): from 0 to 100.
+        """
+        check_int("every", every, 1)
+        frames = [self.picture(frame, side) for frame in range(0, sum(self.chunk_frames), every)]
+        return save_animation(path, frames, self.fps / every, quality)
+
     def filmstrip(self, columns: int = 10, side: int = 96) -> np.ndarray:
         """
         The middle frames of evenly spaced chunks, a labeled row for each rollout; trimmed chunks have a red border,
@@ -90,7 +108,8 @@ class Comparison:
         starts = np.cumsum(self.chunk_frames) - self.chunk_frames
         chosen = sorted(set(np.linspace(0, len(starts) - 1, columns).round().astype(int).tolist()))
         height, width = enlarged(next(iter(self.videos.values()))[0], side).shape[:2]
-        times = [f"{starts[chunk] / self.fps:.0f} s" for chunk in chosen]
+        digits = 0 if sum(self.chunk_frames) > 10 * self.fps else 1
+        times = [f"{starts[chunk] / self.fps:.{digits}f} s" for chunk in chosen]
         rows = [np.concatenate([text_picture(text, 22, width) for text in ["", *times]], axis=1)]
         for name, video in self.videos.items():
             row = [text_picture(name, height, width)]
@@ -120,12 +139,14 @@ class Comparison:
         axis = axes[num]
         for name, drift in self.drifts.items():
             axis.plot(drift, color=colors[name], linewidth=2, label=name)
-        axis.set(title="distance of the colors from the start (100: black became white)", xlim=(0, len(drift) - 1))
+        axis.set(title=f"{self.part}: distance from the start (100: black became white)", xlim=(0, len(drift) - 1))
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False, loc="upper left")
         for name, axis in zip(self.videos, axes[num + 1 :]):
             plot_severity(axis, self.decisions[name])
             axis.set(title=f"{name}: severity of each chunk", xlim=(0, len(drift) - 1))
+            if axis is not axes[num + 1]:
+                axis.get_legend().remove()  # the first has it
         for axis in axes[num:]:
             axis.spines[["top", "right"]].set_visible(False)
             axis.title.set_size(10)
@@ -143,10 +164,27 @@ class Comparison:
 # Pictures
 
 
+def save_animation(path: str | os.PathLike, frames: list[np.ndarray], fps: float, quality: int = 60) -> Path:
+    """Write uint8 frames (H, W, 3) as an animated WebP that plays in a loop; the file appears when it is complete."""
+    path = Path(path)
+    check(path.suffix.lower() == ".webp", "path", str(path), "a file that ends with .webp")
+    first, *rest = map(Image.fromarray, frames)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    options = {"duration": round(1000 / fps), "loop": 0, "quality": quality, "method": 4}
+    try:
+        first.save(unfinished, "webp", save_all=True, append_images=rest, **options)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
 def enlarged(frame: np.ndarray, side: int) -> np.ndarray:
-    """Each pixel a whole number of times as wide and high, so that the shorter side has `side` pixels or more."""
-    factor = max(1, -(-side // min(frame.shape[:2])))
-    return frame.repeat(factor, axis=0).repeat(factor, axis=1)
+    """A whole number of times as large, smoothly, so that the shorter side has `side` pixels or more."""
+    height, width = frame.shape[:2]
+    factor = max(1, -(-side // min(height, width)))
+    picture = Image.fromarray(frame).resize((factor * width, factor * height), Image.Resampling.BICUBIC)
+    return frame if factor == 1 else np.asarray(picture)
 
 
 def font(size: int) -> Any:

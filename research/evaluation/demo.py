@@ -3,96 +3,51 @@
 
 import argparse
 import json
-import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from .measures import as_rgb, color_drift, summarize_drift, track_colors
-from .pictures import drift_plot, enlarge, film_strip, save_video, side_by_side
-from .rollouts import CHECKPOINT, METHODS, PROMPTS, load_pipeline, run_method
+import torch
+from PIL import Image
+
+from tokentrim import Comparison, TokenTrimPipelineOutput
+
+from .rollouts import CHECKPOINT, METHODS, PROMPTS, STAYS, load_pipeline, run_method
 
 
-def _or_gone(drift: float) -> str:
-    """Format a measure of the object; the object may be missing for the whole last half."""
-    return f"{'gone':>11}" if math.isnan(drift) else f"{drift:11.2f}"
+def roll_out(method: str, place: int, args: argparse.Namespace) -> TokenTrimPipelineOutput:
+    """The video of one method, in a process of its own."""
+    torch.set_num_threads(1)  # the models are tiny: threads would wait for each other
+    pipe = load_pipeline(CHECKPOINT.parent / args.world)
+    pipe.set_progress_bar_config(desc=f"{method:14}", position=place, mininterval=1)
+    return run_method(pipe, method, [args.prompt], [args.seed], args.chunks).output
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--world", choices=PROMPTS, default=CHECKPOINT.name, help="a folder of checkpoints/")
-    parser.add_argument("--prompt", help="the prompt; default: an example of the world")
+    parser.add_argument("--world", choices=PROMPTS, default="travelling-world", help="a folder of checkpoints/")
+    parser.add_argument("--prompt", help="by default an example of the world")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--chunks", type=int, default=40)
+    parser.add_argument("--chunks", type=int, default=120)
     parser.add_argument("--out", type=Path, default=Path("demo"))
     args = parser.parse_args()
     args.prompt = args.prompt or PROMPTS[args.world]
     args.out.mkdir(parents=True, exist_ok=True)
 
-    pipe = load_pipeline(CHECKPOINT.parent / args.world)
-    num_frames_per_chunk = pipe.config.num_frames_per_chunk
-    has_object = args.world.startswith("tiny-world")  # one object on a background, whose colors can be measured
-    pipe.set_progress_bar_config(desc="warming up")
-    run_method(pipe, "plain", [args.prompt], [args.seed], num_chunks=2)
-    runs = {}
-    for method in METHODS:
-        pipe.set_progress_bar_config(desc=method)
-        runs[method] = run_method(pipe, method, [args.prompt], [args.seed], args.chunks)
+    with ProcessPoolExecutor(len(METHODS), multiprocessing.get_context("spawn")) as pool:
+        outputs = list(pool.map(roll_out, METHODS, range(len(METHODS)), [args] * len(METHODS)))
+    comparison = Comparison(dict(zip(METHODS, outputs)), top=STAYS[args.world])
 
-    frames = {method: run.frames[0] for method, run in runs.items()}
-    decisions = {method: run.decisions[0] for method, run in runs.items()}
-    large = {method: enlarge(video) for method, video in frames.items()}
-    for method, video in large.items():
-        save_video(args.out / f"{method}.mp4", video)
-    save_video(args.out / "side_by_side.mp4", side_by_side(large))
-    (args.out / "decisions.json").write_text(json.dumps(decisions, indent=1))
+    for method, output in zip(METHODS, outputs):
+        Comparison({method: output}).save_video(args.out / f"{method}.mp4")
+    comparison.save_video(args.out / "side_by_side.mp4")
+    comparison.save_webp(args.out / "side_by_side.webp")
+    Image.fromarray(comparison.filmstrip()).save(args.out / "filmstrip.png")
+    comparison.plot_drift().savefig(args.out / "drift.png", dpi=110)
+    (args.out / "decisions.json").write_text(json.dumps(comparison.decisions, indent=1))
 
-    side = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]  # size of a token in pixels
-    grid = (frames["plain"].shape[1] // side, frames["plain"].shape[2] // side)
-    film_strip(frames, decisions, grid).savefig(args.out / "filmstrip.png", dpi=110)
-    if has_object:
-        colors = {m: track_colors(video, args.prompt, num_frames_per_chunk) for m, video in frames.items()}
-        parts = ("background", "object")
-        drift_plot(
-            decisions,
-            {method: {part: as_rgb(getattr(each, part)) for part in parts} for method, each in colors.items()},
-            {method: {part: color_drift(getattr(each, part)) for part in parts} for method, each in colors.items()},
-        ).savefig(args.out / "drift.png", dpi=110)
-
-    plain = runs["plain"]
-    header = (
-        "",
-        "chunks",
-        "triggers",
-        "evicted",
-        "quarantined",
-        "seconds",
-        "overhead",
-        "calls",
-    )
-    measures = ("dE background", "dE object", "motion") if has_object else ()
-    print(
-        f"\n{args.prompt!r}, seed {args.seed}",
-        "{:18}{:>8}{:>10}{:>9}{:>13}{:>9}{:>10}{:>8}".format(*header)
-        + "".join(f"{name:>{width}}" for name, width in zip(measures, (15, 11, 8))),
-        sep="\n",
-    )
-    for method, run in runs.items():
-        measured = ""
-        if has_object:
-            drift = summarize_drift(run.frames[0], args.prompt, num_frames_per_chunk)
-            measured = f"{drift['background_drift']:15.2f}{_or_gone(drift['object_drift'])}{drift['motion']:8.2f}"
-        print(
-            f"{method:18}{args.chunks:8}{sum(each['trim'] for each in run.decisions[0]):10}"
-            f"{sum(len(each['tokens']) for each in run.decisions[0]):9}"
-            f"{sum(each['quarantined'] for each in run.decisions[0]):13}{run.seconds:9.1f}"
-            f"{run.seconds / plain.seconds:9.2f}x{run.denoiser_calls / plain.denoiser_calls:7.2f}x{measured}"
-        )
-    print(
-        "triggers, quarantined: chunks; evicted: grid positions; overhead, calls: seconds and transformer calls relative to plain"
-    )
-    if has_object:
-        print(
-            "dE: CIEDE2000 distance of the color to the first chunk, mean over the last half; motion: pixels per frame"
-        )
+    seconds = sum(comparison.chunk_frames) / comparison.fps
+    print(f"\n{args.prompt!r}, seed {args.seed}: {args.chunks} chunks ({seconds:.1f} s)\n{comparison}")
     print(f"written to {args.out}/: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
 
 

@@ -23,6 +23,8 @@ PROMPTS = {  # an example for each shipped checkpoint
     "tiny-world-self-forced": "a red circle moving right over a blue background",
     "travelling-world": "a fast journey right over hills by noon",
 }
+# The share of the picture, from the top, that is meant to stay: the sky, where the camera travels.
+STAYS = {"tiny-world": 1.0, "tiny-world-self-forced": 1.0, "travelling-world": 0.3}
 CONFIGS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "configs").glob("*.json")}
 WORLD = CONFIGS["tiny_world"]
 # Without FlowMo, a trimmed rollout equals the plain one up to the first trigger.
