@@ -1,8 +1,8 @@
 # Each target needs python3 and nothing else: what it uses is installed into .venv or .venv-app.
 PYTHON = .venv/bin/python
 INSTALLED = .venv/installed
-# A folder of checkpoints/: `make demo WORLD=travelling-world`.
-WORLD = tiny-world
+# A folder of checkpoints/: `make demo WORLD=tiny-world`.
+WORLD = travelling-world
 
 # Random calls of `make fuzz`; `make test` has 200, always the same.
 EXAMPLES = 20000
@@ -30,12 +30,12 @@ app: $(APP_INSTALLED)
 # A folder that is ready for `hf upload you/name build/space . --repo-type space`.
 space:
 	rm -rf build/space
-	mkdir -p build/space/tokentrim/tools/commands build/space/checkpoints
-	cp space/*.* build/space
+	mkdir -p build/space/tokentrim/tools/commands
+	cp -r space/*.* space/example build/space
 	cp -r LICENSE *.py tokentrim_*/ build/space/tokentrim
 	cp tools/*.* build/space/tokentrim/tools
 	cp tools/commands/*.py build/space/tokentrim/tools/commands
-	cp -r checkpoints/tiny-world build/space/checkpoints
+	cp -r checkpoints build/space
 
 # Everything, on all cores; each test uses one.
 test: $(INSTALLED)

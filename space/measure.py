@@ -1,12 +1,17 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The drift report of one video, for the page; `tokentrim drift` measures."""
+"""The drift report of one or two videos, for the page. `tokentrim drift` measures."""
 
-from collections.abc import Iterator
+import base64
+import io
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from tokentrim.tools.drift import measure_video, write_json
 from tokentrim.tools.drift_plot import plot_drift
@@ -15,7 +20,7 @@ from tokentrim.tools.frames import Limits, read_frames
 
 LIMITS = Limits(frames=20_000, seconds=60)  # for one visitor, because others wait
 
-ROWS = (  # name of the measure, title, digits, value without drift
+ROWS = (  # name of the measure, title, format, value without drift
     ("color_similarity", "Colors in common, end with start", "{:.1f}%", "100%"),
     ("color_distance", "Distance of the colors, end from start", "{:.1f}%", "0"),
     ("worst_similarity", "Colors in common, worst twentieth with start", "{:.1f}%", "100%"),
@@ -25,29 +30,60 @@ ROWS = (  # name of the measure, title, digits, value without drift
     ("sharpness_slope", "Change of sharpness", "{:+.3f}", "0"),
     ("motion_late_to_early", "Motion, end over start", "{:.2f}", "1"),
 )
+PALE, DIM = "#e5e7eb", "#374151"  # text and lines on a dark page
 
 
-def measure(path: Path, numbers: Path) -> tuple[str, Any]:
+def measure(paths: Sequence[Path], numbers: Path) -> tuple[str, str]:
     """
-    Measure a video. Returns the report in Markdown and the figure; writes all numbers to a JSON file.
+    Measure videos. Returns the report in Markdown and the figures in HTML; writes all numbers to a JSON file.
 
     Raises:
-        `ValueError`: the file is not a video, has fewer than 21 frames, or exceeds [`LIMITS`]; or the folder of
-            `numbers` was removed meanwhile. The message is a sentence for the page.
+        `ValueError`: a file is not a video, has fewer than 21 frames, or exceeds [`LIMITS`]; or the folder of `numbers`
+            was removed meanwhile. The message is a sentence for the page.
     """
-    try:
-        with closing(read_frames(path, LIMITS)) as frames:
-            drift = measure_video(path.name, while_folder_exists(frames, numbers.parent))
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(path), path.name)) from error
-    measures = drift.measures()
-    lines = [f"**{drift.name}**, {drift.num_frames} frames", "", "| measure | value | no drift |", "|---|---|---|"]
+    drifts = []
+    for path in paths:
+        try:
+            with closing(read_frames(path, LIMITS)) as frames:
+                drifts.append(measure_video(path.name, while_folder_exists(frames, numbers.parent)))
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), path.name)) from error
+    measures = [drift.measures() for drift in drifts]
+    lengths = " · ".join(f"**{drift.name}**, {drift.num_frames} frames" for drift in drifts)
+    names = " | ".join(drift.name for drift in drifts) if len(drifts) > 1 else "value"
+    lines = [lengths, "", f"| measure | {names} | no drift |", "|---" * (len(drifts) + 2) + "|"]
     for name, title, form, neutral in ROWS:
-        value = "-" if measures[name] is None else form.format(measures[name])
-        lines.append(f"| {title} | {value} | {neutral} |")
+        values = ["-" if each[name] is None else form.format(each[name]) for each in measures]
+        lines.append(f"| {title} | {' | '.join(values)} | {neutral} |")
     lines += ["", "An intended change such as a sunset counts as drift, and a frozen picture does not: docs/drift.md."]
-    write_json(numbers, [drift])
-    return "\n".join(lines), plot_drift([drift])
+    write_json(numbers, drifts)
+    figures = {"for-light": plot_drift(drifts), "for-dark": darkened(plot_drift(drifts))}
+    return "\n".join(lines), "".join(as_image(figure, css) for css, figure in figures.items())
+
+
+def darkened(figure: Figure) -> Figure:
+    """The figure for a dark page: pale text and dim lines."""
+    for text in figure.findobj(Text):
+        if max(to_rgb(text.get_color())) < 0.3:
+            text.set_color(PALE)
+    for axes in figure.axes:
+        axes.tick_params(colors=PALE)
+        axes.grid(color=DIM)
+        for spine in axes.spines.values():
+            spine.set_color(PALE)
+        for patch in axes.patches:
+            patch.set_facecolor("#1f2937")
+    return figure
+
+
+def as_image(figure: Any, css: str) -> str:
+    """A picture with the page's own background."""
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, transparent=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img class="{css}" alt="film strips, and each measure over time" src="data:image/png;base64,{data}">'
 
 
 def while_folder_exists(frames: Iterator[np.ndarray], folder: Path) -> Iterator[np.ndarray]:

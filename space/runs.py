@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from world import is_tiny_world, unknown_words
+from world import WORLDS, unknown_words
 
 from tokentrim import __version__
+from tokentrim.tokentrim_frames.colors import ColorMeter
 from tokentrim.tokentrim_frames.mp4 import VideoWriter
 from tokentrim.tokentrim_frames.output import as_uint8, decision_event
+from tokentrim.tokentrim_frames.summary import list_events
 from tokentrim.tools.loading import load_checkpoint
 
 
@@ -75,9 +77,9 @@ class Studio:
         for each in self.pipes.values():
             each.set_progress_bar_config(disable=True)
         self.pool = ThreadPoolExecutor(len(SIDES))  # options of ffmpeg
-        self.is_tiny_world = is_tiny_world(pipe.tokenizer)
+        self.world = WORLDS.get(Path(checkpoint).name)  # `None` for other models
         self.fps = fps or pipe.fps
-        if self.is_tiny_world:
+        if self.world:
             torch.set_num_threads(1)  # more threads slow down a model this small
 
     def check_prompt(self, prompt: str) -> str:
@@ -126,6 +128,7 @@ class Studio:
             streams = [stack.enter_context(self.start(side, settings)) for side in SIDES]
             writers = [VideoWriter(folder / f"{side}.mp4", self.fps) for side in SIDES]
             state["grid"], clock = list(streams[0].grid), Clock()
+            meters = [ColorMeter(self.world.top if self.world else 1.0) for _ in SIDES]
             yield state
             for index in range(settings.num_chunks):
                 for change in inbox.due(index):
@@ -137,7 +140,7 @@ class Studio:
                     break
                 frames = [as_uint8(chunk.frames[0]) for chunk in chunks]
                 list(self.pool.map(VideoWriter.write, writers, frames))
-                state = add_chunks(state, chunks, frames, writers) | clock.tell(len(frames[0]))
+                state = add_chunks(state, chunks, frames, writers, meters) | clock.tell(len(frames[0]))
                 state["prompts"] = [[0, settings.prompt], *([at, each.prompt] for at, each in changes.items())]
                 yield state
         if folder.exists():
@@ -219,6 +222,7 @@ def begin_state(studio: Studio, settings: Settings) -> dict:
         "status": "running",
         "fps": studio.fps,
         "planned": settings.num_chunks,
+        "top": studio.world.top if studio.world else 1.0,
         "made": 0,
         "num_frames": 0,
         "prompts": [[0, settings.prompt]],
@@ -226,11 +230,11 @@ def begin_state(studio: Studio, settings: Settings) -> dict:
     }
 
 
-def add_chunks(state: dict, chunks: list, frames: list, writers: list) -> dict:
+def add_chunks(state: dict, chunks: list, frames: list, writers: list, meters: list) -> dict:
     """The state with one more chunk of both videos; the old state is not modified."""
     sides = []
-    for side, chunk, video, writer in zip(state["sides"], chunks, frames, writers):
-        known = describe(chunk.decisions[0], video)
+    for side, chunk, video, writer, meter in zip(state["sides"], chunks, frames, writers, meters):
+        known = describe(chunk.decisions[0], len(video), meter.add(video))
         sides.append({**side, "bytes": writer.state["bytes"], "chunks": [*side["chunks"], known]})
     return {
         **state,
@@ -241,17 +245,16 @@ def add_chunks(state: dict, chunks: list, frames: list, writers: list) -> dict:
     }
 
 
-def describe(decision: dict, frames: Any) -> dict:
-    """One chunk of one video, for the charts: its decision, and its mean color, three numbers from 0 to 255."""
+def describe(decision: dict, num_frames: int, drift: float) -> dict:
+    """One chunk of one video, for the charts: its decision, and how far its colors are from the start (0 to 100)."""
     numbers = {name: decision[name] for name in ("severity", "threshold", "regenerated_severity")}
-    known = {name: None if value is None else round(value, 4) for name, value in numbers.items()}
-    color = [round(float(value), 1) for value in frames.mean((0, 1, 2))]
     return {
-        **known,
+        **{name: None if value is None else round(value, 4) for name, value in numbers.items()},
+        "drift": round(drift, 2),
+        "events": list_events(decision),
         "event": decision_event(decision),
         "tokens": decision["tokens"],
-        "color": color,
-        "frames": len(frames),
+        "frames": num_frames,
     }
 
 

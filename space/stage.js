@@ -149,13 +149,14 @@ function mark() {
 function tell(speed) {
   if (!state.status) return;
   const parts = [`chunk ${state.made} of ${state.planned}`];
-  if (state.rate) parts.push(`${state.rate.toFixed(1)} frames/s made`);
+  if (state.rate && !state.is_example) parts.push(`${state.rate.toFixed(1)} frames/s made`);
   if (isRunning()) {
     const begun = players[0].video.currentTime > 0;
     parts.push(begun ? `playing at ${speed.toFixed(2)} of full speed, as fast as it is made` : "buffering");
   } else {
     parts.push(`${(state.num_frames / state.fps).toFixed(1)} s at ${state.fps} frames/s`);
     parts.push(state.status === "stopped" ? "stopped" : "complete");
+    if (state.is_example) parts.unshift("an example");
   }
   find(".told").textContent = parts.join(" · ");
 }
@@ -220,25 +221,22 @@ function drawCharts() {
     });
   });
 
-  const svg = find("svg.color");
-  const moved = state.sides.map(({ chunks }) => chunks.map(({ color }) =>
-    Math.sqrt(color.reduce((sum, value, channel) => sum + (value - chunks[0].color[channel]) ** 2, 0) / 3) / 2.55));
-  const most = Math.max(...moved.flat(), 1) * 1.08;
-  const scale = begin(svg, 40, most, `${most.toPrecision(2)}%`);
-  state.sides.forEach(({ name, chunks }, row) => {
-    chunks.forEach(({ color }, chunk) => svg.append(draw("rect", {
-      x: scale.x(chunk) - scale.step / 2, y: 17 * row, width: scale.step + 0.5, height: 15, fill: `rgb(${color})`,
-    })));
-    svg.append(draw("text", { x: 26, y: 17 * row + 11, "text-anchor": "end" }, name));
-    svg.append(draw("path", { class: `${name}-line`, d: path(moved[row], scale) }));
-  });
+  find(".part").textContent = state.top < 1 ? ` of the top ${Math.round(100 * state.top)}%` : "";
+  const svg = find("svg.drift"), drifts = state.sides.map(({ chunks }) => chunks.map(({ drift }) => drift));
+  const most = Math.max(...drifts.flat(), 5) * 1.08, scale = begin(svg, 4, most, most.toPrecision(2));
+  state.sides.forEach(({ name }, side) => svg.append(draw("path", { class: `${name}-line`, d: path(drifts[side], scale) })));
 }
 
 // State from the server
 
 function update() {
-  state = props.value ?? {};
-  if (!state.run) return;
+  const value = props.value ?? {}, notice = find(".notice");
+  notice.hidden = !value.message;
+  notice.textContent = value.message ?? "";
+  notice.classList.toggle("error", value.status === "error");
+  if (value.message && window.innerWidth < 768) element.scrollIntoView({ behavior: "smooth", block: "start" });
+  if (!value.run) return; // what was shown stays
+  state = value;
   const begins = state.run !== run;
   if (begins) {
     run = state.run;
@@ -251,7 +249,9 @@ function update() {
   const [height, width] = state.size ?? [1, 1];
   state.sides.forEach((side, number) => {
     players[number].grow(side.bytes, !isRunning());
-    find(`[data-side=${side.name}] .method`).textContent = side.method;
+    const held = side.chunks.filter(({ events }) => events.includes("held")).length;
+    const told = held ? `${side.method}, held ${held} of ${side.chunks.length} chunks` : side.method;
+    find(`[data-side=${side.name}] .method`).textContent = told;
     find(`[data-side=${side.name}] .frame`).style.aspectRatio = `${width} / ${height}`;
   });
   find(".files").replaceChildren(...(state.files ?? []).map((file) => {
@@ -262,8 +262,29 @@ function update() {
   drawCharts();
   pace();
   mark();
-  if (begins && window.innerWidth < 768) element.scrollIntoView({ behavior: "smooth", block: "start" });
+  if (begins && isRunning() && window.innerWidth < 768) element.scrollIntoView({ behavior: "smooth", block: "start" });
 }
+
+// The wipe: one picture over the other, cut at a line
+
+const pictures = find(".pictures");
+
+function wipe(percent) {
+  pictures.style.setProperty("--wipe", `${percent}%`);
+  find(".wiper").value = percent;
+}
+
+find(".view").addEventListener("click", () => {
+  const isWipe = pictures.classList.toggle("wipe");
+  find(".view").textContent = isWipe ? "side by side" : "wipe";
+  find(".view").setAttribute("aria-pressed", isWipe);
+});
+find(".wiper").addEventListener("input", (event) => wipe(event.target.value));
+find("[data-side=left] .frame").addEventListener("pointermove", (event) => {
+  if (!pictures.classList.contains("wipe")) return;
+  const { left, width } = event.currentTarget.getBoundingClientRect();
+  wipe(Math.max(0, Math.min(100, (100 * (event.clientX - left)) / width)));
+});
 
 find(".play").addEventListener("click", () => {
   isPaused = !isPaused;
@@ -277,7 +298,8 @@ element.querySelectorAll(".chart svg").forEach((svg) => svg.addEventListener("cl
   const chunk = Math.max(0, Math.min(svg.chunkAt?.(event.offsetX) ?? 0, chunks.length - 1));
   seek(chunks.slice(0, chunk).reduce((sum, { frames }) => sum + frames, 0) / state.fps + 0.001);
 }));
-new ResizeObserver(drawCharts).observe(find(".charts"));
+new ResizeObserver(drawCharts).observe(find(".made"));
+find(".more").addEventListener("toggle", drawCharts);
 element.players = players; // for tests
 setInterval(() => { pace(); mark(); }, 100);
 watch("value", update);

@@ -63,7 +63,7 @@ def serve(folder, *command):
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
-    """The folder of `make space`, with a tiny world of 2 steps."""
+    """What `make space` writes, with a tiny world of 2 steps; that world is the first one."""
     folder = tmp_path_factory.mktemp("clone")
     code = [path.name for pattern in ("*.py", "tokentrim_*/") for path in ROOT.glob(pattern)]
     for name in ("Makefile", "LICENSE", "space", "tools", "checkpoints", *code):
@@ -102,8 +102,15 @@ class Visitor:
         self.page.goto(address)
         self.page.wait_for_selector("#begin")
 
-    def begin(self, prompt=BLUE, num_chunks=6, right=None, seed=0):
+    def pick(self, world):
+        self.page.get_by_label("World", exact=True).click()
+        self.page.get_by_role("option", name=world, exact=True).click()
+        self.page.wait_for_timeout(500)
+
+    def begin(self, prompt=BLUE, num_chunks=6, right=None, seed=0, world="One shape over one color"):
         page = self.page
+        if world:
+            self.pick(world)
         page.get_by_label("Prompt", exact=True).fill(prompt)
         if page.get_by_label("Seed").count() == 0 or not page.get_by_label("Seed").is_visible():
             page.get_by_text("More settings").click()
@@ -125,10 +132,15 @@ class Visitor:
         )
 
     def wait_for_end(self):
-        self.page.wait_for_selector("#stage .files a")
+        """Of a run of the visitor, not of the example."""
+        self.page.wait_for_selector("#stage .files a[href*=tokentrim-runs]")
 
     def told(self):
         return self.page.inner_text("#stage .told")
+
+    def notice(self):
+        """The error that stays on the stage."""
+        return self.page.wait_for_selector("#stage .notice.error:not([hidden])").inner_text()
 
     def sentence(self):
         return self.page.wait_for_selector("[data-testid=toast-body]").inner_text()
@@ -175,6 +187,7 @@ def test_videos_play_and_plots_grow_while_they_are_made(arrive, tmp_path):
     visitor = arrive()
     begin = time.perf_counter()
     visitor.begin(num_chunks=30)
+    visitor.wait_for_chunk(1)  # until then, the example is shown
     visitor.wait_for("document.querySelector('#stage video').currentTime > 0")
     first = time.perf_counter() - begin
     print(f"first frames {first:.1f} s after the button")
@@ -184,7 +197,7 @@ def test_videos_play_and_plots_grow_while_they_are_made(arrive, tmp_path):
         samples.append(visitor.videos())
         lengths.append(len(visitor.page.get_attribute("svg.severity[data-side=left] .severity-line", "d")))
         visitor.page.wait_for_timeout(500)
-    assert "full speed" in visitor.told() and visitor.page.locator("#stage .files a").count() == 0  # on its way still
+    assert "full speed" in visitor.told() and visitor.page.locator("#stage .files a").count() == 0  # not finished yet
     times = [[sample[side]["time"] for sample in samples] for side in (0, 1)]
     assert all(sorted(set(side)) == side for side in times)
     assert max(abs(left - right) for left, right in zip(*times)) < 0.1
@@ -240,17 +253,23 @@ def test_bad_input_shows_a_sentence(arrive, prompt, sentence):
     visitor = arrive()
     visitor.begin(prompt, num_chunks=9999)
     assert visitor.page.get_by_label("number input for Length in chunks").input_value() == "200"  # the limit
-    told = visitor.sentence()
+    told = visitor.notice()
     assert sentence in told and "Traceback" not in told
-    assert visitor.page.is_enabled("#begin")
+    visitor.wait_for("!document.querySelector('#begin').disabled")
+    assert visitor.told().startswith("an example")  # what was shown stays
 
 
 def test_two_visitors_get_their_own_videos(arrive):
     first, second = arrive(), arrive()
     first.begin(BLUE, 8)
+    first.wait_for_chunk(1)
     second.begin(PURPLE, 4)
+    second.wait_for(
+        "document.querySelector('#stage .notice').textContent.startsWith('One video is made before yours')"
+    )
     for visitor in (first, second):
         visitor.wait_for_end()
+        assert visitor.page.locator("#stage .notice").is_hidden()
     settings = [json.loads(visitor.download("settings.json")) for visitor in (first, second)]
     assert [each["prompt"] for each in settings] == [BLUE, PURPLE]
     assert [each["num_chunks"] for each in settings] == [8, 4]
@@ -265,7 +284,7 @@ def test_a_closed_tab_frees_the_model(arrive):
     gone, next_one = arrive(), arrive()
     gone.begin(num_chunks=200)
     gone.wait_for_chunk(1)
-    file = next(url for url in gone.requests if url.endswith("left.mp4"))
+    file = next(url for url in gone.requests if "tokentrim-runs" in url and url.endswith("left.mp4"))
     assert next_one.context.request.get(file).ok
     gone.context.close()
     next_one.begin(num_chunks=2)
@@ -286,6 +305,7 @@ def test_evicted_tokens_are_outlined_on_demand(arrive):
     )
     visitor.wait_for("document.querySelector('[data-side=right] .frame').classList.contains('trimmed')")
     assert visitor.page.locator("[data-side=right] .marks rect").count() == 0
+    visitor.page.click("#stage .more summary")
     visitor.page.check("#stage .outline")
     assert visitor.page.locator("[data-side=right] .marks rect.inner").count() == len(chunks[trimmed[0]]["tokens"])
 
@@ -302,12 +322,47 @@ def test_measure_reports_a_video_and_refuses_other_files(arrive, tmp_path):
     assert "cannot be decoded" in visitor.sentence()
     visitor.page.reload()
     visitor.page.get_by_role("tab", name="Measure").click()
-    visitor.page.set_input_files("input[type=file]", tmp_path / "fade.mp4")
-    visitor.page.get_by_text("fade").first.wait_for()
+    VideoWriter(tmp_path / "still.mp4", 8).write(np.full((30, 64, 64, 3), 90, np.uint8))
+    visitor.page.set_input_files("input[type=file]", [tmp_path / "fade.mp4", tmp_path / "still.mp4"])
+    visitor.page.get_by_text("still").first.wait_for()
     visitor.page.click("#measure")
     visitor.page.wait_for_selector("#report table")
-    assert "30 frames" in visitor.page.inner_text("#report")
-    visitor.page.wait_for_selector("#figure img")
+    report = visitor.page.inner_text("#report")
+    assert "fade.mp4, 30 frames" in report and "still.mp4, 30 frames" in report
+    visitor.page.wait_for_selector("#figure img.for-light")
+    assert visitor.page.locator("#figure img.for-dark").is_hidden()
+
+
+def test_first_screen_shows_a_finished_example_and_a_wipe(arrive):
+    visitor = arrive()
+    visitor.wait_for("document.querySelector('#stage video').currentTime > 0")
+    assert "complete" in visitor.told() and visitor.told().startswith("an example")
+    assert visitor.page.locator("svg.drift .left-line").get_attribute("d")
+    assert not visitor.page.locator("svg.severity").first.is_visible()  # folded away
+    visitor.page.click("#stage .view")
+    left, right = (visitor.page.locator(f"[data-side={side}] .frame").bounding_box() for side in ("left", "right"))
+    assert left == right
+    visitor.page.mouse.move(left["x"] + left["width"] / 4, left["y"] + 50)
+    share = visitor.page.evaluate(
+        "getComputedStyle(document.querySelector('#stage .pictures')).getPropertyValue('--wipe')"
+    )
+    assert float(share.strip().rstrip("%")) == pytest.approx(25, abs=1)
+    visitor.page.click("#stage .view")
+    visitor.leave()
+
+
+def test_each_world_has_its_words_and_examples(arrive):
+    visitor = arrive()
+    prompt = visitor.page.get_by_label("Prompt", exact=True)
+    assert prompt.input_value() == "a fast journey right over hills by noon"
+    visitor.page.get_by_text("a slow journey right over hills by night").click()
+    assert prompt.input_value() == "a slow journey right over hills by night"
+    visitor.pick("One shape over one color")
+    assert prompt.input_value() == BLUE
+    visitor.page.get_by_label("Object").click()
+    visitor.page.get_by_role("option", name="orange ring").click()
+    visitor.wait_for("document.querySelector('textarea').value.startsWith('an orange ring')")
+    visitor.leave()
 
 
 @pytest.mark.parametrize("width, theme", [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
@@ -330,7 +385,7 @@ def test_page_reports_an_invalid_checkpoint(browser, tmp_path):
     with serve(tmp_path, *command) as (address, log):
         visitor = Visitor(browser, address)
         assert "could not be loaded" in visitor.page.inner_text("body")
-        visitor.page.click("#begin")
-        assert "could not be loaded" in visitor.sentence()
+        assert visitor.page.is_disabled("#begin") and visitor.page.is_disabled("#stop")
+        assert "share=True" not in log.read_text()
         assert "the checkpoint could not be loaded" in log.read_text()  # with its traceback, for whoever serves
         visitor.context.close()

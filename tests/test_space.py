@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import ROOT
 
+from research.training import travelling
 from research.training.world import COLORS, DIRECTIONS, SHAPES, Scene, parse
 from tokentrim.tokentrim_frames.mp4 import save_video
-from tokentrim.tools.frames import Limits
+from tokentrim.tools.frames import Limits, read_frames
 
 
 sys.path.insert(0, str(ROOT / "space"))
@@ -143,13 +144,24 @@ def test_impossible_change_raises_early(studio, change, sentence):
         studio.check(SETTINGS, change)
 
 
-def test_words_match_the_world():
+def test_words_are_those_of_the_worlds():
     assert world.COLORS == tuple(COLORS) and world.SHAPES == SHAPES and world.DIRECTIONS == tuple(DIRECTIONS)
-    assert world.make_sentence("orange ring", "up", "white") == Scene("orange", "ring", "up", "white").prompt
-    assert all(parse(example) for example in world.EXAMPLES)
+    assert (world.PACES, world.SIDES) == (tuple(travelling.PACES), tuple(travelling.DIRECTIONS))
+    assert (world.GROUNDS, world.LIGHTS) == (tuple(travelling.GROUNDS), tuple(travelling.LIGHTS))
+    of_tiny = world.WORLDS["tiny-world"].make_sentence("orange ring", "up", "white")
+    assert of_tiny == Scene("orange", "ring", "up", "white").prompt
+    assert set(world.WORLDS) <= {path.name for path in (ROOT / "checkpoints").iterdir()}
 
 
-# Measure
+@pytest.mark.parametrize("name", world.WORLDS)
+def test_words_and_examples_of_a_world_are_prompts_that_it_knows(name):
+    shown, parse_prompt = world.WORLDS[name], travelling.parse if name == "travelling-world" else parse
+    assert shown.make_sentence(*shown.chosen) == shown.examples[0]
+    assert all(word in words for word, words in zip(shown.chosen, shown.words.values(), strict=True))
+    assert all(parse_prompt(example) for example in shown.examples)
+    for number, words in enumerate(shown.words.values()):
+        for word in words:
+            parse_prompt(shown.make_sentence(*shown.chosen[:number], word, *shown.chosen[number + 1 :]))
 
 
 @pytest.fixture
@@ -163,7 +175,7 @@ def test_measuring_ends_at_each_limit(limit, video, tmp_path, monkeypatch):
     numbers = tmp_path / "drift.json"
     monkeypatch.setattr(measure, "LIMITS", Limits(**limit))
     with pytest.raises(ValueError, match="^x.mp4 .*the limit here"):
-        measure.measure(video, numbers)
+        measure.measure([video], numbers)
     assert not numbers.exists()
 
 
@@ -182,9 +194,26 @@ def test_measuring_stops_when_the_visitor_leaves(video, tmp_path, monkeypatch):
     iter_frames = measure.read_frames
     monkeypatch.setattr(measure, "read_frames", read_frames)
     with pytest.raises(ValueError, match="The visitor has left"):
-        measure.measure(video, folder / "drift.json")
+        measure.measure([video], folder / "drift.json")
     assert len(read) <= 6
 
 
 def test_every_limit_is_set_for_visitors():
     assert all(vars(measure.LIMITS).values())
+
+
+def test_example_is_a_finished_run_of_the_first_world():
+    folder = ROOT / "space" / "example"
+    state, first = json.loads((folder / "state.json").read_text()), next(iter(world.WORLDS.values()))
+    assert (state["status"], state["made"], state["is_example"]) == ("done", first.chunks, True)
+    assert state["prompts"] == [[0, first.examples[0]]] and [side["method"] for side in state["sides"]] == [
+        "plain",
+        "tokentrim_plus",
+    ]
+    for side in state["sides"]:
+        path = folder / f"{side['name']}.mp4"
+        assert path.stat().st_size == side["bytes"]
+        frames = np.stack(list(read_frames(path)))
+        assert len(frames) == state["num_frames"] == sum(chunk["frames"] for chunk in side["chunks"])
+    left, right = (np.mean([chunk["drift"] for chunk in side["chunks"][-25:]]) for side in state["sides"])
+    assert left > right

@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPT = "a red circle moving right over a blue background"
+WORLD, PROMPT = "tiny-world", "a red circle moving right over a blue background"
 
 
 def start_server(folder: Path) -> tuple[subprocess.Popen, str]:
@@ -47,11 +47,10 @@ def visit(address: str, num_chunks: int, seed: int, end: str) -> int:
 
     client = Client(address, verbose=False)
     try:
-        asked = [PROMPT, seed, "plain", "tokentrim_plus", "", num_chunks, "", 0, "cut"]
-        client.predict(*asked, api_name="/prepare")
-        job = client.submit(api_name="/watch")
+        asked = [WORLD, PROMPT, seed, "plain", "tokentrim_plus", "", num_chunks, "", 0, "cut"]
+        job = client.submit(*asked, api_name="/watch")
         if end != "complete":
-            while len(job.outputs()) < 2 and not job.done():
+            while not any(state.get("made") for state in job.outputs()) and not job.done():
                 time.sleep(0.05)
         if end == "stop":
             client.predict(api_name="/stop")
