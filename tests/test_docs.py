@@ -4,6 +4,7 @@ import argparse
 import importlib
 import inspect
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from builders import embeds, far_pipeline, latent_pipeline
 from conftest import ROOT
 from fresh import Nursery
 from packaging.specifiers import SpecifierSet
 
 from tokentrim.tokentrim_policies.registry import HOOKS, METHODS, POLICIES, make_method
-from tokentrim.tools.presets import PRESETS
+from tokentrim.tokentrim_views.registry import LAYOUTS
+from tokentrim.tools.original import list_shapes
+from tokentrim.tools.presets import LARGE, PRESETS, count_held_frames
 
 
 RESULTS = ROOT / "research" / "RESULTS.md"
@@ -86,8 +90,8 @@ def clone(tmp_path):
         if path.name != "checkpoints":
             (tmp_path / path.name).symlink_to(path)
     (tmp_path / "tokentrim").symlink_to(ROOT)
-    world = ROOT / "checkpoints" / "tiny-world"
-    checkpoint = tmp_path / "checkpoints" / "tiny-world"
+    world = ROOT / "checkpoints" / "travelling-world"
+    checkpoint = tmp_path / "checkpoints" / "travelling-world"
     checkpoint.mkdir(parents=True)
     for path in world.iterdir():
         if path.is_dir():
@@ -268,6 +272,43 @@ def heading_ids(page: Path) -> list[str]:
 
 def test_readme_picture_is_small():
     assert (ROOT / "docs" / "200-chunks.jpg").stat().st_size < 300_000
+
+
+def test_memory_in_the_readme_is_computed():
+    """Weights and cache of three presets, as `tokentrim convert --check` computes them."""
+    config = {"in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "patch_size": (1, 2, 2)}
+    large = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824}
+    small = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960}
+    rows = {"LongLive, 1.3B": "longlive", "Self Forcing, 1.3B": "self_forcing", "Krea Realtime, 14B": "krea_realtime"}
+    for row, preset in rows.items():
+        size = large if preset in LARGE else small
+        weights = 2 * sum(map(math.prod, list_shapes({**config, **size}).values()))
+        tokens, width = 30 * 52 * count_held_frames(preset), size["num_attention_heads"] * size["attention_head_dim"]
+        cache = 2 * size["num_layers"] * tokens * width * 2
+        cells = f"| {row} | {weights / 2**30:.1f} GiB | {cache / 2**30:.1f} GiB |"
+        assert cells in (ROOT / "README.md").read_text()
+
+
+def test_layouts_in_the_readme_are_those_that_each_model_takes():
+    rolling = {"rollout": "rolling_forcing", "num_inference_steps": 2, "prompt_embeds": embeds()}
+    calls = [
+        (latent_pipeline(), {"prompt_embeds": embeds()}),
+        (latent_pipeline(), rolling),
+        (far_pipeline(), {"prompt_embeds": embeds(), "num_frames": 25}),
+    ]
+    counts = []
+    for pipe, call in calls:
+        taken = []
+        for layout in LAYOUTS:
+            settings = {"window_size": 30} if layout in ("window", "attention_bias", "longlive") else {}
+            try:
+                pipe.plan(**call, output_type="latent", method="plain", layout={layout: settings})
+                taken.append(layout)
+            except ValueError as error:
+                assert "it needs passes of one chunk" in str(error)
+        counts.append(len(taken))
+    (row,) = re.findall(r"^\| \[layouts\].*$", (ROOT / "README.md").read_text(), flags=re.M)
+    assert row == f"| [layouts](docs/layouts.md) | all {counts[0]} | {counts[1]} | {counts[2]} |"
 
 
 INTERVAL = r"([+-]0\.\d+)\s+\[([+-]0\.\d+),\s+([+-]0\.\d+)\]"
