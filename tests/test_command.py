@@ -40,6 +40,8 @@ WRONG = [
     [*SHARED, "x.mp4", "--layout", "mem_rope"],
     [*SHARED, "x.mp4", "--method", "tokentrim2"],
     [*SHARED, "x.mp4", "--height", "65"],
+    [*SHARED, "x.mp4", "--negative-prompt", "a ring"],
+    [*SHARED, "x.mp4", "--negative-prompt", "a ring", "--guidance-scale", "0"],
     [*SHARED, "x.mp4", "--config", "none.json"],
     [*SHARED, "x.mp4", "--config", "bad.json"],
     [*SHARED, "bad.mp4"],

@@ -42,7 +42,7 @@ def check_options(options: argparse.Namespace) -> None:
         check_method("--method", options.method)
     if options.layout is not None:
         check_layout("--layout", options.layout)
-    if options.negative_prompt is not None and (options.guidance_scale or 2) <= 1:
+    if options.negative_prompt is not None and options.guidance_scale is not None and options.guidance_scale <= 1:
         raise ValueError(f"--negative-prompt needs --guidance-scale above 1, but it is {options.guidance_scale}")
 
 
@@ -69,6 +69,8 @@ def read_request(options: argparse.Namespace) -> Request:
     if options.prompt_schedule is not None:
         settings["prompt_schedule"] = read_schedule(options.prompt_schedule)
     check_settings(settings)
+    if options.negative_prompt is not None and (settings.get("guidance_scale") or 1) <= 1:
+        raise ValueError("--negative-prompt needs --guidance-scale above 1, but it is 1 by default.")
     files = tuple((name, path) for name in ("image", "video") if (path := getattr(options, name)) is not None)
     note = None
     if options.prompts is None:
