@@ -157,7 +157,7 @@ def test_interrupted_run_resumes_to_the_same_files(here):
         options += ["--out", "cut/x.mp4", "--state-dir", "a run", "--save-every", "2"]
         code, _, said = start_here(nursery, here, *options, interrupt=("cut/x.growing.jsonl", 4))
         assert code == 130
-        assert f"To go on:\n  tokentrim generate --state-dir '{here / 'a run'}' --resume" in said
+        assert f"To continue:\n  tokentrim generate --state-dir '{here / 'a run'}' --resume" in said
         assert sorted(contents(here / "cut")) == ["x.growing.jsonl", "x.growing.mp4"]
         frames = list(imageio.imiter(here / "cut" / "x.growing.mp4"))  # it plays
         assert len(frames) >= 45 and "Stopping after this chunk" in said

@@ -168,7 +168,7 @@ def convert_checkpoint(
         lora (`str` or `os.PathLike`, *optional*): a LoRA to merge.
 
     Raises:
-        `TypeError`, `ValueError`: an argument or a file is no good; what is valid is in the message.
+        `TypeError`, `ValueError`: an argument or a file is invalid; the message says what is valid.
     """
     base, out = Path(base), Path(out).absolute()
     check_choice("preset", preset, list(PRESETS))

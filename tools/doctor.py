@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What a checkpoint is, whether it runs, and whether it learned that frames come in order."""
+"""Report what a checkpoint is, whether it runs, and whether its model learned the order of frames."""
 
 import time
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def examine(
         height (`int`, *optional*), width (`int`, *optional*): in pixels. By default, the checkpoint's.
 
     Returns:
-        `tuple[dict[str, str], list[str]]`: what was found, by topic, and what is odd.
+        `tuple[dict[str, str], list[str]]`: findings by topic, and odd findings.
 
     Raises:
         `ValueError`: there is no checkpoint, or it is so broken that it does not load.
@@ -83,7 +83,7 @@ def examine(
     if frames is not None:
         found["numbers"] += f", frames of mean {frames.mean():.2f} and deviation {frames.std():.2f}"
         if frames.std() < 0.01:
-            odd.append("the frames show nothing: they are of one colour")
+            odd.append("the frames show nothing: they have one color")
     found["order"] = "not tested: AnyFlow-FAR reads its past in two resolutions"
     if isinstance(pipe.transformer, WanTransformer3DModel):
         found["order"], wrong = judge_order(*measure_order(pipe, latents, text))

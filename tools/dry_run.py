@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What a conversion would do, from the files' headers alone: without a weight, without PyTorch, in a moment."""
+"""Check a conversion from the files' headers: without reading weights, without PyTorch, in a moment."""
 
 import json
 from collections.abc import Mapping
@@ -25,14 +25,14 @@ def describe_conversion(
     preset: str | None = None,
 ) -> str:
     """
-    What is in an original file, in some lines.
+    The content of an original file, in some lines.
 
     Args:
         path (`Path`): the file, or the folder or index of sharded ones.
         ema (`bool`, *optional*): whether the moving average is meant. By default, where the file has one.
         lora (`Path`, *optional*): a LoRA that is to be merged.
         base (`Path`, *optional*): Wan2.1 folder; the config of its transformer, if it has one, gives the size of a head.
-        preset (`str`, *optional*): that memory is told for. By default, the first that fits.
+        preset (`str`, *optional*): preset whose memory is reported. By default, the first that fits.
 
     Raises:
         `ValueError`: the conversion would fail, as far as headers tell.

@@ -1,8 +1,8 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""One video or a thousand, on one device or many: what is missing is generated, what is there already is skipped.
+"""Generate one video or many, on one device or several. Finished videos are skipped.
 
 Each video grows as `x.growing.mp4`, which plays up to its last chunk, with its decisions in `x.growing.jsonl`. When it
-is complete and verified, both lose the `.growing`, and `x.json` says what it was made of.
+is complete and verified, both lose the `.growing`, and `x.json` records its inputs.
 """
 
 import os
@@ -44,15 +44,15 @@ def generate_video(
     progress: bool = True,
 ) -> None:
     """
-    Write one video, a .jsonl of its decisions, one chunk on a line, and a .json of what it was made of.
+    Write one video, a .jsonl of its decisions, one chunk per line, and a .json of its inputs.
 
     Args:
         pipe ([`TokenTrimPipeline`]): the pipeline.
-        job ([`Job`]): with `num_frames=None` in its settings it goes on until Ctrl-C; it is complete then, unless it has a
-            `state_dir` and may go on.
+        job ([`Job`]): with `num_frames=None` in its settings it continues until Ctrl-C. It is complete then, unless it has a
+            `state_dir` and can resume.
         record (`dict`): of [`make_record`].
         save_every (`int`, defaults to `10`): chunks between two states.
-        resume (`bool`, defaults to `False`): whether to go on with the state in `job.state_dir`, if there is one.
+        resume (`bool`, defaults to `False`): whether to resume from the state in `job.state_dir`, if there is one.
         progress (`bool`, defaults to `True`): whether to show the stream's bar.
     """
     pairs = list(zip(job.videos(job.growing), job.videos()))
@@ -82,7 +82,7 @@ def generate_video(
     for growing, path in pairs:
         os.replace(growing.with_suffix(".jsonl"), path.with_suffix(".jsonl"))
         write_record(path.with_suffix(".json"), record)
-        os.replace(growing, path)  # last: a video that is there is complete
+        os.replace(growing, path)  # last, because an existing video counts as complete
         print(path, flush=True)
     if job.state_dir is not None:
         remove_states(job.state_dir)
@@ -90,7 +90,7 @@ def generate_video(
 
 def verify(path: Path, chunk_frames: Sequence[int]) -> None:
     """
-    A growing video plays to its last frame, and no decision is missing.
+    Check that a growing video plays to its last frame and that no decision is missing.
 
     Raises:
         `OSError`: a frame or a decision is missing, or cannot be read.
@@ -106,7 +106,7 @@ def verify(path: Path, chunk_frames: Sequence[int]) -> None:
 
 def play(path: Path) -> int:
     """
-    The frames of a video, all decoded.
+    Decode all frames of a video; returns their number.
 
     Raises:
         `OSError`: one cannot be decoded.
@@ -156,7 +156,7 @@ def load_pipeline(
 
 
 def sweep(job: Job, resume: bool) -> None:
-    """Remove what a process left that was killed after its video was complete."""
+    """Remove the files of a process that was killed after its video was complete."""
     if lock_of(job.path).exists():
         with suppress(Timeout), locked(job.path, wait=False):
             pass
@@ -189,7 +189,7 @@ def generate_missing(
     trust_remote_code: bool = False,
 ) -> int:
     """
-    Generate the videos that are missing, split over the processes of accelerate or torchrun.
+    Generate the missing videos, split over the processes of accelerate or torchrun.
 
     Args:
         jobs (`Sequence[Job]`): one for each video.
@@ -198,15 +198,15 @@ def generate_missing(
         fps (`float`, *optional*): frames per second; by default the checkpoint's.
         save_every (`int`, defaults to `10`), resume (`bool`, defaults to `False`): see [`generate_video`].
         device (`str`, *optional*): by default this process's accelerator, or the CPU.
-        offload (`str`, defaults to `"none"`): `"model"`, `"sequential"` or `"group"`: what waits in main memory.
-        trust_remote_code (`bool`, defaults to `False`): whether code that lies in the checkpoint may run.
+        offload (`str`, defaults to `"none"`): `"model"`, `"sequential"` or `"group"`: which parts wait in main memory.
+        trust_remote_code (`bool`, defaults to `False`): whether code in the checkpoint may run.
 
     Returns:
-        `int`: how many failed, in all processes. A video that fails is reported, and the others go on.
+        `int`: number of failures in all processes. A failure is reported, and the other videos continue.
 
     Raises:
         `OSError`: a file could not be written.
-        `ValueError`: a video that is there is another one than asked for, or an argument is no good.
+        `ValueError`: an existing video was made from other inputs, or an argument is invalid.
     """
     check_jobs(jobs)
     where = find_device(device)
@@ -243,13 +243,13 @@ def generate_missing(
     def attempt(job: Job, wait: bool) -> None:
         try:
             with locked(job.path, wait):
-                if job.is_done():  # by another process, meanwhile
+                if job.is_done():  # finished by another process meanwhile
                     check_records([job], [record_of(job)])
                 else:
                     generate_video(pipe, job, record_of(job), save_every, resume, progress=len(todo) == 1)
         except Timeout:
             busy.append(job)
-        except Exception as error:  # whatever it is, the other prompts are worth their videos
+        except Exception as error:  # continue with the other prompts after any error
             failed.append(f"{job.path}: {type(error).__name__}: {error}")
 
     with state.split_between_processes(todo) as mine:

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What a weights file holds, from its header alone: names, shapes and dtypes, without a tensor and without PyTorch."""
+"""The content of a weights file, from its header: names, shapes and dtypes, without reading tensors and without PyTorch."""
 
 import os
 import pickle
@@ -18,7 +18,7 @@ FORMATS = (
 
 def read_header(path: Path) -> Any:
     """
-    What a file holds, with a [`TensorInfo`] in the place of each tensor. Nothing is imported or run.
+    The content of a file, with a [`TensorInfo`] instead of each tensor. Nothing is imported or run.
 
     Args:
         path (`Path`): a `.pt` or `.safetensors` file, the index of sharded ones, or the folder of either.

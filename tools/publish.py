@@ -3,8 +3,8 @@
 
 The code is one file, the bundle: modules in folders do not load from the Hub.
 
-A card is made of `model_card.md` and the `card_*.md` beside it. What was measured on this project's toy model stands on
-the card of the code alone: it says nothing about other weights.
+A card consists of `model_card.md` and the `card_*.md` beside it. Only the card of the code alone has the measurements on this
+project's toy model, because they say nothing about other weights.
 """
 
 import json
@@ -49,9 +49,9 @@ def publish(
         repo_id (`str`): the repository that the card's snippet loads, `"you/name"`.
         out (`str` or `os.PathLike`): the folder to write, new or empty.
         checkpoint (`str` or `os.PathLike`, *optional*):
-            A Diffusers folder of a causal Wan model, whose files are copied as they are. By default, code alone.
+            A Diffusers folder of a causal Wan model, whose files are copied unchanged. By default, only code.
         license (`str`, *optional*):
-            The Hub's name of the licence of the weights. By default, what the checkpoint's own card says.
+            The Hub's name of the license of the weights. By default, that of the checkpoint's card.
         revision (`str`, *optional*): the tag that the card's snippet pins. By default, this version.
         prompt (`str`, *optional*): a prompt for the snippet.
 
@@ -59,7 +59,7 @@ def publish(
         `ModelCard`: the card, as written to README.md.
 
     Raises:
-        `ValueError`: an argument is no good; its name, its value and what is valid are in the message.
+        `ValueError`: an argument is invalid; the message names it, its value and the valid values.
     """
     out = Path(out)
     try:

@@ -35,7 +35,7 @@ NUMBERS = (
 
 
 def complete_run(options: argparse.Namespace) -> argparse.Namespace:
-    """The options with defaults; of a run that is resumed, those that it began with."""
+    """Complete the options with defaults, or with those of the run that is resumed."""
     options, error = argparse.Namespace(**vars(options)), options.parser.error
     if options.resume and options.state_dir is None:
         error("--resume needs --state-dir")
@@ -44,7 +44,7 @@ def complete_run(options: argparse.Namespace) -> argparse.Namespace:
         value = [path.absolute() for path in value] if isinstance(value, list) else value and value.absolute()
         setattr(options, name, value)
     if options.out is not None and options.out.is_symlink():
-        options.out = Path(os.path.realpath(options.out))  # a link stands for the file that it leads to
+        options.out = Path(os.path.realpath(options.out))  # a link counts as its target
     if options.checkpoint is not None and Path(options.checkpoint).expanduser().exists():
         options.checkpoint = str(Path(options.checkpoint).expanduser().absolute())
     if options.resume:
@@ -96,7 +96,7 @@ def read_run(state_dir: Path) -> dict[str, Any]:
 
 
 def as_plain(options: argparse.Namespace) -> dict[str, Any]:
-    """What makes a run, as JSON has it."""
+    """The inputs of a run, as plain JSON."""
     plain = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
     for name in PATHS:
         value = plain[name]
@@ -125,23 +125,25 @@ def own_run(state_dir: Path | None) -> Iterator[None]:
 
 
 def save_run(options: argparse.Namespace, state_dirs: list[Path]) -> None:
-    """Beside the states, what they were made with."""
+    """Write the options beside the states."""
     path = options.state_dir / RUN
     if any(path.is_dir() for folder in state_dirs for path in folder.glob("state-*")):
-        raise ValueError(f"--state-dir: {options.state_dir} has a run: add --resume to go on, or name another folder")
+        raise ValueError(
+            f"--state-dir: {options.state_dir} has a run: add --resume to continue, or name another folder"
+        )
     if path.exists():
-        read_run(options.state_dir)  # one of ours, of a run that is over
+        read_run(options.state_dir)  # ours, from a finished run
     write_whole(path, json.dumps(as_plain(options), indent=1))
 
 
 def how_to_go_on(options: argparse.Namespace) -> str:
-    """After Ctrl-C, in words and as a command."""
+    """What to do after Ctrl-C, in words and as a command."""
     program = "python -m tokentrim" if Path(sys.argv[0]).name == "__main__.py" else "tokentrim"
     if options.state_dir is not None:
-        return f"To go on:\n  {program} generate --state-dir {shlex.quote(str(options.state_dir))} --resume"
+        return f"To continue:\n  {program} generate --state-dir {shlex.quote(str(options.state_dir))} --resume"
     begin = f"  {program} {shlex.join(options.arguments)}"
     if options.prompts is not None:
-        return f"To make those that are missing:\n{begin}"
+        return f"To make the missing videos:\n{begin}"
     growing = options.out.with_name(f"{options.out.stem}.growing.mp4")
-    told = f"{growing} has the chunks that were finished." if growing.exists() else "No chunk was finished."
-    return f"{told} To begin anew, so that it can go on after an interruption:\n{begin} --state-dir DIR"
+    told = f"{growing} has the finished chunks." if growing.exists() else "No chunk was finished."
+    return f"{told} To start again, with a state that can resume:\n{begin} --state-dir DIR"

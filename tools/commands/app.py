@@ -18,7 +18,7 @@ SPACE = Path(__file__).parent.parent.parent / "space"
 
 def add_parser(commands) -> None:
     details = """\
-It serves this machine alone, until Ctrl-C, and nothing leaves it. docs/app.md has what the page shows.
+It serves this machine alone, until Ctrl-C, and nothing leaves it. docs/app.md describes the page.
 
 examples:
   tokentrim app

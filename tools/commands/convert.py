@@ -13,9 +13,9 @@ from . import DTYPES, add_command
 
 def add_parser(commands) -> None:
     details = """\
-The folder that it writes says how its model is rolled out: `from_pretrained` and a prompt are enough. Conversion fails
+The folder stores how its model is rolled out, so `from_pretrained` and a prompt are enough. Conversion fails
 if a tensor is left over or missing, and a failure leaves nothing behind. Only tensors are unpickled. Weights are read,
-merged and written one by one: memory is needed for a few of them.
+merged and written one by one, so memory for a few of them is enough.
 
 examples:
   tokentrim convert --check
@@ -24,7 +24,7 @@ examples:
       --out self-forcing-diffusers
   tokentrim convert longlive_base.pt --lora lora.pt --preset longlive --base Wan2.1-T2V-1.3B-Diffusers \\
       --out longlive-diffusers"""
-    summary = "original files of Self Forcing, Rolling Forcing and others to Diffusers folders"
+    summary = "convert original files of Self Forcing, Rolling Forcing and others to Diffusers folders"
     parser = add_command(commands, run, "convert", summary, details)
     layouts = "{'generator': ..., 'generator_ema': ...}, {'model': ...} or a bare state dict"
     parser.add_argument(
@@ -52,7 +52,7 @@ examples:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="say what is in FILE and whether it fits, from headers alone; without FILE, list presets and memory",
+        help="report the content of FILE and whether it fits, from headers only; without FILE, list presets and memory",
     )
 
 

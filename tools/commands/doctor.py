@@ -12,17 +12,17 @@ from . import DTYPES, add_command
 
 def add_parser(commands) -> None:
     details = """\
-Ten lines: what the folder is, its parts, rollout, context, schedule and licence, whether numbers are finite, what the
-order of frames means to the model, memory and speed on this machine, and what is odd. The exit code is 1 if anything is.
+Ten lines: the folder, its parts, rollout, context, schedule and license, whether numbers are finite, what the order of
+frames means to the model, memory and speed on this machine, and anything odd. The exit code is 1 if anything is odd.
 
-The order of frames, a heuristic: how much of the error of a noised chunk is left beside its clean past, and beside its
-clean future. A model that was trained chunk by chunk reads the past and has never seen a future; a bidirectional one has
-never seen a clean neighbour of a noised chunk, or uses both.
+The test of the order of frames is a heuristic. It measures the remaining error of a noised chunk beside its clean past, and
+beside its clean future. A model trained chunk by chunk reads the past and has never seen a future. A bidirectional model
+has never seen a clean neighbor of a noised chunk, or uses both.
 
 examples:
   tokentrim doctor self-forcing-diffusers
   tokentrim doctor self-forcing-diffusers --height 240 --width 416 --prompt "a red fox trots through snow\""""
-    summary = "what a checkpoint is, whether it runs, and what is odd about it"
+    summary = "report what a checkpoint is, whether it runs, and anything odd"
     parser = add_command(commands, run, "doctor", summary, details)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder in Diffusers format")
     parser.add_argument("--prompt", default="a red fox trots through snow", help="(default: %(default)s)")

@@ -24,13 +24,13 @@ A video grows as NAME.growing.mp4, which plays up to its last chunk whenever the
 chunk on a line of NAME.growing.jsonl. When it is complete and verified, both lose the `.growing`; NAME.json holds the
 prompt, the seed, the arguments and a fingerprint of the checkpoint.
 
-Line n of the prompts, from 0, makes FOLDER/n-its-words.mp4 with the seed --seed + n. What is there already is skipped:
-start again after an interruption. A video that is there, but is not the one that is asked for, is an error. A prompt that
-fails is reported at the end, and the rest goes on. `accelerate launch` and `torchrun` split the prompts over processes;
-so do commands that are started side by side.
+Line n of the prompts, from 0, makes FOLDER/n-its-words.mp4 with the seed --seed + n. Finished videos are skipped:
+start again after an interruption. An existing video that was made from other inputs is an error. A prompt that fails is
+reported at the end, and the others continue. `accelerate launch` and `torchrun` split the prompts over processes, and
+commands that run side by side share them too.
 
-With --state-dir a run goes on where it was last saved, to the same file as if nothing had happened. What the options
-were is saved with it: --resume needs --state-dir alone.
+With --state-dir a run resumes from its last state, to the same file as an uninterrupted run. The folder also holds the
+options, so --resume needs only --state-dir.
 
 examples:
   tokentrim generate "a red fox trots through snow" --checkpoint self-forcing-diffusers --out fox.mp4
@@ -54,7 +54,7 @@ def add_files(group: argparse._ArgumentGroup) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="JSON of arguments of the call; may be repeated, the later file counts, and options before all",
+        help="JSON of arguments of the call; may be repeated: later files override earlier ones, options override files",
     )
     group.add_argument("--image", type=Path, metavar="FILE", help="the first frame: PNG, JPEG or WebP")
     group.add_argument(
@@ -64,7 +64,7 @@ def add_files(group: argparse._ArgumentGroup) -> None:
         help="a video to continue: its last frames, up to 9 latent ones, begin the new video",
     )
     group.add_argument("--state-dir", type=Path, metavar="DIR", help="folder for resumable state")
-    group.add_argument("--resume", action="store_true", help="go on with what is in --state-dir")
+    group.add_argument("--resume", action="store_true", help="resume the run in --state-dir")
     group.add_argument(
         "--save-every", type=whole(1).parse, metavar="N", help="chunks between two states (default: 10)"
     )
@@ -95,17 +95,17 @@ def add_settings(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="classifier-free guidance above 1 (default: 1)",
     )
-    group.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    group.add_argument("--negative-prompt", metavar="TEXT", help="text that guidance moves away from")
     group.add_argument(
         "--method",
         type=read_name,
         help="plain, tokentrim, tokentrim_plus or paper; or JSON of policies with settings (default: the checkpoint's)",
     )
-    group.add_argument("--layout", type=read_name, help="what is read of the past: a name, or JSON with settings")
+    group.add_argument("--layout", type=read_name, help="which past frames are read: a name, or JSON with settings")
     group.add_argument(
         "--prompt-schedule", type=Path, metavar="FILE", help='JSON of prompts over time, {"20": "a green circle"}'
     )
-    group.add_argument("--prompt-transition", choices=TRANSITIONS, help="what becomes of the context at a change")
+    group.add_argument("--prompt-transition", choices=TRANSITIONS, help="what happens to the context at a change")
     group.add_argument(
         "--blend-chunks",
         type=numbers["blend_chunks"],
@@ -120,13 +120,13 @@ def add_machine(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else bfloat16)")
     group.add_argument(
-        "--offload", choices=OFFLOADS, help="what waits in main memory while it is not used (default: none)"
+        "--offload", choices=OFFLOADS, help="parts that wait in main memory while they are not used (default: none)"
     )
-    group.add_argument("--trust-remote-code", action="store_true", help="run code that lies in the checkpoint")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code in the checkpoint")
 
 
 def read_num_frames(text: str) -> int:
-    """0 for a video without an end."""
+    """Parse a number of frames; 0 for an endless video."""
     if text == "endless":
         return 0
     if not text.isdecimal():

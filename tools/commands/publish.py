@@ -14,13 +14,13 @@ from . import add_command
 
 def add_parser(commands) -> None:
     details = """\
-The model card's snippet pins the revision; its text about your weights is that of the checkpoint's own card. Nothing is
-uploaded: the commands that do so are printed.
+The model card's snippet pins the revision. Its text about your weights comes from the checkpoint's card. The command uploads
+nothing; it prints the commands that do.
 
 examples:
   tokentrim publish you/tokentrim --out hub/tokentrim
   tokentrim publish you/tiny-world --checkpoint checkpoints/tiny-world --out hub/tiny-world"""
-    summary = "a folder that is ready for the Hub: the code, or the code and a checkpoint, with a model card"
+    summary = "write a folder for the Hub: the code, or the code and a checkpoint, with a model card"
     parser = add_command(commands, run, "publish", summary, details)
     parser.add_argument("repo_id", metavar="REPO", help="the repository on the Hub, you/name")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, new or empty")
