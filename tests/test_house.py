@@ -70,3 +70,35 @@ def test_an_init_is_one_docstring(room):
     """Diffusers' loader copies none of them."""
     (docstring,) = ast.parse((room / "__init__.py").read_text()).body
     assert isinstance(docstring.value.value, str)
+
+
+# The pipeline's file and the signature of its call are over the limits still.
+LIMITS = {"lines of a file": 300, "lines of a function": 40, "parameters": 6}
+
+
+def functions(path):
+    """Name, lines without the docstring, and parameters without `self` of each function of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            docstring = node.body[0] if ast.get_docstring(node) is not None else None
+            length = 0 if docstring is None else docstring.end_lineno - docstring.lineno + 1
+            names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            yield (
+                node.name,
+                node.end_lineno - node.lineno + 1 - length,
+                len(names) - (names[:1] in (["self"], ["cls"])),
+            )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_small(path):
+    assert len(path.read_text().splitlines()) <= LIMITS["lines of a file"]
+    for name, lines, parameters in functions(path):
+        assert lines <= LIMITS["lines of a function"], name
+        assert parameters <= LIMITS["parameters"] or name == "__init__", name
+
+
+def test_functions_of_the_pipeline_are_small():
+    for name, lines, parameters in functions(ROOT / "pipeline_tokentrim.py"):
+        if name not in ("__init__", "__call__"):
+            assert lines <= LIMITS["lines of a function"] and parameters <= LIMITS["parameters"], name

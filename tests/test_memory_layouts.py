@@ -219,8 +219,8 @@ def test_compression_keeps_the_tokens_that_recent_queries_attend_to_most():
     key, places = memory.key.clone(), memory.places
     queries = torch.cat([query_of(8)[-NUM_TOKENS:], query])  # of frame 11, and of the chunk
     time = torch.tensor([11, 12, 13, 14]).repeat_interleave(NUM_TOKENS)
-    rotated = memory.turned(queries, time, places.repeat(4, 1))
-    keys = {frame: memory.turned(key[frame], torch.full((NUM_TOKENS,), frame), places) for frame in range(3, 11)}
+    rotated = memory.rotated(queries, time, places.repeat(4, 1))
+    keys = {frame: memory.rotated(key[frame], torch.full((NUM_TOKENS,), frame), places) for frame in range(3, 11)}
     scores = {(f, n): (rotated * keys[f][n]).sum().item() for f in keys for n in range(NUM_TOKENS)}
     layout.before_chunk(memory, [12, 13, 14], query)
     kept = selection(memory)
@@ -228,7 +228,7 @@ def test_compression_keeps_the_tokens_that_recent_queries_attend_to_most():
     for place, (frame, token) in enumerate(kept):
         target = divmod(place, NUM_TOKENS)
         time = torch.tensor([3 + target[0]])
-        stands = memory.turned(memory.key[3 + target[0], target[1]][None], time, places[target[1]][None])
+        stands = memory.rotated(memory.key[3 + target[0], target[1]][None], time, places[target[1]][None])
         torch.testing.assert_close(stands[0], keys[frame][token], atol=1e-5, rtol=0)
     layout.before_chunk(memory, [15, 16, 17], query)
     assert selection(memory) == kept  # every second chunk

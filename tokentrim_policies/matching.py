@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Matchings: learned from one chunk, they give the latents of another its values. Latents are (..., C, T, H, W)."""
+"""Matchings: learned from a reference chunk, they move latents to its values. Latents are (..., C, T, H, W)."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from .outliers import SPACE, quantiles
 
 
-MAX_NEIGHBOURS = 1024  # that are looked at
+MAX_NEIGHBORS = 1024  # tokens that a density is estimated from
 
 
 class MatchMean:
@@ -44,13 +44,13 @@ class MatchHistogram:
     """Gives latents the reference's values in each channel, smoothly: optimal transport of its quantiles, averaged over
     near values.
 
-    A map by ranks tears apart what is nearly equal, which sows noise into flat areas and makes a rollout depend on
-    rounding. Here each value moves by the mean move of the quantiles near it, so the map has a bounded slope.
+    A map by ranks separates nearly equal values, which adds noise to flat areas and makes a rollout depend on rounding.
+    Here each value moves by the mean move of the quantiles near it, so the map has a bounded slope.
 
     Args:
         reference (`torch.Tensor`): (..., C, T, H, W).
         num_quantiles (`int`): shares of the values whose means are moved.
-        width (`float`): standard deviation of the Gaussian that tells what is near, in those of the reference's values.
+        width (`float`): standard deviation of the Gaussian of near values, in standard deviations of the reference.
     """
 
     def __init__(self, reference: torch.Tensor, num_quantiles: int = 32, width: float = 0.15):
@@ -79,7 +79,7 @@ class MatchHistogram:
         return torch.lerp(moves.gather(-1, left), moves.gather(-1, left + 1), places - left).view_as(values)
 
 
-def turned(latents: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+def in_basis(latents: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """Latents, (..., C, T, H, W), with `basis`, (C, C), applied to their channels."""
     return (basis @ latents.flatten(-3)).view_as(latents)
 
@@ -92,11 +92,11 @@ class MatchDistribution:
         num_channels, generator = reference.shape[-4], torch.Generator().manual_seed(0)
         bases = torch.randn(num_bases, num_channels, num_channels, generator=generator, dtype=torch.float32)
         self.bases = torch.linalg.qr(bases).Q.to(reference)
-        self.histograms = [MatchHistogram(turned(reference, basis)) for basis in self.bases]
+        self.histograms = [MatchHistogram(in_basis(reference, basis)) for basis in self.bases]
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         for basis, histogram in zip(self.bases, self.histograms):
-            latents = turned(histogram(turned(latents, basis)), basis.T)
+            latents = in_basis(histogram(in_basis(latents, basis)), basis.T)
         return latents
 
 
@@ -124,19 +124,19 @@ class MatchCovariance:
 
 
 class MatchNear:
-    """Holds what the reference has too, and leaves alone what is new.
+    """Moves values that resemble the reference back to it; values without a counterpart stay.
 
-    A token of the latents, its values in all channels, moves to where its neighbourhood in the reference is from where
-    its neighbourhood in the chunk is: by the difference of two mean shifts (Comaniciu and Meer, PAMI 2002), which follow
-    the gradients of the two log densities. How many tokens are near does not matter, unlike in the other matchings: a sky
-    keeps its blue while a meadow comes into the picture.
+    A token of the latents, its values in all channels, moves from its neighborhood in the chunk to its neighborhood in the
+    reference: by the difference of two mean shifts (Comaniciu and Meer, PAMI 2002), which follow
+    the gradients of the two log densities. Unlike in the other matchings, the number of near tokens does not matter:
+    a sky keeps its blue while a meadow enters the picture.
 
     Args:
         reference (`torch.Tensor`): (..., C, T, H, W).
-        width (`float`): standard deviation of the Gaussian that tells what is near, root mean square over channels. In
-            latents as they are: VAEs come with the scale that gives them a standard deviation of 1.
-        num_steps (`int`): how often a token moves.
-        rare (`float`): a token that has as many neighbours as this share of the reference moves half of the way.
+        width (`float`): standard deviation of the Gaussian of near tokens, root mean square over channels, in
+            latents without further scaling: VAEs have a scale that gives them a standard deviation of 1.
+        num_steps (`int`): moves of each token.
+        rare (`float`): a token whose neighbors are this share of the reference moves half as far.
     """
 
     def __init__(self, reference: torch.Tensor, width: float = 0.1, num_steps: int = 3, rare: float = 0.003):
@@ -146,12 +146,12 @@ class MatchNear:
         self.reference = self._some(self._tokens(reference))
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        tokens, nobody = self._tokens(latents), math.log(self.rare * self.reference.shape[-2])
+        tokens, none = self._tokens(latents), math.log(self.rare * self.reference.shape[-2])
         for _ in range(self.num_steps):
             some = self._some(tokens)
             ours = self._nearness(tokens, some).softmax(dim=-1) @ some
-            # One more neighbour, who is nobody: a token that has no other stays where it is.
-            weights = F.pad(self._nearness(tokens, self.reference), (0, 1), value=nobody).softmax(dim=-1)
+            # A constant "no neighbor" entry keeps isolated tokens in place.
+            weights = F.pad(self._nearness(tokens, self.reference), (0, 1), value=none).softmax(dim=-1)
             tokens = tokens + weights[..., :-1] @ self.reference - (1 - weights[..., -1:]) * ours
         return tokens.mT.reshape(latents.shape)
 
@@ -166,12 +166,12 @@ class MatchNear:
 
     @staticmethod
     def _some(tokens: torch.Tensor) -> torch.Tensor:
-        """Enough of them to tell a density, evenly spaced."""
-        return tokens[..., :: -(-tokens.shape[-2] // MAX_NEIGHBOURS), :]
+        """Enough tokens to estimate a density, evenly spaced."""
+        return tokens[..., :: -(-tokens.shape[-2] // MAX_NEIGHBORS), :]
 
 
 def symmetric_power(matrix: torch.Tensor, power: float) -> torch.Tensor:
-    """A power of a symmetric positive semidefinite matrix, (..., C, C); directions without spread count as a little."""
+    """A power of a symmetric positive semidefinite matrix, (..., C, C); eigenvalues of 0 are taken as a small one."""
     eigenvalues, basis = torch.linalg.eigh(matrix)
     return basis @ (eigenvalues.clamp_min(1e-12).pow(power)[..., None] * basis.mT)
 

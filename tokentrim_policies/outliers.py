@@ -1,7 +1,7 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Statistics of latents and of severities: thresholds, quantiles, jumps, offsets. Pure functions.
 
-Latents are (..., C, T, H, W). *Values* are those of a channel, wherever in the chunk they are.
+Latents are (..., C, T, H, W). *Values* are all values of a channel, regardless of position.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ def outlier_threshold(
     deviation.
 
     Args:
-        values (`Sequence[float]`): what was accepted so far.
+        values (`Sequence[float]`): accepted so far.
         sensitivity (`float`): lambda.
-        warmup (`int`): how many values it takes; at least one.
-        spread_floor (`float`): the least that sigma is taken for, as a share of mu; the paper has none.
+        warmup (`int`): values needed before there is a threshold; at least one.
+        spread_floor (`float`): lower bound of sigma, as a share of mu; the paper has none.
 
     Returns:
         `float`, *optional*: `None` during the warm-up.
@@ -41,12 +41,12 @@ def quantiles(latents: torch.Tensor) -> torch.Tensor:
     values = latents.flatten(-3)
     if values.device.type != "cpu" or values.dtype == torch.bfloat16:
         return values.sort(dim=-1).values
-    # NumPy sorts with vector instructions: some thirty times as fast as torch on a CPU that has AVX-512.
+    # NumPy sorts with vector instructions: about thirty times as fast as torch on a CPU with AVX-512.
     return torch.from_numpy(np.sort(values.detach().numpy(), axis=-1))
 
 
 def resampled(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Quantiles, (..., any), of a chunk with `count` values in each channel."""
+    """Quantiles, (..., any), interpolated to `count` values in each channel."""
     if values.shape[-1] == count:
         return values
     flat = values.flatten(0, -2)[None]
@@ -60,7 +60,7 @@ def magnitude(offsets: torch.Tensor) -> float:
 
 def jump(quantiles: torch.Tensor, reference: torch.Tensor) -> float:
     """Wasserstein-2 distance of two chunks' values, given as `quantiles`, (C, any), root mean square over channels.
-    Independent of where in the chunk a value is."""
+    Independent of the positions of values."""
     return magnitude(quantiles - resampled(reference, quantiles.shape[-1]))
 
 

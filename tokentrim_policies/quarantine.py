@@ -1,8 +1,7 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Quarantine at commit, ours and not the paper's: a chunk unlike the one before it is shown, but never read again.
+"""Quarantine at commit, ours and not the paper's: a chunk unlike the one before it is shown, but not read by later chunks.
 
-Where TokenTrim generates a suspicious chunk a second time, quarantine rejects it and goes on without it. The signal
-ignores motion: moving an object permutes latent values, a defect adds new ones.
+TokenTrim generates a suspicious chunk again; quarantine rejects it and continues without it. The signal ignores motion: moving an object permutes latent values, a defect adds new ones.
 """
 
 import torch
@@ -12,16 +11,16 @@ from .outliers import jump, outlier_threshold, quantiles
 from .policy import ContextPolicy
 
 
-WARMUP_JUMPS = 4  # on record before a chunk can be rejected
+WARMUP_JUMPS = 4  # accepted before a chunk can be rejected
 SPREAD_FLOOR = 0.1  # of the mean: a few even jumps say too little about their spread
 
 
 class Quarantine(ContextPolicy):
-    """Rejects a chunk whose jump from the last accepted one is abnormally large for this video. Never two in a row:
-    a change that stays enters, a defect that is gone again does not.
+    """Rejects a chunk whose jump from the last accepted one is abnormally large for this video. Never two in a
+    row, so that a lasting change enters and a brief defect does not.
 
     Args:
-        sensitivity (`float`, defaults to `6.0`): how many standard deviations above the mean jump are abnormal.
+        sensitivity (`float`, defaults to `6.0`): standard deviations above the mean jump from which a jump is abnormal.
     """
 
     may_reject = True

@@ -1,9 +1,8 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Re-anchoring at commit, ours and not the paper's: what becomes context is held to the reference chunk.
+"""Re-anchoring at commit, ours and not the paper's: the context is held to the reference chunk.
 
-Drift of a long rollout is mostly slow and global: every chunk is a little off the one before it, is read back, and
-serves as the next one's example. Moving what is read back to where it was in the first chunk breaks that loop. The chunk
-that is shown stays as it was generated.
+Drift of a long rollout is mostly slow and global: every chunk differs a little from the one before it, and the next chunk
+follows it. Moving the context back to the first chunk breaks that loop. The chunk that is shown stays as it was generated.
 """
 
 import torch
@@ -29,16 +28,16 @@ class Reanchor(ContextPolicy):
 
     Args:
         match (`str`, defaults to `"near"`):
-            What is held. `"near"`: tokens that have something like them in the reference, and nothing that is new
-            ([`MatchNear`]). All that is in a chunk: `"mean"`, `"moments"` (mean and standard deviation) or `"histogram"`
+            What is held. `"near"`: tokens that resemble some of the reference, but no new content ([`MatchNear`]). The
+            whole chunk: `"mean"`, `"moments"` (mean and standard deviation) or `"histogram"`
             (all values) of each latent channel; `"covariance"` (means, and covariance of all channels, in closed form)
             or `"distribution"` (all values) of all channels jointly.
         tolerance (`float`, *optional*, defaults to `0.085`):
-            How much holding may take away, or a watched chunk be off its reference, before that counts as a change that
-            is meant: distance of the channels' means in standard deviations of what it is held to, root mean square over
-            channels. `None`: no change is meant.
-        patience (`int`, defaults to `6`): chunks that it takes to release a video, and to hold it again.
-        strength (`float`, defaults to `1.0`): how far a held chunk is moved, 0 to 1.
+            The largest change that holding removes, and the largest distance of a watched chunk from its reference, that
+            still counts as drift: distance of the channels' means in standard deviations of the reference, root mean square
+            over channels. `None`: every change counts as drift.
+        patience (`int`, defaults to `6`): chunks until a video is released, and until it is held again.
+        strength (`float`, defaults to `1.0`): how far a held chunk is moved to the match, 0 to 1.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Reanchor(ContextPolicy):
         self._hold(chunk)
 
     def commit(self, chunk: torch.Tensor) -> torch.Tensor:
-        """The chunk as it is held, or as it is while the video is watched."""
+        """The held chunk; unchanged while the video is watched."""
         if self.reference is None:
             self.observe(chunk)
             return chunk
@@ -107,7 +106,7 @@ class Reanchor(ContextPolicy):
         return self._matching(chunk[None])[0]
 
     def _resist(self, chunk: torch.Tensor, matched: torch.Tensor) -> None:
-        """Release the video where holding it takes away too much."""
+        """Release the video if holding removes too much."""
         if self.tolerance is None or len(self.offsets) == self.patience:
             return
         self.offsets = [*self.offsets, mean_offsets(chunk, matched)]

@@ -15,7 +15,7 @@ DRIFT_SIGNALS = ("final", "first_step")
 class SeverityMonitor(ContextPolicy):
     """Measures how far each chunk moved from the one before it (eq. 4 to 6), and accepts everything.
 
-    Decisions gain `severity`: D_t of the first attempt (`None` where there is nothing to compare with),
+    Decisions gain `severity`: D_t of the first attempt (`None` without a chunk to compare with),
     `regenerated_severity`: D_t of the last attempt, where that is not the first, and `threshold`: mu_t + lambda sigma_t
     (`None` while the gate is closed).
 
@@ -91,8 +91,7 @@ class TokenDrift(SeverityMonitor):
 
 
 class TokenTrim(SeverityMonitor):
-    """Algorithm 1: where a chunk's severity is abnormal, its most changed tokens leave the context, and it is generated
-    again.
+    """Algorithm 1: if a chunk's severity is abnormal, its most changed tokens leave the context, and it is generated again.
 
     Args:
         prune_fraction (`float`, defaults to `0.1`): p, the share of the token grid that counts as unstable.

@@ -1,1 +1,1 @@
-"""Which past frames a pass reads, and where they stand in time; this room knows no cache."""
+"""Which past frames a pass reads, and at which positions in time; this room knows no cache."""

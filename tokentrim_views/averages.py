@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Layouts in which frames that leave the window live on in running averages. Each states its source."""
+"""Layouts that add frames which leave the window to running averages. Each names its source."""
 
 import copy
 
@@ -11,17 +11,17 @@ from .memory import Memory
 
 
 class MemoryLayout(Layout):
-    """A window of slots: the sink, the places of a memory, and the recent frames with the current chunk. Until that many
-    frames are there, they stand at their slots; memory is then in the places of the frames behind the sink.
+    """A window of slots: the sink, a memory, and the recent frames with the current chunk. Until there are more frames
+    than slots, each frame has its own slot; after that, the memory uses the places of the frames behind the sink.
 
     Args:
-        window_size (`int`), num_sink_frames (`int`): of all, and of the sink.
-        num_recent_frames (`int`): recent frames that are read beside the sink and the memory.
-        num_memory_frames (`int`): places of the memory.
+        window_size (`int`), num_sink_frames (`int`): latent frames of the window, and of its sink.
+        num_recent_frames (`int`): recent frames that are read in addition to the sink and the memory.
+        num_memory_frames (`int`): latent frames of the memory.
     """
 
     one_chunk_a_pass = True
-    transitions = ("keep",)  # others would break or re-encode the memory
+    transitions = ("keep",)  # the others would break or re-encode the memory
 
     def __init__(self, window_size: int, num_sink_frames: int, num_recent_frames: int, num_memory_frames: int):
         check_int("window_size", window_size, 1)
@@ -30,27 +30,27 @@ class MemoryLayout(Layout):
         self.window_size = window_size
         self.num_sink_frames = num_sink_frames
         self.num_recent_frames = num_recent_frames
-        self.num_kept = num_sink_frames + num_memory_frames  # first latent frames whose places never leave
+        self.num_kept = num_sink_frames + num_memory_frames  # first latent frames that stay in memory
 
     def fits(self, new: list[int]) -> bool:
-        """Whether all frames so far are in the window."""
+        """Whether all frames of the video so far fit into the window."""
         return new[-1] < self.window_size
 
     def slots(self, frames: list[int], new: list[int]) -> View:
-        """Frames, and behind them the pass's own, at 0, 1, 2, ..."""
+        """Frames, then those of the pass, at the positions 0, 1, 2, ..."""
         num_read = len(frames)
         return View(frames, list(range(num_read)), list(range(num_read, num_read + len(new))))
 
 
 class MemRoPE(MemoryLayout):
-    """MemRoPE (YoungRaeKimm/MemRoPE): keys and values that leave the window enter two running averages over frames and
-    tokens, in the places of the two frames behind the sink.
+    """MemRoPE (YoungRaeKimm/MemRoPE): keys and values that leave the window are added to two running averages over
+    frames and tokens, which use the places of the two frames behind the sink.
 
     Args:
         window_size (`int`, *optional*): as in [`WindowLayout`]; by default 12, or what the others need.
         num_sink_frames (`int`): as in [`WindowLayout`].
         num_recent_frames (`int`, *optional*): recent frames, without the current chunk; by default the rest of the window, at least 4.
-        slow (`float`), fast (`float`): what newcomers weigh in each average.
+        slow (`float`), fast (`float`): the weight of new values in each average.
     """
 
     def __init__(
@@ -113,16 +113,16 @@ class MemRoPE(MemoryLayout):
 
 
 class EmaSink(WindowLayout):
-    """Reward Forcing (arXiv 2512.04678, JaydenLyh/Reward-Forcing): keys and values that leave the window enter those of
-    the sink, token by token, as a running average. Frames stand at their slots in the window.
+    """Reward Forcing (arXiv 2512.04678, JaydenLyh/Reward-Forcing): keys and values that leave the window are
+    averaged into those of the sink, token by token. Positions are slots of the window.
 
     Args:
         window_size (`int`), num_sink_frames (`int`): as in [`WindowLayout`].
-        decay (`float`): what the sink keeps of itself when a frame enters it.
+        decay (`float`): the weight of the sink's own values when a frame is averaged in.
     """
 
     one_chunk_a_pass = True
-    transitions = ("keep",)  # others would re-encode the averages
+    transitions = ("keep",)  # the others would re-encode the averages
 
     def __init__(self, window_size: int = 9, num_sink_frames: int = 3, decay: float = 0.999):
         check_int("window_size", window_size, 1)

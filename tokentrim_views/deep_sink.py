@@ -12,7 +12,8 @@ from .memory import Memory
 
 
 class DeepSink(WindowLayout):
-    """Deep Forcing's deep sink (cvlab-kaist/DeepForcing): half of the window and more is a sink, which moves along.
+    """Deep Forcing's deep sink (cvlab-kaist/DeepForcing): more than half of the window is a sink, whose
+    positions move along with the video.
 
     Args:
         window_size (`int`), num_sink_frames (`int`): as in [`WindowLayout`].
@@ -31,16 +32,16 @@ class DeepSink(WindowLayout):
 
 
 class CompressedSink(MemoryLayout):
-    """Deep Forcing (cvlab-kaist/DeepForcing) with participative compression: where the window is full, in each layer the
-    single tokens that recent queries attend to most stay of all between a deep sink and the recent frames.
+    """Deep Forcing (cvlab-kaist/DeepForcing) with participative compression: when the window is full, each layer keeps,
+    of all tokens between a deep sink and the recent frames, those that recent queries attend to most.
 
     Args:
         window_size (`int`), num_sink_frames (`int`): as in [`WindowLayout`].
-        budget (`int`): latent frames' worth of tokens that a compression leaves.
+        budget (`int`): size of the context after a compression, in latent frames' worth of tokens.
         num_recent_frames (`int`): recent frames that stay whole and whose queries count, the current chunk included.
     """
 
-    max_selections = 7  # a token that was selected as often is no candidate any more
+    max_selections = 7  # a token that was selected this often is no longer a candidate
 
     def __init__(self, window_size: int, num_sink_frames: int, budget: int, num_recent_frames: int):
         check_int("budget", budget, 1)
@@ -50,7 +51,7 @@ class CompressedSink(MemoryLayout):
         self.budget = budget
 
     def sink(self, held: list[int]) -> list[int]:
-        return [frame for frame in held if frame < self.num_kept]  # what was selected stays as well
+        return [frame for frame in held if frame < self.num_kept]  # includes the selected tokens
 
     def compressed_at(self, new: list[int]) -> int | None:
         """The first frame of the last chunk, up to `new`, before which the window was compressed."""
@@ -62,7 +63,9 @@ class CompressedSink(MemoryLayout):
 
     def keep(self, held: list[int], new: list[int]) -> list[int]:
         before = [frame - len(new) for frame in new]
-        oldest = self.oldest(before) if before[0] >= 0 else 0  # what is compressed with this chunk is there until then
+        oldest = (
+            self.oldest(before) if before[0] >= 0 else 0
+        )  # frames that are compressed with this chunk stay until then
         return [frame for frame in held if frame < self.num_kept or frame >= oldest]
 
     def oldest(self, new: list[int]) -> int:
@@ -77,8 +80,8 @@ class CompressedSink(MemoryLayout):
         return View(frames, [frame + moved if frame < self.num_sink_frames else frame for frame in frames], new)
 
     def before_chunk(self, memory: Memory, new: list[int], query: torch.Tensor) -> None:
-        """Compression: the highest of sum over heads and recent queries of q . k, rotated both, take the places behind the
-        sink, with their time and grid place."""
+        """Compression: the tokens with the highest sum over heads and recent queries of q . k, both rotated, take the places
+        behind the sink and keep their time and grid position."""
         if self.compressed_at(new) != new[0]:
             return
         oldest, device = self.oldest(new), query.device
@@ -86,21 +89,21 @@ class CompressedSink(MemoryLayout):
         time = torch.tensor(memory.frames, device=device)[:, None]
         between = memory.held & (time >= self.num_sink_frames) & (time < oldest)
         frame, token = between.nonzero(as_tuple=True)
-        key = memory.turned(memory.key[between], time[frame, 0].cpu(), memory.places[token.cpu()])
+        key = memory.rotated(memory.key[between], time[frame, 0].cpu(), memory.places[token.cpu()])
         scores = (key * asked).sum(dim=(-2, -1))
         scores = scores.masked_fill(memory.tag[between][:, 0] >= self.max_selections, -torch.inf)
         target = (memory.held & (time >= self.num_sink_frames) & (time < self.num_kept)).nonzero(as_tuple=True)
         kept = scores.topk(len(target[0])).indices.sort().values
         frame, token = frame[kept], token[kept]
-        key = memory.turned(key[kept], -time[target[0], 0].cpu(), -memory.places[target[1].cpu()])
+        key = memory.rotated(key[kept], -time[target[0], 0].cpu(), -memory.places[target[1].cpu()])
         moved = [torch.ones_like(frame), time[frame, 0] - time[target[0], 0], token - target[1]]
-        tag = memory.tag[frame, token] + torch.stack(moved, dim=-1)  # selections, and where it is from
+        tag = memory.tag[frame, token] + torch.stack(moved, dim=-1)  # number of selections, and the original place
         value = memory.value[frame, token]
         for table, rewritten in ((memory.key, key), (memory.value, value), (memory.tag, tag)):
             table[target] = rewritten.to(table.dtype)
 
     def before_commit(self, memory: Memory, new: list[int], query: torch.Tensor) -> None:
-        """Of its queries, those of the last frames count in the next compression."""
+        """Note the queries of the last frames for the next compression."""
         num_frames = max(self.num_recent_frames - len(new), 0)
         num_tokens = num_frames * len(memory.places)
         rotated = self.rotated_queries(memory, new, query)
@@ -109,7 +112,7 @@ class CompressedSink(MemoryLayout):
     def rotated_queries(self, memory: Memory, new: list[int], query: torch.Tensor) -> torch.Tensor:
         num_tokens = len(memory.places)
         time = torch.tensor(new).repeat_interleave(num_tokens)
-        return memory.turned(query, time, memory.places.repeat(len(new), 1))
+        return memory.rotated(query, time, memory.places.repeat(len(new), 1))
 
     def check(self, longest: int, carried: str) -> None:
         shortest = self.num_sink_frames + self.num_recent_frames + 1

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Which latent frames of the past a pass reads, and where it puts them: pure functions of frame numbers."""
+"""Which latent frames of the past a pass reads, and at which positions: pure functions of frame numbers."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from ..tokentrim_checks import check, check_bool, check_int
 from .memory import Memory
 
 
-CUT_JUMP = 45  # where the chunk after a cut stands (Infinity-RoPE, arXiv 2511.20649)
+CUT_JUMP = 45  # position of the chunk after a cut (Infinity-RoPE, arXiv 2511.20649)
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Pass:
     Args:
         kind (`str`): `"denoise"`, `"commit"`, or `"recache"`: the window is encoded again under another prompt.
         step (`int`): index of the denoising step; of the first chunk, where several are in flight.
-        is_cut (`bool`): whether the chunk follows a cut, so that it stands apart from the past.
+        is_cut (`bool`): whether the chunk follows a cut, so that its positions are far from those of the past.
     """
 
     kind: str = "denoise"
@@ -32,14 +32,14 @@ class Pass:
 
 @dataclass(frozen=True)
 class View:
-    """What a pass reads of the past, and where it all stands on the temporal axis of the rotary embedding.
+    """What a pass reads of the past, and the temporal positions of all frames in the rotary embedding.
 
     Args:
-        frames (`Sequence[int]`): latent frames of the past that are read, in the order in which attention sees them; one
-            may be read again at another position.
-        positions (`Sequence[int]`): where each of them stands.
-        own_positions (`Sequence[int]`): where the keys of the frames of the pass stand.
-        query_positions (`Sequence[int]`, *optional*): where its queries stand; as its keys by default.
+        frames (`Sequence[int]`): latent frames of the past that are read, in the order in which attention sees them; a
+            frame may be read twice, at two positions.
+        positions (`Sequence[int]`): of each of these frames.
+        own_positions (`Sequence[int]`): of the keys of each frame that the pass carries.
+        query_positions (`Sequence[int]`, *optional*): of its queries; by default those of its keys.
         log_weights (`Sequence[float]`, *optional*): added to the attention scores of each frame of the past.
     """
 
@@ -167,7 +167,7 @@ class Layout:
 
 
 def sink_and_newest(held: list[int], new: list[int], window_size: int | None, num_sink_frames: int) -> list[int]:
-    """The frames of `held` in a window that counts the sink and the frames `new`."""
+    """The frames of `held` in a window; its size includes the sink and the frames `new`."""
     if window_size is None:
         return held
     oldest = new[0] - max(window_size - num_sink_frames - len(new), 0)
@@ -175,14 +175,14 @@ def sink_and_newest(held: list[int], new: list[int], window_size: int | None, nu
 
 
 class WindowLayout(Layout):
-    """The newest frames of a window, behind a sink that never leaves.
+    """The newest frames of a window, and a sink that never leaves.
 
     Args:
         window_size (`int` or `"all"`, *optional*):
             Latent frames that attention spans, the current chunk and the sink included; by default all of the past.
         num_sink_frames (`int`): first latent frames that never leave.
         relative_positions (`bool`): count positions inside the window, the sink directly before the recent frames.
-        sink_at_commit (`bool`): whether a commit reads the sink too, at the price of as many recent frames.
+        sink_at_commit (`bool`): whether a commit reads the sink too; it then reads fewer recent frames.
     """
 
     def __init__(

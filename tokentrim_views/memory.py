@@ -10,15 +10,16 @@ from .rope import rotary_angles, rotate
 
 @dataclass
 class Memory:
-    """The past of one video in one layer by place: what stands at latent frame `frames[f]`, grid token n. A layout's hook
-    assigns other keys, values, tags or another note; places that are not held stay so.
+    """The past of one video in one layer by place: place (f, n) is latent frame `frames[f]`, grid token n. A layout's hook
+    assigns other keys, values, tags or another note; it cannot fill places that are not held.
 
     Args:
         frames (`list[int]`): F latent frames, ascending, whether or not their tokens are held.
-        held (`torch.Tensor`): whether a place holds a token, (F, N).
-        key (`torch.Tensor`), value (`torch.Tensor`): (F, N, heads, head_dim), keys not rotated; nothing where not held.
-        tag (`torch.Tensor`): whole numbers that stay with a place until a hook changes them, at first zero, (F, N, 3).
-        note (`torch.Tensor`, *optional*): what a hook left for the next one.
+        held (`torch.Tensor`): whether a place holds a token, (F, N), boolean.
+        key (`torch.Tensor`), value (`torch.Tensor`): (F, N, heads, head_dim), keys not rotated; arbitrary at
+            places that are not held.
+        tag (`torch.Tensor`): integers that a place keeps until a hook changes them, initially zero, (F, N, 3).
+        note (`torch.Tensor`, *optional*): a tensor that a hook leaves for the next call of a hook.
         places (`torch.Tensor`): row and column of each grid token, (N, 2).
         rope_dims (`tuple[int, int, int]`): rotary dimensions of a head for (frame, height, width).
     """
@@ -32,7 +33,7 @@ class Memory:
     places: torch.Tensor
     rope_dims: tuple[int, int, int]
 
-    def turned(self, hidden_states: torch.Tensor, time: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    def rotated(self, hidden_states: torch.Tensor, time: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """(tokens, heads, head_dim) with the rotary embedding of `time`, (tokens,), and `place`, (tokens, 2), in fp32."""
         angles = rotary_angles(time[None], place[None], self.rope_dims, hidden_states.device)
         return rotate(hidden_states[None], *angles)[0]

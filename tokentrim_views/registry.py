@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The layouts that a user can name, and how a name or a dict becomes one."""
+"""The layouts that a user can name; turns a name, a dict or an object into a layout."""
 
 import inspect
 from functools import partial

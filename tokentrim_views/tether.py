@@ -12,13 +12,13 @@ from .memory import Memory
 
 
 class Tether(MemoryLayout):
-    """TetherCache (my4f175/TetherCache): in each layer, frames that leave compete for a memory by attention mass and
-    diversity (GRAB), and what is admitted takes on the statistics of sink and memory (TAME).
+    """TetherCache (my4f175/TetherCache): in each layer, frames that leave the window compete for places in a memory by
+    attention mass and diversity (GRAB); admitted frames are aligned to the statistics of sink and memory (TAME).
 
     Args:
         window_size (`int`), num_sink_frames (`int`): as in [`WindowLayout`].
         num_recent_frames (`int`): recent frames, the current chunk included; the rest of the window is memory.
-        diversity (`float`): what a frame's distance from others weighs against its attention mass.
+        diversity (`float`): weight of a frame's distance from others, relative to its attention mass.
         align (`float`): how far admitted frames are moved to the statistics, 0 to 1.
         temperature (`float`): of the attention mass.
     """
@@ -45,7 +45,7 @@ class Tether(MemoryLayout):
         self.temperature = temperature
 
     def keep(self, held: list[int], new: list[int]) -> list[int]:
-        oldest = new[0] - self.num_recent_frames  # what leaves with this chunk is there until it is committed
+        oldest = new[0] - self.num_recent_frames  # frames that leave with this chunk stay until it is committed
         return [frame for frame in held if frame < self.num_kept or frame >= oldest]
 
     def view(self, held: list[int], new: list[int], pass_: Pass) -> View:
@@ -53,7 +53,7 @@ class Tether(MemoryLayout):
         return self.slots([frame for frame in held if frame < self.num_kept or frame >= oldest], new)
 
     def before_commit(self, memory: Memory, new: list[int], query: torch.Tensor) -> None:
-        """Admission: the M highest of mass + alpha * diversity among memory and what leaves stay, in order."""
+        """Admission: of memory and leaving frames, the M with the highest mass + alpha * diversity stay, in order."""
         if self.fits(new):
             return
         occupied = [place for place, held in enumerate(memory.held) if held.any()]
@@ -104,8 +104,8 @@ class Tether(MemoryLayout):
 
 
 class Tame(WindowLayout):
-    """The alignment of TetherCache (TAME) without its memory: keys and values of each frame behind the sink take on the
-    sink's statistics, once, before the next chunk reads them.
+    """The alignment of TetherCache (TAME) without its memory: keys and values of each frame behind the sink are
+    aligned to the sink's statistics once, before the next chunk reads them.
 
     Args:
         window_size (`int`, *optional*), num_sink_frames (`int`), relative_positions (`bool`): as in [`WindowLayout`].

@@ -1,7 +1,7 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Training-free methods of the field that only choose which past frames are read, where, and with which weight.
+"""Published training-free layouts that only choose past frames, positions and weights.
 
-Each states its source. Settings count latent frames, the current chunk and the sink included; defaults are the sources'.
+Each names its source. Sizes count latent frames, including the current chunk and the sink; defaults are the source's.
 """
 
 import math
@@ -12,8 +12,8 @@ from .layout import Layout, Pass, View, WindowLayout, sink_and_newest
 
 
 class InfinityRope(WindowLayout):
-    """Infinity-RoPE (arXiv 2511.20649): frames stand at their slots in the window; queries stand at its end, also while
-    slots refill after a flush. Goes with the transitions `flush` and `cut`.
+    """Infinity-RoPE (arXiv 2511.20649): positions are slots of the window; queries are at its end, also while slots refill
+    after a flush. Meant for the transitions `flush` and `cut`.
 
     Args:
         window_size (`int`), num_sink_frames (`int`): as in [`WindowLayout`].
@@ -34,12 +34,12 @@ class InfinityRope(WindowLayout):
 
 
 class LongLive(WindowLayout):
-    """LongLive (arXiv 2509.22622): a window with a sink. Goes with the transition `recache`.
+    """LongLive (arXiv 2509.22622): a window with a sink. Meant for the transition `recache`.
 
     Args:
         window_size (`int`), num_sink_frames (`int`), relative_positions (`bool`): as in [`WindowLayout`].
-        renew_sink (`bool`): whether the first frames that a recache encodes become the sink, in the place of the first
-            prompt's.
+        renew_sink (`bool`): whether the first frames that a recache encodes become the sink, instead of those of the
+            first prompt.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class CommitForcing(WindowLayout):
 
     Args:
         window_size (`int`), num_sink_frames (`int`): as in [`WindowLayout`], of denoising.
-        move_sink (`bool`): whether the sink stands directly before the newest frames.
+        move_sink (`bool`): whether the sink's positions are directly before the newest frames.
         commit_window_size (`int`, *optional*): latent frames that a commit spans, without the sink; `None`: as denoising.
         recency_bias (`bool`): whether denoising weights chunks by their age.
     """
@@ -137,15 +137,15 @@ class CommitForcing(WindowLayout):
 
 
 class RollingSink(Layout):
-    """Rolling Sink (haodong2000/RollingSink): of the past only the last chunk is read as it was made; before it, the frames
-    of the first window are replayed, to and fro.
+    """Rolling Sink (haodong2000/RollingSink): of the past, only the last chunk is read unchanged; before it, the frames of
+    the first window are replayed, forwards and backwards.
 
     Args:
         window_size (`int`): latent frames that attention spans, the current chunk included.
     """
 
     one_chunk_a_pass = True
-    transitions = ("keep",)  # others would break or re-encode the archive
+    transitions = ("keep",)  # the others would break or re-encode the archive
 
     def __init__(self, window_size: int = 21):
         check_int("window_size", window_size, 1)
@@ -163,7 +163,7 @@ class RollingSink(Layout):
 
     @staticmethod
     def replayed(frame: int, lap: int) -> int:
-        """The frame of the archive that stands where `frame` was: forwards in even laps, backwards in odd ones."""
+        """The archive frame that replaces `frame`: forwards in even laps, backwards in odd ones."""
         number, place = divmod(frame, lap)
         return lap - 1 - place if number % 2 else place
 
@@ -173,12 +173,12 @@ class RollingSink(Layout):
 
 
 class AttentionBias(WindowLayout):
-    """A log weight on the past (daydreamlive/scope, for Krea Realtime): denoising attends less to all cached frames but
-    the oldest.
+    """A log weight on the past (daydreamlive/scope, for Krea Realtime): denoising attends less to all cached
+    frames except the oldest.
 
     Args:
         window_size (`int`, *optional*), num_sink_frames (`int`): as in [`WindowLayout`].
-        weight (`float`): what a key of the past counts for, of one.
+        weight (`float`): weight of a past key; 1 changes nothing.
     """
 
     def __init__(self, window_size: int | None = None, num_sink_frames: int = 0, weight: float = 0.3):
