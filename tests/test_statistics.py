@@ -9,7 +9,7 @@ from oracle import threshold_of
 
 from tokentrim.tokentrim_policies.matching import (
     MATCHINGS,
-    MAX_NEIGHBOURS,
+    MAX_NEIGHBORS,
     MatchCovariance,
     MatchDistribution,
     MatchHistogram,
@@ -236,5 +236,5 @@ def test_near_undoes_a_small_shift_and_leaves_new_content():
 def test_near_samples_tokens_of_large_latents():
     """The same densities in 64 times as many tokens, of which it uses a few evenly spaced ones."""
     large = scene(ground=1.0).repeat(1, 4, 8, 8)
-    assert large[0].numel() > 2 * MAX_NEIGHBOURS
+    assert large[0].numel() > 2 * MAX_NEIGHBORS
     assert (MatchNear(large)(large + 0.1) - large).mean().abs() < 0.3 * 0.1

@@ -16,13 +16,13 @@ from .policy import ContextPolicy
 class Reanchor(ContextPolicy):
     """Holds a video's context to its reference: its first chunk, or the last one that was given.
 
-    Drift is slow, and a change that a prompt asks for begins with it. A held chunk starts from context at the reference,
-    so what holding takes away from it is how the model resists: where the mean over the first `patience` held chunks
-    exceeds the tolerance, the video is released and watched. A chunk that leaves the tolerance is then the next
-    reference, and a video that stays within it for `patience` chunks is held again, on the same terms.
+    A change that the prompt asks for has to pass. A held chunk starts from a context at the reference, so the change that
+    holding removes from it measures how much the model resists. If the mean over the first `patience` held chunks exceeds
+    the tolerance, the video is released and watched. While it is watched, a chunk beyond the tolerance becomes the next
+    reference, and a video that stays within it for `patience` chunks is held again, under the same rule.
 
-    A change of prompt releases the video too. `patience` chunks of the new scene pass as they are, the reference is taken
-    from them, and the chunk after them is held.
+    A change of prompt releases the video too: `patience` chunks of the new scene pass unchanged, the reference is taken from
+    them, and the chunk after them is held.
 
     Decisions gain `reanchored`: `"held"`, `"watched"`, or `None` for a chunk that is the reference itself.
 
