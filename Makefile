@@ -15,7 +15,7 @@ APP_INSTALLED = .venv-app/installed
 OLDEST_PYTHON = .venv-oldest/bin/python
 OLDEST_INSTALLED = .venv-oldest/installed
 
-.PHONY: demo install app space test test-fast test-oldest test-app fuzz lint bench clean
+.PHONY: demo install app space test test-fast test-oldest test-app fuzz mutate lint bench clean
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m research.evaluation.demo --world $(WORLD)
@@ -57,6 +57,10 @@ test-app: $(APP_INSTALLED)
 
 fuzz: $(INSTALLED)
 	HF_HUB_OFFLINE=1 EXAMPLES=$(EXAMPLES) $(PYTHON) -m pytest -q --hypothesis-show-statistics tests/test_fuzz.py
+
+# Small faults of tests/mutations.yaml, one at a time: prints those that no test notices. `make mutate ONLY=far.py`.
+mutate: $(INSTALLED)
+	$(PYTHON) tests/mutate.py $(ONLY)
 
 # What a rollout costs beside its forwards; more with `make bench BENCH="--tables gate layouts --size tiny"`, see --help.
 bench: $(INSTALLED)

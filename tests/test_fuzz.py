@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import tempfile
 import threading
 from functools import cache
 
@@ -379,4 +380,114 @@ def test_call_works_or_names_the_wrong_argument(name, given_arguments, mode):
     finally:
         if handle is not None:
             handle.remove()
+    this.check()
+
+
+# Streams
+
+
+texts = st.sampled_from(["a red circle", "a green square", "blue", "circle moving left"])
+changes = st.one_of(texts, st.just(randn(1, 8, 32, seed=2)))
+schedules = st.one_of(
+    st.none(),
+    st.dictionaries(st.integers(1, 3), changes, min_size=1, max_size=2).map(lambda own: dict(sorted(own.items()))),
+    st.lists(st.one_of(st.none(), st.just({}), st.fixed_dictionaries({1: texts}), st.fixed_dictionaries({2: texts})), min_size=1, max_size=2),
+)  # fmt: skip
+given_frames = st.one_of(
+    st.just({}),
+    st.sampled_from([9, 40, 60]).map(lambda width: {"image": PIL.Image.new("RGB", (width, 32), "red")}),
+    st.just({"image": np.full((20, 30, 3), 99, np.uint8)}),
+    st.sampled_from([1, 9]).map(lambda number: {"video": randn(1, number, 3, 32, 48).sigmoid()}),
+)
+stream_calls = st.fixed_dictionaries(
+    {
+        "prompt": st.one_of(texts, st.lists(texts, min_size=1, max_size=2)),
+        "num_frames": st.sampled_from([9, 21, 33, 40]),
+        "prompt_schedule": schedules,
+        "method": st.sampled_from(["plain", "tokentrim", "tokentrim_plus", {"quarantine": {"sensitivity": 0.0}, "reanchor": {"patience": 1}}]),
+        "num_videos_per_prompt": st.sampled_from([1, 1, 2]),
+        "seed": st.integers(0, 9),
+    },
+    optional={
+        "prompt_transition": st.sampled_from(["keep", "recache", "flush", "cut"]),
+        "blend_chunks": st.sampled_from([0, 1]),
+        "guidance_scale": st.sampled_from([1.0, 2.0]),
+        "window_size": st.sampled_from([9, 12, "all"]),
+        "layout": st.sampled_from(["infinity_rope", "longlive", "memrope", "tame"]),
+        "output_type": st.sampled_from(["latent", "pt"]),
+        "max_sequence_length": st.sampled_from([8, 6]),
+    },
+)  # fmt: skip
+steers = st.dictionaries(
+    st.integers(0, 3),
+    st.tuples(
+        st.one_of(changes, st.lists(st.one_of(st.none(), texts), min_size=1, max_size=2), st.just(3)),
+        st.sampled_from([None, "keep", "recache", "flush", "cut", "jump"]),
+        st.sampled_from([0, 0, 1, -1]),
+    ),
+    max_size=2,
+)
+
+
+def steered(stream, steers, num_chunks=None):
+    """The next chunks of a stream, whose prompt is set where `steers` says so; refusals change nothing."""
+    chunks = []
+    while len(chunks) != num_chunks:
+        if (change := steers.get(stream.index)) is not None:
+            try:
+                stream.set_prompt(*change)
+            except (TypeError, ValueError) as error:
+                is_refusal(error)
+        chunk = next(stream, None)
+        if chunk is None:
+            break
+        assert not chunk.latents.requires_grad
+        chunks.append(chunk)
+    return chunks
+
+
+def same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs):
+        assert torch.equal(one.latents, other.latents) and one.decisions == other.decisions
+        assert one.frames is None or torch.equal(one.frames, other.frames)
+
+
+@settings(
+    max_examples=EXAMPLES or 60,
+    deadline=None,
+    derandomize=not EXAMPLES,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(st.sampled_from(sorted(PIPELINES)), stream_calls, given_frames, steers, st.integers(0, 3))
+def test_a_stream_is_its_call_and_goes_on_after_a_cut_or_says_which_argument_is_wrong(name, call, given, steers, cut):
+    """A text encoder that asks for gradients changes no bit."""
+    this = fuzzed(name)
+    pipe, call = this.pipe, {"num_inference_steps": 2, "output_type": "latent", **call, **given}
+    pipe.text_encoder.requires_grad_(True)
+    seed = call.pop("seed")
+
+    def stream(**settings):
+        return pipe.stream(**call, generator=torch.Generator().manual_seed(seed), **settings)
+
+    try:
+        with stream() as unsteered:
+            chunks = list(unsteered)
+        if not ("prompt_transition" in call and call["prompt_schedule"] is None):  # a stream takes it for `set_prompt`
+            output = pipe(**call, generator=torch.Generator().manual_seed(seed))
+            parts = [chunk.latents if call["output_type"] == "latent" else chunk.frames for chunk in chunks]
+            assert torch.equal(torch.cat(parts, dim=2 if call["output_type"] == "latent" else 1), output.frames)
+        with stream() as whole:
+            expected = steered(whole, steers)
+        with tempfile.TemporaryDirectory() as folder:
+            with stream(state_dir=folder) as ours:
+                first = steered(ours, steers, cut)
+                ours.save_state()
+            with pipe.resume(folder, **{name: call[name] for name in ("image",) if name in call}) as ours:
+                same([*first, *steered(ours, steers)], expected)
+        event("works")
+    except (TypeError, ValueError) as error:
+        is_refusal(error)
+        event("refused by name")
     this.check()
