@@ -298,7 +298,9 @@ def test_other_schedulers_work(stock):
     pipe = TokenTrimPipeline(None, None, tiny_far(), None, getattr(diffusers, stock)(shift=5.0))
     arguments = {"prompt_embeds": embeds(), "chunk_partition": [1, 2, 2], "num_inference_steps": 2}
     frames = quiet(pipe)(latents=far_noise(5), output_type="latent", generator=generators(0), **arguments).frames
-    assert torch.isfinite(frames).all()
+    flow_map = far_pipeline()(latents=far_noise(5), output_type="latent", **arguments).frames
+    same = stock == "FlowMatchEulerDiscreteScheduler"  # the same rule; the other one adds noise again
+    assert torch.allclose(frames, flow_map, atol=1e-4) == same and frames.abs().max() < 100
 
 
 def test_backend_of_the_transformer_is_used():

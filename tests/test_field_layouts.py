@@ -72,6 +72,7 @@ def views(layout, num_chunks, events=None, num_steps=1):
                 views[kind if step == 0 else f"{kind} {step}"] = layout.view(
                     list(held), list(new), Pass(kind, step, event == "cut")
                 )
+        assert all(set(view.frames) <= set(held) for kind, view in views.items() if kind != "recache")
         passes.append(views)
         held = held + new
     return passes

@@ -72,7 +72,9 @@ def test_policy_of_one_video_equals_the_slow_way():
 
 
 def test_summary_of_half_precision_is_fp32():
-    assert summarize(noise(1).bfloat16(), PATCH).dtype == torch.float32
+    latents = (noise(11) + 8).bfloat16()
+    summary = summarize(latents, PATCH)
+    assert summary.dtype == torch.float32 and torch.equal(summary, summarize(latents.float(), PATCH))
 
 
 @pytest.mark.parametrize(
