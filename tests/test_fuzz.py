@@ -483,7 +483,8 @@ def test_a_stream_is_its_call_and_goes_on_after_a_cut_or_says_which_argument_is_
         with tempfile.TemporaryDirectory() as folder:
             with stream(state_dir=folder) as ours:
                 first = steered(ours, steers, cut)
-                ours.save_state()
+                if ours.run is not None:  # else the last state is that of the end
+                    ours.save_state()
             with pipe.resume(folder, **{name: call[name] for name in ("image",) if name in call}) as ours:
                 same([*first, *steered(ours, steers)], expected)
         event("works")
