@@ -19,6 +19,7 @@ from builders import embeds, far_pipeline, latent_pipeline
 from conftest import ROOT
 from fresh import Nursery
 from packaging.specifiers import SpecifierSet
+from PIL import Image
 
 from tokentrim.tokentrim_policies.registry import HOOKS, METHODS, POLICIES, make_method
 from tokentrim.tokentrim_views.registry import LAYOUTS
@@ -270,8 +271,11 @@ def heading_ids(page: Path) -> list[str]:
     return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
-def test_readme_picture_is_small():
-    assert (ROOT / "docs" / "200-chunks.jpg").stat().st_size < 300_000
+def test_readme_picture_moves_and_is_small():
+    path = ROOT / "docs" / "demo.webp"
+    assert path.stat().st_size < 4_000_000
+    with Image.open(path) as picture:
+        assert picture.n_frames > 50 and picture.width >= 3 * 192
 
 
 def test_memory_in_the_readme_is_computed():

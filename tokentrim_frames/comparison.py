@@ -80,7 +80,7 @@ class Comparison:
 
     def save_video(self, path: str | os.PathLike, side: int = SIDE) -> Path:
         """Write [`side_by_side`] as mp4; the file appears when it is complete."""
-        return save_video(path, self.side_by_side(side), self.fps, self.chunk_frames)
+        return save_video(path, self.side_by_side(side), self.fps)
 
     def save_webp(self, path: str | os.PathLike, side: int = 192, every: int = 3, quality: int = 60) -> Path:
         """
