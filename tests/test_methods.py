@@ -157,7 +157,7 @@ BAD = [
     ({"method": 3}, TypeError, r"`method` must be one of .*but is 3"),
     ({"method": {"trim": {}}}, ValueError, r"`method` must be a dict of .*'reanchor'.*'trim'"),
     ({"method": {3: {}}}, ValueError, r"`method` must be a dict of .*but is \[3\]"),
-    ({"method": {"paper": {}}}, ValueError, r"`method` must be a dict of .*'paper'"),
+    ({"method": {"paper": {}}}, ValueError, r"`method` must be 'paper' without settings, or a dict"),
     ({"method": ["tokentrim", "trim"]}, ValueError, r"`method` must be one of .*'reanchor'.*'trim'"),
     (
         {"method": {"quarantine": {"sensitive": 1}}},
