@@ -44,6 +44,8 @@ from .tokentrim_session.compatibility import fit_layout
 from .tokentrim_session.denoise import Denoiser
 from .tokentrim_session.draft import Draft
 from .tokentrim_session.encode import encode_prompts
+from .tokentrim_session.examples import CALL_EXAMPLE
+from .tokentrim_session.gather import gather
 from .tokentrim_session.given import read_video
 from .tokentrim_session.host import Pipeline
 from .tokentrim_session.keywords import CallArguments
@@ -55,6 +57,7 @@ from .tokentrim_session.prompts import PromptChange
 from .tokentrim_session.recording import Recording
 from .tokentrim_session.run import Rollout
 from .tokentrim_session.schedule import Scheduler
+from .tokentrim_session.start import start_stream
 from .tokentrim_session.stream import Stream
 from .tokentrim_views.averages import MemRoPE
 from .tokentrim_views.deep_sink import DeepSink

@@ -1,29 +1,22 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """TokenTrim (arXiv 2602.00268) for causal video diffusion models in Diffusers: the pipeline."""
 
-import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan, SchedulerMixin, WanTransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
+from diffusers.utils import replace_example_docstring
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 
 try:
-    from diffusers import (
-        AnyFlowFARPipeline,
-        AnyFlowFARTransformer3DModel,
-        AutoencoderKLWan,
-        FlowMapEulerDiscreteScheduler,
-        SchedulerMixin,
-        WanTransformer3DModel,
-    )
+    from diffusers import AnyFlowFARPipeline, AnyFlowFARTransformer3DModel, FlowMapEulerDiscreteScheduler
 except ImportError as error:
     from diffusers import __version__
 
@@ -38,34 +31,16 @@ from .tokentrim_backbones.hooks import check_hooks
 from .tokentrim_backbones.parallel import check_parallel
 from .tokentrim_backbones.registry import backbone_of
 from .tokentrim_backbones.wan import rotary_dims
-from .tokentrim_checks import check, check_int
+from .tokentrim_checks import check
 from .tokentrim_files.bundle import bundle
-from .tokentrim_files.checkpoint import (
-    PIPELINE_FILE,
-    SETTINGS,
-    check_portable,
-    name_our_classes,
-    name_stock_classes,
-    write_code,
-)
-from .tokentrim_files.run_state import (
-    check_same,
-    check_weights,
-    has_state,
-    keep_method,
-    load_state,
-    lock_state,
-    recall,
-    record_call,
-    settings_of,
-    whole_state,
-)
+from .tokentrim_files.checkpoint import SETTINGS, CheckpointMixin, check_portable
+from .tokentrim_files.run_state import load_state
 from .tokentrim_frames.colors import color_drift
 from .tokentrim_frames.comparison import Comparison
-from .tokentrim_frames.decode import FrameDecoder, decode_all, make_decoder
+from .tokentrim_frames.decode import decode_all, make_decoder
 from .tokentrim_frames.fragments import encode_chunk
-from .tokentrim_frames.mp4 import FPS, VideoWriter
-from .tokentrim_frames.output import TokenTrimPipelineOutput, concatenated
+from .tokentrim_frames.mp4 import FPS
+from .tokentrim_frames.output import TokenTrimPipelineOutput
 from .tokentrim_frames.pictures import as_rgb
 from .tokentrim_frames.summary import tell_run
 from .tokentrim_kv.book import take_tokens
@@ -82,15 +57,17 @@ from .tokentrim_policies.outliers import quantiles
 from .tokentrim_policies.policy import ContextPolicy
 from .tokentrim_policies.quarantine import Quarantine
 from .tokentrim_policies.reanchor import Reanchor
-from .tokentrim_policies.registry import DEFAULT_METHOD, make_method
+from .tokentrim_policies.registry import make_method
 from .tokentrim_policies.stability import token_grid
 from .tokentrim_policies.trim import TokenTrim
 from .tokentrim_scheduler import lift_scheduler
-from .tokentrim_session.arguments import plan_rollout, read_call
+from .tokentrim_session.arguments import bind_call, plan_rollout
 from .tokentrim_session.compatibility import fit_layout
 from .tokentrim_session.denoise import Denoiser
 from .tokentrim_session.draft import Draft
 from .tokentrim_session.encode import encode_given, encode_prompts
+from .tokentrim_session.examples import CALL_EXAMPLE, STREAM_EXAMPLE
+from .tokentrim_session.gather import gather, join_chunks
 from .tokentrim_session.given import read_video
 from .tokentrim_session.host import Pipeline
 from .tokentrim_session.keywords import CallArguments
@@ -102,7 +79,8 @@ from .tokentrim_session.prompts import PromptChange
 from .tokentrim_session.recording import Recording
 from .tokentrim_session.run import Rollout
 from .tokentrim_session.schedule import Scheduler
-from .tokentrim_session.stream import Chunk, Stream, gather
+from .tokentrim_session.start import resume_stream, start_stream
+from .tokentrim_session.stream import Chunk, Stream
 from .tokentrim_views.averages import MemRoPE
 from .tokentrim_views.deep_sink import DeepSink
 from .tokentrim_views.layout import Layout, View
@@ -114,39 +92,29 @@ from .tokentrim_views.windows import InfinityRope
 from .tokentrim_writing import write_whole
 
 
-class TokenTrimPipeline(AnyFlowFARPipeline):
-    r"""
-    Long video from causal (chunk by chunk) Wan models, with a rolling KV cache that TokenTrim
-    ([arXiv 2602.00268](https://huggingface.co/papers/2602.00268)) keeps clean: when a chunk has drifted abnormally far
+class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
+    r"""Long video from causal (chunk by chunk) Wan models, with a rolling KV cache and a method against drift. In
+    TokenTrim ([arXiv 2602.00268](https://huggingface.co/papers/2602.00268)), when a chunk has drifted abnormally far
     from the one before it, its most changed tokens leave the cache and the chunk is generated again.
 
-    The rollout settings after `scheduler` are defaults of the call that travel with a checkpoint, in its
-    `model_index.json`. This model inherits from [`AnyFlowFARPipeline`]; check it for prompts, LoRA and video encoding.
+    This model inherits from [`AnyFlowFARPipeline`]. Check the superclass documentation for text encoding and LoRA.
 
     Args:
-        tokenizer ([`AutoTokenizer`]): tokenizer; `None` where prompts come as `prompt_embeds`.
-        text_encoder ([`UMT5EncoderModel`]): text encoder; `None` where prompts come as `prompt_embeds`.
+        tokenizer ([`AutoTokenizer`]): tokenizer of the text encoder; `None` if prompts are passed as `prompt_embeds`.
+        text_encoder ([`UMT5EncoderModel`]): text encoder; `None` if prompts are passed as `prompt_embeds`.
         transformer ([`WanTransformer3DModel`] or [`AnyFlowFARTransformer3DModel`]): chunk-causal video transformer.
-        vae ([`AutoencoderKLWan`]): video VAE; `None` where latents come out.
-        scheduler ([`SchedulerMixin`]): any flow-matching scheduler; one without [`TokenTrimSchedulerMixin`] is lifted.
-        rollout (`str`, *optional*): `"self_forcing"` or `"rolling_forcing"`.
-        num_frames_per_chunk (`int`, *optional*): latent frames of a chunk.
-        window_size (`int`, *optional*): latent frames that attention spans, the current chunk and the sink included.
-        num_sink_frames (`int`, *optional*): first latent frames that never leave the cache.
-        relative_positions (`bool`, *optional*): count positions inside the window.
-        num_inference_steps (`int`, *optional*): denoising steps of a chunk.
-        height (`int`, *optional*): height of the video in pixels.
-        width (`int`, *optional*): width of the video in pixels.
-        max_sequence_length (`int`, *optional*): tokens that a prompt is padded to.
-        method (`str` or `dict`, *optional*): what is done against drift.
-        layout (`str` or `dict`, *optional*): which past frames a pass reads, in the place of a window.
-        prompt_transition (`str`, *optional*): what becomes of the context when the prompt changes.
-        fps (`float`, *optional*): frames per second that the model makes; 16 where a checkpoint says nothing, as for Wan.
+        vae ([`AutoencoderKLWan`]): video VAE; `None` if `output_type` is always `"latent"`.
+        scheduler ([`SchedulerMixin`]): any flow-matching scheduler; it gets [`TokenTrimSchedulerMixin`].
+        rollout, num_frames_per_chunk, window_size, num_sink_frames, relative_positions, num_inference_steps, height,
+        width, max_sequence_length, method, layout, prompt_transition (*optional*):
+            Defaults of the arguments of [`__call__`] with these names, saved in a checkpoint's `model_index.json`.
+        fps (`float`, *optional*, defaults to `16`): frames per second that the model makes.
     """
 
+    _code = Path(__file__)
     _optional_components = ["tokenizer", "text_encoder", "vae"]
 
-    # What a method of one's own is made of: `class Mine(pipe.ContextPolicy)`, `class Mine(pipe.Layout)`.
+    # Base classes for custom methods and layouts: `class Mine(pipe.ContextPolicy)`, `class Mine(pipe.Layout)`.
     ContextPolicy, Layout, View = ContextPolicy, Layout, View
 
     if TYPE_CHECKING:  # Diffusers has no types
@@ -185,49 +153,12 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         super().__init__(tokenizer, text_encoder, transformer, vae, scheduler)
         self.register_to_config(**settings)
 
-    @classmethod
-    def load_config(cls, *args, **kwargs):
-        """As in Diffusers; code that a checkpoint names for its pipeline is left out, since this class is the code."""
-        loaded = super().load_config(*args, **kwargs)
-        index = loaded[0] if isinstance(loaded, tuple) else loaded
-        if isinstance(index.get("_class_name"), (list, tuple)):
-            index["_class_name"] = cls.__name__
-        return loaded
-
     def __setattr__(self, name: str, value: Any) -> None:
-        """A scheduler is lifted: `pipe.scheduler = X.from_config(pipe.scheduler.config)` is all that it takes."""
+        """Every scheduler that is set gets our mixin, as in `pipe.scheduler = X.from_config(pipe.scheduler.config)`."""
         super().__setattr__(name, lift_scheduler(value) if isinstance(value, SchedulerMixin) else value)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, include_code: bool = False, **kwargs) -> None:
-        """
-        Save all components, and the settings of the rollout.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): the folder.
-            include_code (`bool`, defaults to `False`):
-                Whether to save the code of the pipeline as well, as one file, so that the folder, also once it is pushed
-                to the Hub, loads with `trust_remote_code=True` and without this project; without that argument, it does
-                not load. A folder that holds the code already keeps it.
-            args, kwargs (*optional*): as in [`DiffusionPipeline.save_pretrained`].
-        """
-        if include_code:
-            write_code(save_directory, Path(__file__))
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    def save_config(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """
-        Write `model_index.json`. Where the folder holds no code, it names the stock Diffusers classes, since ours would
-        load nowhere; the stock scheduler is lifted again when the folder is loaded here.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): the checkpoint's folder.
-        """
-        super().save_config(save_directory, **kwargs)
-        name_stock_classes(save_directory, self.scheduler)
-        if (Path(save_directory) / PIPELINE_FILE).is_file():
-            name_our_classes(save_directory)
-
     @torch.no_grad()
+    @replace_example_docstring(CALL_EXAMPLE)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -280,131 +211,113 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         r"""
         Generate long videos.
 
-        Arguments that are not listed mean what they mean in [`AnyFlowFARPipeline.__call__`].
-
         Args:
-            prompt (`str` or `list[str]`, *optional*): the prompt or prompts; or pass `prompt_embeds`.
+            prompt (`str` or `list[str]`, *optional*): the prompt or prompts. Alternatively, pass `prompt_embeds`.
             video (`torch.Tensor`, `np.ndarray` or `list`, *optional*):
-                Frames to continue: a tensor (B, T, 3, H, W), an array (B, T, H, W, 3), both in `[0, 1]` or of bytes, or
-                images of PIL, of one video or several; T = 4n + 1, of the video's size. Where their latent frames are no
-                whole chunks, the first chunk is what is left of them; AnyFlow-FAR and `chunk_partition` refuse that.
-            video_latents (`torch.Tensor`, *optional*): the same as latents, (B, T, C, H, W).
-            image (`PIL.Image`, `np.ndarray`, `torch.Tensor` or a list, *optional*):
-                The first frame: `video` of one frame, in floats in [0, 1] or bytes, cropped to the video's aspect and resized.
+                Frames to continue, 4n + 1 of them, of the video's size: a tensor (B, T, 3, H, W) or an array (B, T, H,
+                W, 3) of floats in `[0, 1]`, uint8 or uint16, or a list of PIL images, of one video or several. If they
+                do not fill whole chunks, the first chunk is shorter; AnyFlow-FAR and `chunk_partition` refuse that.
+            video_latents (`torch.Tensor`, *optional*): latent frames to continue, (B, T, C, H, W), instead of `video`.
+            negative_prompt (`str` or `list[str]`, *optional*): what to avoid, if `guidance_scale` is above 1.
             height, width (`int`, *optional*, default to `480`, `832`): size of the video in pixels.
             num_frames (`int`, *optional*, defaults to `81`):
-                Frames of the video, 1 or more. Whole chunks are generated, and what is beyond is cut off, frames and
-                latents alike; with AnyFlow-FAR the last chunk is what is left.
+                Frames of the video. Whole chunks are generated, and frames and latents beyond this length are cut off;
+                with AnyFlow-FAR the last chunk is shorter instead.
             num_inference_steps (`int`, *optional*, defaults to `4`): denoising steps of each chunk.
             sigmas (`list[float]`, *optional*):
-                Noise levels, falling from 1; the scheduler's shift is applied on top. By default
-                linspace(1, 0, S + 1)[:-1] for S steps, whatever the scheduler's own spacing.
+                Noise levels, falling from 1, before the scheduler's shift; by default `linspace(1, 0, S + 1)[:-1]`.
             timesteps (`list[float]`, *optional*):
-                The same as `scheduler.timesteps` has them, with Euler, LCM and flow-map schedulers: each stands at sigma =
-                t / 1000, and is not shifted.
-            guidance_scale (`float`, defaults to `1.0`):
-                Classifier-free guidance above 1; one eviction serves both branches.
+                Timesteps, for Euler, LCM and flow-map schedulers; each stands for sigma = t / 1000 and is not shifted.
+            guidance_scale (`float`, defaults to `1.0`): classifier-free guidance, if above 1.
+            num_videos_per_prompt (`int`, defaults to `1`): videos of each prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Random numbers. With a list, one for each video, a batch equals single runs.
             latents (`torch.Tensor`, *optional*): initial noise of all chunks, (B, C, T, H, W).
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*):
-                Text embeddings, (B, text, dim), padding rows included.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): text embeddings, (B, text, dim).
             output_type (`str`, defaults to `"np"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict (`bool`, defaults to `True`): whether to return an output object instead of a tuple.
+            attention_kwargs (`dict`, *optional*): passed to the transformer, such as `{"scale": 0.5}`.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each denoising step, those of regenerations included (there, `latents` are those of the
-                videos generated again), as in every Diffusers pipeline. Steps count from 0 in each chunk. What it changes
-                (latents and prompts, in place or returned; `pipe._guidance_scale`, which ends guidance at 1 or less)
-                stays until it changes it again.
+                `callback_on_step_end(pipe, step, timestep, tensors)`, called after each denoising step; steps count
+                from 0 in each chunk. Regenerations call it with the `latents` of the videos that are generated again.
+                Its changes last: of tensors, in place or in the dict it returns, and of `pipe._guidance_scale`.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                The tensors that it gets, of `"latents"`, `"prompt_embeds"` and `"negative_prompt_embeds"`.
             max_sequence_length (`int`, *optional*, defaults to `512`): tokens that a prompt is padded to.
             use_mean_velocity (`bool`, defaults to `True`):
-                AnyFlow-FAR alone: whether the model is told where a step goes, not only where it is.
+                AnyFlow-FAR only: whether the model is given the timestep that a step leads to.
+            use_kv_cache (`bool`, defaults to `True`): `True`; a rollout always reads the cache.
             chunk_partition (`list[int]`, *optional*):
-                Latent frames of each chunk, instead of `num_frames_per_chunk`. By default of AnyFlow-FAR the model's
-                own; for another length its first chunk, and then as many of its second as there is room for.
-            method (`str`, `dict`, `list` or `ContextPolicy`, *optional*, defaults to `"tokentrim"`):
-                What is done against drift. `"plain"`: nothing. `"tokentrim"`: algorithm 1 of the paper. `"paper"`: the
-                same after FlowMo's motion-stabilised initialisation (its section 4.1). `"tokentrim_plus"`, ours:
-                quarantine and re-anchoring. Or policies by name with their settings, in chain order:
-                `{"quarantine": {"sensitivity": 6}, "reanchor": {"match": "near"}}`. Or an object with the verbs
-                of `pipe.ContextPolicy`, which is copied for each video. Or a list of these.
-            prune_fraction, drift_sensitivity, warmup_chunks, max_regenerations, drift_signal (*optional*):
-                Settings of TokenTrim, see [`TokenTrim`]: by default 0.1, 2.0, 2, 1 and `"final"`.
+                Latent frames of each chunk, instead of `num_frames_per_chunk`; AnyFlow-FAR models have a default.
             prompt_schedule (`dict` or `list[dict]`, *optional*):
-                Prompts over time, `{chunk: prompt}`, or one such dict for each prompt; a prompt is a text, a list of one
-                for each, or embeddings (B, text, dim). Chunk 0 stands for `prompt`.
+                Prompts over time, `{chunk: prompt}`, or one such dict for each prompt. A prompt is a text, a list of
+                texts, one for each prompt, or embeddings (B, text, dim). Chunk 0 replaces `prompt`.
             prompt_transition (`str` or `dict`, *optional*, defaults to `"keep"`):
-                What becomes of the context at a change, for all or by chunk. `"keep"`: only cross-attention changes.
-                `"recache"`: the window is encoded again under the new prompt (LongLive). `"flush"`: the sink and the
-                last two frames stay (Infinity-RoPE). `"cut"`: flush, and the chunk stands apart from them.
+                What happens to the context at a change, for all or by chunk. `"keep"`: only cross-attention changes.
+                `"recache"`: the window is encoded again under the new prompt (LongLive). `"flush"`: only the sink and
+                the last two frames stay (Infinity-RoPE). `"cut"`: the same, and the next chunk stands apart from them.
             blend_chunks (`int`, defaults to `0`): chunks over which the embeddings move from one prompt to the next.
+            method (`str`, `dict`, `list` or `ContextPolicy`, *optional*, defaults to `"tokentrim"`):
+                What is done against drift: `"plain"` (nothing), `"tokentrim"` (algorithm 1 of the paper), `"paper"`
+                (the same after FlowMo, section 4.1), or `"tokentrim_plus"` (ours: quarantine and re-anchoring); a dict
+                of policies in chain order, `{"quarantine": {"sensitivity": 6}, "reanchor": {"match": "near"}}`; a
+                `pipe.ContextPolicy`, which is copied for each video; or a list of these.
+            prune_fraction, drift_sensitivity, warmup_chunks, max_regenerations, drift_signal (*optional*):
+                Settings of [`TokenTrim`], by default 0.1, 2.0, 2, 1 and `"final"`.
             rollout (`str`, *optional*, defaults to `"self_forcing"`):
-                `"self_forcing"`: chunk after chunk, each through all its steps. `"rolling_forcing"`: as many chunks in
-                flight as there are steps, denoised together, each a step behind the chunk before it.
+                `"self_forcing"`: one chunk after the other. `"rolling_forcing"`: as many chunks as there are steps are
+                denoised together, each a step behind the chunk before it.
             num_frames_per_chunk (`int`, *optional*, defaults to `3`):
-                Latent frames of a chunk; with AnyFlow-FAR of all but the first, by default as the model's own.
+                Latent frames of a chunk; with AnyFlow-FAR, of all but the first, and the model's own by default.
             layout (`str`, `dict` or `Layout`, *optional*):
-                Which past frames a pass reads, and where they stand: a name, a dict of it with its settings, or an
-                object with the functions of `pipe.Layout`. By default a window, from the next four arguments.
-            window_size (`int` or `"all"`, *optional*):
-                Latent frames that attention spans, the current chunk and the sink included. `"all"`, or `None` without a
-                setting in the checkpoint: all of the past, whose cache grows without bound.
+                Which past frames a pass reads, and where they stand: a name, a dict of a name with its settings, or a
+                `pipe.Layout`. The default is a window, as the next four arguments describe it.
+            window_size (`int` or `"all"`, *optional*, defaults to `"all"`):
+                Latent frames that attention spans, with the current chunk and the sink; `"all"` lets the cache grow.
             num_sink_frames (`int`, *optional*):
-                First latent frames that never leave the cache. `None` without a setting in the checkpoint: 0, or the
-                first chunk with `"rolling_forcing"`.
+                First latent frames that never leave the cache; by default 0, or a chunk with `"rolling_forcing"`.
             relative_positions (`bool`, *optional*):
-                Count positions inside the window, the sink directly before the recent frames. `None` without a
-                setting in the checkpoint: only with `"rolling_forcing"`.
+                Count positions inside the window, the sink first; by default only with `"rolling_forcing"`.
             sink_at_commit (`bool`, *optional*):
-                Whether a commit reads the sink as well. `None`: not with `"rolling_forcing"`.
-            protect_conditioning (`bool`, defaults to `True`):
-                Whether the frames of `video` or `video_latents` are safe from eviction; the window drops them still.
+                Read the sink in context passes too; by default not with `"rolling_forcing"`.
+            protect_conditioning (`bool`, defaults to `True`): never evict tokens of the frames to continue.
             pad_keys (`bool`, defaults to `True`):
-                AnyFlow-FAR alone: whether a chunk also attends to the zero keys that upstream's pipeline adds where
-                its tokens are no multiple of 128. `False` is attention as the model was trained.
+                AnyFlow-FAR only: attend to the zero keys that upstream's pipeline adds; `False`: as in training.
             renoise (`Callable`, *optional*):
-                `renoise(chunk, step)` gives the noise, (B, C, frames of the chunk, H, W), that re-noises chunk `chunk`
-                after its step `step`, for schedulers that re-noise. By default drawn from `generator`, the same
-                whether or not anything was regenerated.
+                `renoise(chunk, step)` returns the noise, (B, C, frames, H, W), that re-noises a chunk after a step. By
+                default it is drawn from `generator`, once for all attempts at a chunk.
             on_chunk (`Callable`, *optional*):
-                `on_chunk(index, latents, decisions)`, called once for each generated chunk with copies of its latents,
+                `on_chunk(index, latents, decisions)`, called after each generated chunk with copies of its latents,
                 (B, C, frames, H, W), and its decisions, one for each video.
+            image (`PIL.Image`, `np.ndarray`, `torch.Tensor` or a list, *optional*):
+                The first frame, instead of `video`, cropped to the video's aspect and resized.
+
+        Examples:
 
         Returns:
             [`TokenTrimPipelineOutput`] or `tuple`: with `return_dict=False`, `(frames, decisions)`.
 
         Raises:
-            `TypeError`, `ValueError`: an argument is no good; its name, its value and what is valid are in the message.
-            `RuntimeError`: the model's output is not finite; chunk and step are in the message.
-            Whatever the VAE raises, as where memory runs out: with the `latents` of all finished chunks as an attribute.
+            `TypeError`, `ValueError`: an argument is invalid; the message names it, its value and what is valid.
+            `RuntimeError`: the model's output is NaN or Inf; the message names the chunk and the step or pass.
+            Any error of the VAE, such as out of memory, has the `latents` of all finished chunks as an attribute.
         """
-        arguments = {name: value for name, value in locals().items() if name != "self"}
-
         # 1. Complete the arguments from the checkpoint, and check them before any model runs
-        plan = plan_rollout(self, arguments)
+        plan = plan_rollout(self, {name: value for name, value in locals().items() if name != "self"})
 
-        # 2. Encode the prompt, and roll out and decode chunk by chunk
-        decodes = output_type != "latent" and not self.vae.use_tiling  # tiles are of all frames
-        with Stream(self, self.begin(plan), self._make_decoder() if decodes else None) as stream:
+        # 2. Encode the prompt, then roll out and decode chunk by chunk; a tiled VAE decodes all chunks at the end
+        by_chunk = plan.decodes and not self.vae.use_tiling
+        with Stream(self, self.begin(plan), make_decoder(self.vae) if by_chunk else None) as stream:
             chunks = gather(stream)
 
         # 3. Put the chunks together
-        chunk_frames = [plan.sizes.chunk_frames(chunk.index) for chunk in chunks]
-        if decodes and chunks:
-            frames = concatenated([chunk.frames for chunk in chunks])
-        else:
-            num_videos, channels, *size = plan.sizes.frame_shape
-            none = torch.zeros(num_videos, channels, 0, *size, dtype=torch.float32)
-            latents = torch.cat([chunk.latents for chunk in chunks], dim=2) if chunks else none
-            frames = latents
-            if output_type != "latent":
-                frames = self.decode_latents(latents, output_type, sum(chunk_frames))
-        decisions = [[chunk.decisions[video] for chunk in chunks] for video in range(plan.sizes.num_videos)]
+        frames, decisions, chunk_frames = join_chunks(self, plan, chunks)
         if not return_dict:
             return (frames, decisions)
-        shown = None if output_type == "latent" else chunk_frames
-        return TokenTrimPipelineOutput(frames, decisions, stream.grid, shown, stream.progress.fps)
+        return TokenTrimPipelineOutput(frames, decisions, stream.grid, chunk_frames, stream.progress.fps)
 
     @torch.no_grad()
+    @replace_example_docstring(STREAM_EXAMPLE)
     def stream(
         self,
         prompt: str | list[str] | None = None,
@@ -415,87 +328,55 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
         **kwargs: Unpack[CallArguments],
     ) -> Stream:
         """
-        The same video while it is made: an iterator over finished chunks, each with `index`, `latents`, `frames` and
-        `decisions`, and a context manager. `num_frames=None` goes on until the caller stops.
+        Generate the same videos chunk by chunk.
 
         Args:
-            prompt, args, kwargs: as in [`__call__`].
-            preview_vae (*optional*):
-                Decodes in the place of the VAE: faster, rougher, such as `AutoencoderTinyVideo` or TAEHV.
-            state_dir (`str` or `os.PathLike`, *optional*): where the run is saved, for [`resume`].
-            save_every (`int`, defaults to `10`): chunks between two states.
+            prompt, args, kwargs: as in [`__call__`]. With `num_frames=None`, the video has no end.
+            preview_vae (*optional*): a faster, rougher VAE to decode with, such as `AutoencoderTinyVideo` or TAEHV.
+            state_dir (`str` or `os.PathLike`, *optional*): folder that the run is saved to, for [`resume`].
+            save_every (`int`, defaults to `10`): chunks between two saved states.
+
+        Examples:
+
+        Returns:
+            [`Stream`]: an iterator over finished chunks, each with `index`, `latents`, `frames` and `decisions`, and a
+            context manager. The transformer is restored when it ends or is closed.
         """
-        call = read_call(self._bind(prompt, *args, **kwargs))
-        check_int("save_every", save_every, 1)
-        plan = plan_rollout(self, call, may_be_endless=True)
-        with ExitStack() as held:
-            if state_dir is not None:
-                os.makedirs(state_dir, exist_ok=True)
-                held.enter_context(lock_state(state_dir))
-                valid = "a folder without a state: `pipe.resume(state_dir)` goes on with the run that is there"
-                check(not has_state(state_dir), "state_dir", str(state_dir), valid)
-            run = self.begin(plan)
-            decoder = self._make_decoder(preview_vae) if plan.decodes else None
-            return Stream(self, run, decoder, state_dir, save_every, record_call(call), held=held.pop_all())
+        return start_stream(self, bind_call(self, prompt, *args, **kwargs), preview_vae, state_dir, save_every)
 
     @torch.no_grad()
     def resume(self, state_dir: str | os.PathLike, preview_vae: Any = None, **objects) -> Stream:
         """
-        Go on with the run that a stream saved, to the same bits as if it had not been interrupted.
+        Continue a run that a stream saved, to the same bits as without the interruption.
 
         Args:
-            state_dir (`str` or `os.PathLike`): the stream's.
-            preview_vae (*optional*): the stream's.
-            objects: arguments that a state cannot hold: callbacks, policies and layouts of one's own.
+            state_dir (`str` or `os.PathLike`), preview_vae (*optional*): those of the stream.
+            objects: arguments of the stream that a state cannot hold: callbacks, custom policies and layouts.
+
+        Returns:
+            [`Stream`]: the rest of the run.
 
         Raises:
-            `ValueError`: no whole state, other weights, or other arguments; what differs is in the message.
+            `ValueError`: there is no whole state, or weights or arguments are not the run's; the message says which.
         """
-        with ExitStack() as held:
-            held.enter_context(lock_state(state_dir))
-            state = load_state(state_dir)
-            with whole_state(state_dir):
-                keep_method(state, DEFAULT_METHOD)
-                call = recall(state["call"], objects)
-                given = [name for name in SETTINGS if call.get(name) is not None]
-                check_same(state["settings"], settings_of(self), given)
-                models = {"transformer": self.transformer, "vae": self.vae, "preview_vae": preview_vae}
-                check_weights(state["weights"], models)
-                plan = plan_rollout(self, call, may_be_endless=True)
-            run = self.begin(plan)
-            with whole_state(state_dir):
-                run.load_state_dict(state["run"])
-                decoder = None if state["decoder"] is None else self._make_decoder(preview_vae)
-                if decoder is not None:
-                    decoder.load_state_dict(state["decoder"])
-                saved = [state.get(name) for name in ("save_every", "call", "files", "undecoded")]
-                return Stream(self, run, decoder, state_dir, *saved, held=held.pop_all())
+        return resume_stream(self, state_dir, preview_vae, objects)
 
     @torch.no_grad()
     def plan(self, prompt: str | list[str] | None = None, *args: Any, **kwargs: Unpack[CallArguments]) -> RolloutPlan:
-        """What a call with these arguments would do, completed from the checkpoint and checked; no model runs."""
-        return plan_rollout(self, self._bind(prompt, *args, **kwargs))
+        """The plan of a call with these arguments, completed from the checkpoint and checked. No model runs."""
+        return plan_rollout(self, bind_call(self, prompt, *args, **kwargs))
 
     @property
     def fps(self) -> float:
         """Frames per second of the videos, as the checkpoint says, or Wan's."""
         return self.config.get("fps") or FPS
 
-    def _make_decoder(self, preview_vae: Any = None) -> FrameDecoder:
-        return make_decoder(self.vae, preview_vae, self.vae_scale_factor_temporal)
-
-    def _bind(self, *args, **kwargs) -> dict:
-        call = inspect.signature(self.__call__).bind(*args, **kwargs)
-        call.apply_defaults()
-        return dict(call.arguments)
-
     @torch.no_grad()
     def roll_out(self, run: Rollout) -> Iterator[Chunk]:
         """Algorithm 1, chunk by chunk. The plain rollout is the same loop with policies that accept everything.
 
         Args:
-            run ([`Rollout`]): from [`begin`], or one that was cut; the transformer is restored when the iterator ends or
-                is closed.
+            run ([`Rollout`]): a new or a resumed run. The transformer is restored when the iterator ends or is closed.
         """
         with run.attached(), run.progress_bar() as run.denoiser.progress:
             for index in run.remaining():
@@ -522,7 +403,7 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
 
     @torch.no_grad()
     def begin(self, plan: RolloutPlan) -> Rollout:
-        """The session of a planned call: the prompt is encoded; no step is taken."""
+        """A new run of a planned call: prompts and frames to continue are encoded, nothing is denoised yet."""
         check_free(self.transformer)
         device = self._execution_device
         prompt, given = encode_prompts(self, plan, device), encode_given(self, plan, device)
@@ -535,5 +416,5 @@ class TokenTrimPipeline(AnyFlowFARPipeline):
     def decode_latents(
         self, latents: torch.Tensor, output_type: str, num_frames: int | None = None
     ) -> torch.Tensor | np.ndarray | list:
-        """Latents (B, C, T, H, W) to videos as `output_type` asks, of all frames or the first `num_frames`."""
+        """Decode latents, (B, C, T, H, W), to videos of an output type: all frames, or the first `num_frames`."""
         return decode_all(self, latents, output_type, num_frames)

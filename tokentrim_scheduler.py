@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Diffusers schedulers that can return to the start of a chunk. Loads alone, as a checkpoint's `scheduler` component."""
+"""Diffusers schedulers that can return to the start of a chunk. They load alone, as a checkpoint's scheduler."""
 
 import copy
 import inspect
@@ -52,8 +52,8 @@ class TokenTrimSchedulerOutput(BaseOutput):
 
 class TokenTrimSchedulerMixin:
     r"""
-    Lets any flow-matching scheduler of Diffusers generate a chunk more than once. Put it before the scheduler in the bases,
-    or lift an instance with [`lift_scheduler`].
+    Lets any flow-matching scheduler of Diffusers generate a chunk more than once. Put it before the scheduler in the
+    bases, or lift an instance with [`lift_scheduler`].
 
     After `set_timesteps`, call `begin_chunk` at each chunk, then `step` for each timestep. `rewind` returns to the
     chunk's start: the solver forgets its history and its generators repeat the same draws. All steps of one
@@ -87,8 +87,8 @@ class TokenTrimSchedulerMixin:
         timesteps: list[float] | None = None,
     ) -> None:
         """
-        Set the schedule of every chunk: `set_timesteps` with linspace(1, 0, S + 1)[:-1] as the default sigmas, before the
-        shift. A scheduler that takes no sigmas keeps its own spacing.
+        Set the schedule of every chunk: `set_timesteps` with linspace(1, 0, S + 1)[:-1] as the default sigmas, before
+        the shift. A scheduler that takes no sigmas keeps its own spacing.
 
         Args:
             num_inference_steps (`int`): S, ignored where `sigmas` or `timesteps` are given.
@@ -118,8 +118,8 @@ class TokenTrimSchedulerMixin:
             self.set_timesteps(num_inference_steps, device=device)
 
     def takes(self, name: str) -> bool:
-        """Whether the scheduler takes custom `"sigmas"` (its own `set_timesteps` must) or `"timesteps"` (a step must not need
-        the steps before it)."""
+        """Whether the scheduler takes custom `"sigmas"` (its own `set_timesteps` must) or `"timesteps"` (a step must
+        not need the steps before it)."""
         return self.single_step if name == "timesteps" else name in inspect.signature(super().set_timesteps).parameters
 
     def begin_chunk(self, generator: Generators = None) -> None:
@@ -293,7 +293,7 @@ def lift_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def _subclass(stock: type) -> type:
-    """A lifted class for a scheduler outside `LIFTED`. `single_step` comes from the nearest scheduler inside; re-noising is
-    left to the scheduler's own `step`."""
+    """A lifted class for a scheduler outside `LIFTED`. `single_step` comes from the nearest scheduler inside;
+    re-noising is left to the scheduler's own `step`."""
     nearest = next((LIFTED[base] for base in stock.__mro__ if base in LIFTED), TokenTrimSchedulerMixin)
     return type(f"TokenTrim{stock.__name__}", (nearest, stock), {"__module__": __name__, "renoises": False})

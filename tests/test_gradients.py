@@ -105,9 +105,8 @@ WAYS = {
         "plan": lambda pipe, _: pipe.plan(None, prompt_embeds=embeds().requires_grad_(), **SIZE),
         "roll_out": lambda pipe, _: list(pipe.roll_out(begun(pipe))),
         "begin": lambda pipe, _: begun(pipe, prompt_schedule={1: OTHER}, image=randn(3, 32, 48).sigmoid()),
+        "fps": lambda pipe, _: nothing(pipe.fps),
         "decode_latents": lambda pipe, _: pipe.decode_latents(noise(2).requires_grad_(), "pt"),
-        "save_pretrained": lambda pipe, folder: [pipe.save_pretrained(folder), randn(1)],
-        "save_config": lambda pipe, folder: [pipe.save_config(folder), randn(1)],
     },
     Stream: {
         "__iter__": lambda stream, _: list(stream),
@@ -115,6 +114,7 @@ WAYS = {
         "__enter__": lambda stream, _: stream.__enter__(),
         "__exit__": lambda stream, _: closed(stream),
         "close": lambda stream, _: closed(stream),
+        "finish": lambda stream, _: nothing(stream.finish()),
         "index": lambda stream, _: nothing(stream.index),
         "set_prompt": lambda stream, _: stream_set_prompt(stream),
         "save_state": lambda stream, folder: [stream.save_state(folder), stream],

@@ -121,7 +121,7 @@ def test_failure_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("tokentrim.tools.publish.name_our_classes", fail)
+    monkeypatch.setattr("tokentrim.tools.publish.name_classes", fail)
     with pytest.raises(OSError, match="No space left"):
         publish("you/both", tmp_path / "out", checkpoint)
     assert not list(tmp_path.iterdir())

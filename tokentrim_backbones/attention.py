@@ -1,8 +1,8 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Attention that reads a rolling KV cache, and the context manager that puts it into a Wan transformer and out again.
+"""Attention that reads a rolling KV cache, and the context manager that installs it in a Wan transformer.
 
 Queries and keys are normalized and rotated in fp32, and the sinusoid of the timestep is computed in float64, whatever
-the model's dtype: their rounding would be cached, read again and amplified.
+the model's dtype: rounding errors would be cached, read again and amplified.
 """
 
 import threading
@@ -36,8 +36,9 @@ NUM_EXTRA = 8  # channels: kernels ask for heads of a multiple of this
 
 
 def takes_mask(backend: AttentionBackendName | str | None, mask: torch.Tensor) -> bool:
-    """Whether an attention backend (`None`: the one that is active) takes a mask. Kernels of variable length from the Hub
-    take boolean ones; the installed ones would read as many keys as a row has, but the first."""
+    """Whether an attention backend, the active one if `None`, takes a mask. Of the kernels of variable length, those
+    from the Hub take boolean masks; the installed ones would read the first keys of a row instead of the masked
+    ones."""
     if backend is None:
         backend, _ = _AttentionBackendRegistry.get_active_backend()
     name = AttentionBackendName(backend).value
@@ -45,7 +46,7 @@ def takes_mask(backend: AttentionBackendName | str | None, mask: torch.Tensor) -
 
 
 class CachedAttnProcessor:
-    """What the processors share: the cache, the layer, and the attention backend of the processor they stand for."""
+    """What both processors share: the cache, the layer, and the attention backend of the stock processor."""
 
     in_rollout = True  # how another rollout, loaded anew, knows them
 
@@ -147,7 +148,7 @@ class ExactTimesteps(torch.nn.Module):
 
 
 def check_free(transformer: ModelMixin) -> None:
-    """A rollout owns its transformer until it ends or is closed."""
+    """Refuse a transformer that another rollout uses."""
     if any(getattr(block.attn1.processor, "in_rollout", False) for block in transformer.blocks):
         raise RuntimeError(
             "This transformer is in a rollout already: finish or close that stream first, or load a second pipeline."
@@ -156,8 +157,8 @@ def check_free(transformer: ModelMixin) -> None:
 
 @contextmanager
 def replaced_processors(transformer: ModelMixin, make_self: Callable, make_cross: Callable) -> Iterator[None]:
-    """Give every block of `transformer` the processors that `make_self` and `make_cross` make of a layer's index and the
-    stock processor; always puts its own back."""
+    """A context in which every block of `transformer` has the processors that `make_self` and `make_cross` return for
+    a layer's index and its stock processor. The stock processors are always restored."""
     stock = []
     try:
         with installing:  # of two threads, one gets it
@@ -174,7 +175,7 @@ def replaced_processors(transformer: ModelMixin, make_self: Callable, make_cross
 
 @contextmanager
 def cached_attention(transformer: WanTransformer3DModel, cache: RollingKVCache) -> Iterator[None]:
-    """Let every attention layer of `transformer` read and write `cache`; always puts its own parts back."""
+    """A context in which every attention layer of `transformer` reads and writes `cache`."""
     make_self, make_cross = partial(CachedSelfAttnProcessor, cache), partial(CachedCrossAttnProcessor, cache)
     with replaced_processors(transformer, make_self, make_cross), warnings.catch_warnings():
         # The norm in fp32 of a model in bf16 is what we ask for, at the cost of torch's fused kernel.

@@ -179,7 +179,7 @@ class Backbone(Protocol):
         self.cache.forget_prompt()
 
     def flush(self, is_cut: bool) -> None:
-        """Drop what the layout does not keep through a change of the prompt; after a cut, the next chunk stands apart."""
+        """Drop what the layout does not keep at a change of the prompt. After a cut, the next chunk stands apart."""
         self.cache.flush(is_cut)
 
     def state_dict(self) -> dict:

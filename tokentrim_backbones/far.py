@@ -1,8 +1,9 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""AnyFlow-FAR's context, encoded chunk by chunk: the last chunks in full, the older ones compressed, in larger patches.
+"""An AnyFlow-FAR transformer behind a rolling cache.
 
-The context is chunk-causal, so a compressed chunk never changes once it is written. What a new chunk asks for is one
-pass over the chunk that it pushes out of the full part, which is compressed, and over the full ones behind it.
+Its context is encoded chunk by chunk: the last chunks in full resolution, older ones compressed, in larger patches.
+It is chunk-causal, so that a compressed chunk never changes once it is written. A new chunk costs one pass, over the
+chunk that it pushes out of the full part, which becomes compressed, and over the full chunks behind that one.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,8 +30,7 @@ KEY_BLOCK = 128  # upstream fills its queries, and with them the keys, up to a m
 class FARSelfAttnProcessor(CachedSelfAttnProcessor):
     """Self-attention of each chunk of a pass to the context, to the chunks of the pass before it, and to itself.
 
-    Upstream's own backend stands for a mask that is not needed here: one that was set on the transformer is used, and
-    scaled-dot-product attention otherwise.
+    Upstream's default backend serves a mask that is not needed here, so that only a backend that the user set is used.
 
     Args:
         backbone ([`FARBackbone`]): knows the chunks of the pass at hand.
@@ -65,8 +65,8 @@ class FARBackbone(Backbone):
     """An AnyFlow-FAR transformer: the last chunks of its past in full resolution, the older ones compressed.
 
     The cache holds full and compressed tokens under one numbering: the tokens of the full grid, then those of the
-    compressed one, which stand in the middle of the full tokens that they stand for. A compressed token is lost when half
-    of these full tokens are evicted, before or after it is written.
+    compressed one, which stand in the middle of the full tokens that they stand for. A compressed token is lost when
+    half of these full tokens are evicted, before or after it is written.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ class FARBackbone(Backbone):
         return self._forward(latents, chunk_sizes, timesteps, next_timesteps, text, False).transpose(1, 2)
 
     def commit(self, latents: torch.Tensor, text: torch.Tensor, entered: Sequence[bool]) -> torch.Tensor:
-        """While there is room in the full part, a commit carries the new chunk alone. Then it carries the chunk that becomes
-        compressed, and all chunks that read it in full: they are encoded again."""
+        """While the full part has room, the pass carries the new chunk alone. Then it carries the chunk that becomes
+        compressed, and all chunks that read it in full, which are encoded again."""
         limit, first = self.transformer.config.full_chunk_limit, self.cache.next_frame
         self.recent = [*self.recent, latents][-limit:]
         chunks = [*self.full_chunks, list(range(first, first + latents.shape[2]))]
@@ -223,8 +223,9 @@ class FARBackbone(Backbone):
 
 
 def compressed_patches(grid: tuple[int, int], scale: tuple[int, int]) -> torch.Tensor:
-    """The full tokens that each compressed one stands for, (compressed tokens, full tokens of each); `scale` of them in
-    (height, width), and what does not fill one is left out."""
+    """The full tokens that each compressed token stands for, (compressed tokens, full tokens of each): `scale` of
+    them in
+    (height, width). Full tokens that do not fill a compressed one are left out."""
     rows, columns = (tokens // per_patch for tokens, per_patch in zip(grid, scale))
     full = torch.arange(grid[0] * grid[1]).view(grid)[: rows * scale[0], : columns * scale[1]]
     patches = full.unflatten(1, (columns, scale[1])).unflatten(0, (rows, scale[0])).transpose(1, 2)
@@ -232,7 +233,7 @@ def compressed_patches(grid: tuple[int, int], scale: tuple[int, int]) -> torch.T
 
 
 def check_far(config: Any) -> None:
-    """What an AnyFlow-FAR transformer's config says is what its forward can do."""
+    """Refuse a config that AnyFlow-FAR's forward cannot run."""
     patch, large, limit = tuple(config.patch_size), tuple(config.compressed_patch_size), config.full_chunk_limit
     check(patch[0] == 1 and patch[1] == patch[2], "transformer.config.patch_size", patch, "(1, n, n)")
     whole = large[0] == 1 and not any(size % patch[1] for size in large[1:])

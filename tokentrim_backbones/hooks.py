@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What users switch on at a transformer: hooks of Diffusers, and those that no rollout can bear; adapters."""
+"""What users set on a transformer: hooks, some of which no rollout can run with, and adapters."""
 
 from diffusers import ModelMixin
 
@@ -12,8 +12,8 @@ HARMLESS = ("PeftInputAutocastDisableHook",)  # takes the place of a forward and
 def check_hooks(transformer: ModelMixin) -> None:
     """
     Refuse what may skip a part of the transformer's forward: FirstBlockCache, MagCache, Pyramid Attention Broadcast,
-    FasterCache, TaylorSeer, SeaCache, TextKVCache, skipped layers. Each answers a forward with what an earlier one left,
-    while the pass that writes the context needs every layer's own keys and values.
+    FasterCache, TaylorSeer, SeaCache, TextKVCache, skipped layers. Each answers a forward with what an earlier one
+    left, while the pass that writes the context needs every layer's own keys and values.
 
     Args:
         transformer (`ModelMixin`): with or without hooks of `diffusers.hooks`.

@@ -1,9 +1,9 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""One video on several devices: Diffusers' Ulysses context parallelism (DeepSpeed-Ulysses, arXiv 2309.14509) behind a
+"""One video on several devices: Diffusers' Ulysses context parallelism (DeepSpeed-Ulysses, arXiv 2309.14509) with a
 rolling cache.
 
-Diffusers splits the tokens of a pass over the processes. Around self-attention they are exchanged for heads: each process
-rotates, holds and attends to all tokens of its own heads, so that a cache is 1 / degree of the whole.
+Diffusers splits the tokens of a pass over the processes. Around self-attention, tokens are exchanged for heads: each
+process rotates, holds and attends to all tokens of some heads, so that its cache is 1 / degree of the whole.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,10 +19,11 @@ from .backbone import Limits
 
 
 class HeadExchange:
-    """All tokens of this process's heads, for its own tokens of all heads, and back.
+    """Exchanges a process's tokens of all heads for all tokens of its heads, and back.
 
     Args:
-        parallel_config (`ParallelConfig`, *optional*): of a Diffusers attention processor; `None`: there is one process.
+        parallel_config (`ParallelConfig`, *optional*):
+            of a Diffusers attention processor; `None`: there is one process.
     """
 
     def __init__(self, parallel_config: Any = None):
@@ -44,8 +45,8 @@ def context_parallel(transformer: Any) -> Any:
 
 
 def check_saved_whole(transformer: Any, name: str, folder: Any) -> None:
-    """A state is of a run on one process: of several, each holds a share."""
-    valid = "None under context parallelism, where each process holds the context of its own heads alone"
+    """Refuse to save a run of several processes, each of which holds a part of the context."""
+    valid = "None under context parallelism, where each process only holds the context of its heads"
     check(folder is None or context_parallel(transformer) is None, name, folder, valid)
 
 

@@ -31,6 +31,48 @@ SETTINGS_LIMITS = {
 SETTINGS = (*ROLLOUT_SETTINGS, *SCHEDULE_SETTINGS, "method", "layout", "prompt_transition", "fps")
 
 
+class CheckpointMixin:
+    """Saves a pipeline as a checkpoint that loads with this project's code, and with Diffusers alone."""
+
+    scheduler: SchedulerMixin | None
+    _code: Path  # the file of the pipeline
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As in Diffusers, but without the file of code that a checkpoint names: this class is the code."""
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(index.get("_class_name"), (list, tuple)):
+            index["_class_name"] = cls.__name__
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, include_code: bool = False, **kwargs) -> None:
+        """
+        Save all components, and the settings of the rollout.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder.
+            include_code (`bool`, defaults to `False`):
+                Whether to save the pipeline's code as well, as one file. The folder then loads with
+                `trust_remote_code=True` where this project is not installed, also from the Hub. A folder that holds the
+                code already keeps it.
+            args, kwargs (*optional*): as in [`DiffusionPipeline.save_pretrained`].
+        """
+        if include_code:
+            write_code(save_directory, self._code)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def save_config(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """
+        Write `model_index.json`. If the folder does not hold the pipeline's code, it names the stock Diffusers classes.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the checkpoint's folder.
+        """
+        super().save_config(save_directory, **kwargs)
+        name_classes(save_directory, self.scheduler)
+
+
 def check_portable(settings: dict[str, Any]) -> None:
     """Settings that travel with a checkpoint are what its `model_index.json` can hold; a list there is a component."""
     for name, value in settings.items():
@@ -64,20 +106,15 @@ def write_code(folder: str | os.PathLike, pipeline: Path) -> None:
     write_whole(path, source)
 
 
-def name_stock_classes(folder: str | os.PathLike, scheduler: SchedulerMixin | None) -> None:
-    """Diffusers would write names of ours, which load nowhere without the code; our pipeline lifts a stock scheduler."""
-    names = {"_class_name": AnyFlowFARPipeline.__name__}
+def name_classes(folder: str | os.PathLike, scheduler: SchedulerMixin | None) -> None:
+    """Name the classes in `model_index.json`: the pipeline's where the folder holds its code, stock Diffusers classes
+    otherwise, since ours would load nowhere. The scheduler is always a stock one, which our pipeline lifts again."""
+    has_code = (Path(folder) / PIPELINE_FILE).is_file()
+    names: dict[str, Any] = {"_class_name": AnyFlowFARPipeline.__name__}
+    if has_code:
+        names["_class_name"] = [Path(PIPELINE_FILE).stem, PIPELINE]
     if scheduler is not None:
         stock = next(base for base in type(scheduler).__mro__ if base.__module__.startswith("diffusers."))
         names["scheduler"] = ["diffusers", stock.__name__]
-    _rename(folder, names)
-
-
-def name_our_classes(folder: str | os.PathLike) -> None:
-    """Name the pipeline's class in the file beside the weights; it lifts the stock scheduler."""
-    _rename(folder, {"_class_name": [Path(PIPELINE_FILE).stem, PIPELINE]})
-
-
-def _rename(folder: str | os.PathLike, names: dict) -> None:
     index = Path(folder) / INDEX
     write_whole(index, json.dumps({**json.loads(index.read_text()), **names}, indent=2, sort_keys=True) + "\n")

@@ -1,10 +1,11 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The arguments of a call, completed from the checkpoint and checked. Nothing below this file sees them again: it reads
-the [`RolloutPlan`] that they make.
+"""The arguments of a call, completed from the checkpoint and checked. The rest of the session reads the
+[`RolloutPlan`] that they make, and never the arguments.
 
 Checks never act: none sets a scheduler, draws from a generator or calls a function of the user.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import fields
@@ -36,6 +37,8 @@ from ..tokentrim_views.layout import Layout, WindowLayout
 from ..tokentrim_views.registry import make_layout
 from .compatibility import check_method, check_rejections, fit_layout
 from .given import image_as_video, read_video
+from .host import Pipeline
+from .noise import check_draws
 from .partition import count_frames, count_given_chunks, partition_chunks
 from .plan import Callbacks, Inputs, RolloutPlan, Schedule, Sizes
 from .prompts import (
@@ -47,7 +50,7 @@ from .prompts import (
     first_prompt,
     read_schedule,
 )
-from .schedule import check_schedule, check_scheduler
+from .schedule import Scheduler, check_schedule, check_scheduler
 
 
 ROLLOUTS = ("self_forcing", "rolling_forcing")
@@ -68,7 +71,7 @@ DEFAULTS = {  # of what neither the call nor the checkpoint says
 REPEATED_CHUNKS = 64  # of a video without an end: as many as checks look ahead
 
 
-def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> RolloutPlan:
+def plan_rollout(pipe: Pipeline, call: dict, may_be_endless: bool = False) -> RolloutPlan:
     """
     The plan of a call.
 
@@ -105,9 +108,15 @@ def plan_rollout(pipe: Any, call: dict, may_be_endless: bool = False) -> Rollout
     return RolloutPlan(sizes, schedule, inputs, callbacks, method, layout, options, call["output_type"])
 
 
+def bind_call(pipe: Pipeline, *args: Any, **kwargs: Any) -> dict:
+    """All arguments of a call of the pipeline with these, by name."""
+    call = inspect.signature(pipe.__call__).bind(*args, **kwargs)
+    call.apply_defaults()
+    return dict(call.arguments)
+
+
 def read_call(call: dict) -> dict:
-    """The arguments with numbers and lists of numbers as Python's, tensors without a graph, and frames to continue as a
-    tensor."""
+    """The arguments with Python's numbers and lists, tensors without a graph, and `video` as a tensor."""
     arrays = [name for name in TENSOR_ARGUMENTS if not isinstance(call[name], torch.Tensor)]
     call = {name: value if name in arrays else plain(value) for name, value in call.items()}
     lists = {name: call[name].tolist() for name in LIST_ARGUMENTS if isinstance(call[name], torch.Tensor)}
@@ -117,7 +126,7 @@ def read_call(call: dict) -> dict:
 # 1. Components, and what the call leaves open
 
 
-def _check_components(pipe: Any, call: dict) -> None:
+def _check_components(pipe: Pipeline, call: dict) -> None:
     """The pipeline has the components that this call needs."""
     check_number("guidance_scale", call["guidance_scale"], lambda scale: scale >= 0, "a finite number >= 0")
     check_choice("output_type", call["output_type"], OUTPUT_TYPES)
@@ -138,7 +147,7 @@ def _check_components(pipe: Any, call: dict) -> None:
     check_hooks(pipe.transformer._orig_mod if is_compiled_module(pipe.transformer) else pipe.transformer)
 
 
-def _complete(pipe: Any, call: dict, may_be_endless: bool) -> None:
+def _complete(pipe: Pipeline, call: dict, may_be_endless: bool) -> None:
     """Take what was not given from the latents, from the checkpoint, or from our defaults."""
     latents = call["latents"]
     if latents is not None:
@@ -159,7 +168,7 @@ def _complete(pipe: Any, call: dict, may_be_endless: bool) -> None:
     check_choice("rollout", call["rollout"], ROLLOUTS)
 
 
-def _setting(pipe: Any, call: dict, name: str, default: Any = None) -> Any:
+def _setting(pipe: Pipeline, call: dict, name: str, default: Any = None) -> Any:
     """An argument of the call, else the checkpoint's setting, else ours."""
     value = pipe.config.get(name) if call[name] is None else call[name]
     return default if value is None else value
@@ -168,7 +177,7 @@ def _setting(pipe: Any, call: dict, name: str, default: Any = None) -> Any:
 # 2. The four groups of a plan
 
 
-def _plan_sizes(pipe: Any, call: dict, prompts: Prompts, limits: Limits) -> Sizes:
+def _plan_sizes(pipe: Pipeline, call: dict, prompts: Prompts, limits: Limits) -> Sizes:
     config, spatial, temporal = pipe.transformer.config, pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
     height, width, num_frames, repeats = (
         call[name] for name in ("height", "width", "num_frames", "num_videos_per_prompt")
@@ -194,12 +203,12 @@ def _plan_sizes(pipe: Any, call: dict, prompts: Prompts, limits: Limits) -> Size
         for name, latent_size, smallest in zip(("height", "width"), frame_shape[2:], limits.min_size):
             valid = f">= {spatial * smallest} for more than {limits.chunks_per_pass} chunks with {limits.model}"
             check(latent_size >= smallest, name, call[name], valid)
-    _check_draws(call["generator"], call["latents"], (*frame_shape[:2], sum(partition), *frame_shape[2:]))
+    check_draws(call["generator"], call["latents"], (*frame_shape[:2], sum(partition), *frame_shape[2:]))
     num_protected = num_given_frames if call["protect_conditioning"] else 0
     return Sizes(frame_shape, height, width, temporal, partition, num_frames, num_given, num_protected, repeats)
 
 
-def _count_given_frames(pipe: Any, call: dict, frame_shape: Sequence[int]) -> tuple[str, int]:
+def _count_given_frames(pipe: Pipeline, call: dict, frame_shape: Sequence[int]) -> tuple[str, int]:
     """The argument that gives frames to continue, and how many latent frames they are. An image becomes a video."""
     if call["image"] is not None:
         for name in ("video", "video_latents"):
@@ -219,18 +228,7 @@ def _count_given_frames(pipe: Any, call: dict, frame_shape: Sequence[int]) -> tu
     return "video", num_frames
 
 
-def _check_draws(generator: Any, latents: torch.Tensor | None, shape: Sequence[int]) -> None:
-    """The initial noise, or what it is drawn from, fits videos of `shape` (B, C, T, H, W)."""
-    if latents is not None:
-        check(tuple(latents.shape) == tuple(shape), "latents", latents, f"of shape {tuple(shape)} for this call")
-    generators = generator if isinstance(generator, list) else [generator]
-    of_type = generator is None or all(isinstance(each, torch.Generator) for each in generators)
-    check(of_type, "generator", generator, "a torch.Generator or a list of them", TypeError)
-    fits = not isinstance(generator, list) or len(generator) == shape[0]
-    check(fits, "generator", generator, f"one generator or a list of {shape[0]}, one for each video")
-
-
-def _plan_schedule(scheduler: Any, call: dict, drift_signal: str, limits: Limits) -> Schedule:
+def _plan_schedule(scheduler: Scheduler, call: dict, drift_signal: str, limits: Limits) -> Schedule:
     rollout, num_steps, sigmas, timesteps = (
         call[name] for name in ("rollout", "num_inference_steps", "sigmas", "timesteps")
     )
@@ -256,12 +254,12 @@ def _plan_inputs(call: dict, prompts: Prompts, sizes: Sizes, layout: Layout, lim
         check_lengths("prompt_schedule", change, prompts, text_dim)
         valid = f"a dict of chunks below {len(sizes.chunk_partition)}, the chunks of the video"
         check(sizes.has_chunk(chunk), "prompt_schedule", chunk, valid)
-    transition = transition if isinstance(transition, str) else "keep"  # a dict speaks of its own chunks
+    transition = transition if isinstance(transition, str) else "keep"  # a dict is about the chunks of the schedule
     given = (call[name] for name in ("generator", "latents", "video", "video_latents"))
     return Inputs(prompts, changes, transition, *given)
 
 
-def _plan_callbacks(pipe: Any, call: dict) -> Callbacks:
+def _plan_callbacks(pipe: Pipeline, call: dict) -> Callbacks:
     on_step_end, name = call["callback_on_step_end"], "callback_on_step_end_tensor_inputs"
     official = isinstance(on_step_end, (PipelineCallback, MultiPipelineCallbacks))
     names, known = on_step_end.tensor_inputs if official else call[name], pipe._callback_tensor_inputs
@@ -284,7 +282,7 @@ def _plan_options(call: dict) -> BackboneOptions:
     return BackboneOptions(attention_kwargs, call["use_mean_velocity"], call["pad_keys"])
 
 
-def _plan_layout(pipe: Any, call: dict, first_chunk: int) -> Layout:
+def _plan_layout(pipe: Pipeline, call: dict, first_chunk: int) -> Layout:
     """The layout of the call or of the checkpoint; by default the window that their settings describe."""
     layout, rolling = _setting(pipe, call, "layout"), call["rollout"] == "rolling_forcing"
     if layout is not None:

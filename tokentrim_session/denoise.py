@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""From noise to the latents of a chunk, on one context: attempts, and what they need of the model."""
+"""From noise to the latents of a chunk, on one context."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +22,8 @@ from .prompts import EncodedPrompt
 class Denoiser:
     """Denoises chunks behind the cached past, and commits them to it.
 
-    Self Forcing has one chunk in flight, which takes all its steps; Rolling Forcing as many as there are steps, each a
-    step behind the chunk before it.
+    Self Forcing has one chunk in flight, which takes all its steps. Rolling Forcing has as many as there are steps,
+    each a step behind the chunk before it.
 
     Args:
         pipe ([`Pipeline`]): its scheduler, `guidance_scale` and `interrupt`, which a callback may change in any step.
@@ -58,7 +58,7 @@ class Denoiser:
         self.on_step: Callable | None = None  # `on_step(step, timestep, latents)` returns the latents to continue with
         self.progress: Any = None  # a bar of denoising steps, while the rollout runs
         self._rows = Rows()  # the videos of the attempt at hand
-        self._finite: list[tuple[str, torch.Tensor]] = []  # of each pass since the last check: its name, and whether
+        self._finite: list[tuple[str, torch.Tensor]] = []  # passes since the last check: name, and whether finite
 
     # 1. A chunk
 
@@ -104,8 +104,7 @@ class Denoiser:
         return finished.latents, tuple(in_flight)
 
     def commit(self, index: int, context: torch.Tensor, entered: Sequence[bool]) -> None:
-        """The pass that writes a chunk's latents, (B, C, frames, H, W), into the past; of videos that have not `entered`,
-        nothing stays."""
+        """Write a chunk's latents, (B, C, frames, H, W), into the past of the videos that have `entered`."""
         finite = self.backbone.commit(*self._branches(context), entered)
         self._finite.append((f"chunk {index}, the context pass", finite))
 
@@ -132,7 +131,7 @@ class Denoiser:
 
     @contextmanager
     def _only(self, videos: list[int]) -> Iterator[Rows]:
-        """Noise, prompt, generators and the past are those of some videos inside."""
+        """A context in which noise, prompt, generators and the past are those of some videos."""
         self._rows = Rows(videos)
         try:
             with self.backbone.only(videos):
@@ -159,7 +158,7 @@ class Denoiser:
             flows, flow = flow.split(sizes, dim=2), None
             chunks = [self._step(index + offset, *pair) for offset, pair in enumerate(zip(chunks, flows))]
             if self.on_step is not None:
-                self.check_finite()  # what the callback sees, and may be blamed for
+                self.check_finite()  # before the callback sees the latents
                 latents = torch.cat([chunk.latents for chunk in chunks], dim=2)
                 latents = self.on_step(step, timesteps[step], latents).split(sizes, dim=2)
                 chunks = [InFlight(changed, chunk.step) for chunk, changed in zip(chunks, latents)]

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What attempts at a chunk are made of."""
+"""The values that attempts at a chunk are made of."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class InFlight:
-    """A chunk on its way: latents (B, C, frames, H, W) after `step` denoising steps."""
+    """A chunk in flight: latents (B, C, frames, H, W) after `step` denoising steps."""
 
     latents: torch.Tensor
     step: int = 0
@@ -23,11 +23,12 @@ class Draft:
     """An attempt at a chunk.
 
     Args:
-        index (`int`): the chunk's.
+        index (`int`): index of the chunk.
         before (`tuple[InFlight, ...]`): the chunks in flight before the attempt, this one first if it was among them.
-        after (`tuple[InFlight, ...]`): the same after it.
+        after (`tuple[InFlight, ...]`): the chunks in flight after it, this one first.
         judged (`torch.Tensor`): what policies review, (B, C, frames, H, W).
-        first_flow (`torch.Tensor`, *optional*): where policies review the first step's x0 prediction: the flow behind it.
+        first_flow (`torch.Tensor`, *optional*):
+            flow of the first step, if policies review the x0 prediction of that step.
     """
 
     index: int

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What a run needs encoded before it starts: prompts, and the frames to continue."""
+"""Encodes what a run needs before it starts: prompts, and the frames to continue."""
 
 import torch
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Frames to continue, in whatever form they come: `video=` and `image=` of a call."""
+"""Frames to continue, in each form that `video=` and `image=` take."""
 
 from typing import Any
 
@@ -16,7 +16,8 @@ WHITE = {"uint8": 255, "uint16": 65535}  # of integer levels
 
 
 def read_video(video: Any) -> torch.Tensor:
-    """Frames to continue in any of the forms that Diffusers' video processor takes: images of PIL, arrays (.., H, W, 3) or
+    """Frames to continue in any of the forms that Diffusers' video processor takes: images of PIL, arrays (.., H, W,
+    3) or
     tensors (.., 3, H, W), of one video or several; (B, T, 3, H, W) in [0, 1]."""
     video = as_levels("video", video)
     if not (isinstance(video, torch.Tensor) and video.ndim == 5):

@@ -13,8 +13,8 @@ from .schedule import Scheduler
 
 
 class Pipeline(Protocol):
-    """A Diffusers pipeline with the components of a Wan checkpoint. Each member is documented by Diffusers, but for
-    `roll_out` and `fps`."""
+    """A Diffusers pipeline with the components of a Wan checkpoint. Each member is documented by Diffusers, except
+    `begin`, `roll_out` and `fps`."""
 
     config: Any
     tokenizer: Any
@@ -29,7 +29,7 @@ class Pipeline(Protocol):
     _callback_tensor_inputs: list[str]
     _execution_device: torch.device
 
-    # What users and their callbacks read while a run goes on, and may change.
+    # Read and changed by users and their callbacks during a run.
     guidance_scale: float
     do_classifier_free_guidance: bool
     interrupt: bool
@@ -45,6 +45,10 @@ class Pipeline(Protocol):
     def progress_bar(self, total: float | None = None) -> AbstractContextManager: ...
 
     def maybe_free_model_hooks(self) -> None: ...
+
+    def begin(self, plan: Any) -> Any:
+        """A new run of a plan."""
+        ...
 
     def roll_out(self, run: Any) -> Iterator[Any]:
         """The finished chunks of a run."""

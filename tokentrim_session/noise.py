@@ -2,6 +2,7 @@
 """The random draws of a rollout: initial noise of each chunk, and the noise that re-noises it after each step."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -11,7 +12,7 @@ from .plan import Sizes
 
 
 class Noise:
-    """The initial noise of each chunk, (B, C, frames, H, W) in fp32: drawn in order, chunk by chunk, or given for all.
+    """The initial noise of each chunk, (B, C, frames, H, W) in fp32: drawn chunk by chunk, or given for all chunks.
 
     Args:
         sizes ([`Sizes`]): the sizes of the chunks.
@@ -51,7 +52,7 @@ class Noise:
 
 
 class Renoise:
-    """The noise that re-noises each chunk after each step: drawn once, so that a regeneration repeats it.
+    """The noise that re-noises each chunk after each step, drawn once, so that a regeneration repeats it.
 
     Args:
         given (`Callable`, *optional*): `given(chunk, step)` returns (B, C, frames, H, W), instead of draws.
@@ -89,3 +90,14 @@ class Renoise:
                 check(tuple(noise.shape) == shape, name, noise, f"of shape {shape}")
             self.drawn[chunk, step] = noise.detach().to(self.device, torch.float32)
         return self.drawn[chunk, step]
+
+
+def check_draws(generator: Any, latents: torch.Tensor | None, shape: Sequence[int]) -> None:
+    """The initial noise, or what it is drawn from, fits videos of `shape` (B, C, T, H, W)."""
+    if latents is not None:
+        check(tuple(latents.shape) == tuple(shape), "latents", latents, f"of shape {tuple(shape)} for this call")
+    generators = generator if isinstance(generator, list) else [generator]
+    of_type = generator is None or all(isinstance(each, torch.Generator) for each in generators)
+    check(of_type, "generator", generator, "a torch.Generator or a list of them", TypeError)
+    fits = not isinstance(generator, list) or len(generator) == shape[0]
+    check(fits, "generator", generator, f"one generator or a list of {shape[0]}, one for each video")

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""How a video's latent frames make chunks, and how many of them are given."""
+"""How the latent frames of a video are divided into chunks, and how many of them are given."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ MAX_FRAMES = 10_000_000  # a week at 16 frames per second
 
 
 def count_latent_frames(num_frames: int, temporal_factor: int) -> int:
-    """The fewest latent frames that hold so many frames; the first one is one frame."""
+    """Latent frames that hold `num_frames` frames; the first latent frame is one frame."""
     return -(-(num_frames - 1) // temporal_factor) + 1
 
 
@@ -23,11 +23,19 @@ def partition_chunks(
     checkpoint_partition: Sequence[int] | None = None,
     num_given_frames: int = 0,
 ) -> list[int]:
-    """Latent frames of each chunk of a video of `num_frames` frames; of the first chunks, where it has no end.
+    """
+    Latent frames of each chunk.
 
-    Whole chunks: the last one may reach beyond the video's end. Where `num_given_frames` latent frames to continue are no
-    whole chunks, the first chunk is what is left of them. A checkpoint's own partition gives the size of the first chunk,
-    which may be another, and of those that follow; its last one is what is left.
+    Args:
+        num_frames (`int`, *optional*): frames of the video. Without an end, `None`, the last chunk size repeats.
+        temporal_factor (`int`): frames of a latent frame.
+        num_frames_per_chunk (`int`, *optional*): latent frames of a chunk. The last chunk may exceed the video's end.
+        chunk_partition (`Sequence[int]`, *optional*): a given partition, which must fit `num_frames`.
+        checkpoint_partition (`Sequence[int]`, *optional*):
+            the partition of a checkpoint: the sizes of the first chunk and of the others. The last chunk may be
+            shorter.
+        num_given_frames (`int`):
+            latent frames to continue. If they do not fill whole chunks, the first chunk is shorter.
     """
     if num_frames_per_chunk is not None:
         check_int("num_frames_per_chunk", num_frames_per_chunk, 1, maximum=MAX_FRAMES)

@@ -23,7 +23,8 @@ class Sizes:
         height (`int`), width (`int`): size of the video in pixels.
         temporal_factor (`int`): frames of a latent frame; the first latent frame is one frame.
         chunk_partition (`list[int]`): latent frames of each chunk. In a video without an end, the last size repeats.
-        num_frames (`int`, *optional*): frames of the video, which may end inside its last chunk; `None`: it has no end.
+        num_frames (`int`, *optional*):
+            frames of the video, which may end inside its last chunk; `None`: it has no end.
         num_given_chunks (`int`): first chunks that are given, not generated.
         num_protected_frames (`int`): first latent frames that eviction leaves alone.
         num_videos_per_prompt (`int`): videos of each prompt, next to each other in the batch.

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The prompts of a call, and over time: which one serves from which chunk on, and what becomes of the context."""
+"""Prompts, and their changes over time: from which chunk on, and what happens to the context."""
 
 import itertools
 from collections.abc import Sequence
@@ -72,7 +72,8 @@ def make_change(prompt: Any, num_prompts: int, transition: str = "keep", blend_c
     A change of the prompts of a call.
 
     Args:
-        prompt (`str`, `list` or `torch.Tensor`): one for all, one for each (`None`: stays), or embeddings (B, text, dim).
+        prompt (`str`, `list` or `torch.Tensor`):
+            one for all, one for each (`None`: stays), or embeddings (B, text, dim).
         num_prompts (`int`): prompts of the call.
         transition (`str`), blend_chunks (`int`): see [`PromptChange`].
     """

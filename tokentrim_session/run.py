@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The session: all that a run is between two chunks."""
+"""A run: its whole state between two chunks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,14 +24,14 @@ from .schedule import Scheduler
 
 
 class Rollout:
-    """A run on its way: which chunk is next, what is in flight, and the parts that remember.
+    """A run that has started: the next chunk, the chunks in flight, and the parts that have a state.
 
     Args:
-        pipe: the pipeline.
-        plan ([`RolloutPlan`]): of the call.
-        prompt ([`EncodedPrompt`]): encoded.
-        device (`torch.device`): where it runs.
-        given (`torch.Tensor`, *optional*): clean latents of the first frames, where they are not generated.
+        pipe ([`Pipeline`]): the pipeline that it runs in.
+        plan ([`RolloutPlan`]): the plan of the call.
+        prompt ([`EncodedPrompt`]): the prompt of chunk 0.
+        device (`torch.device`): the device of its latents.
+        given (`torch.Tensor`, *optional*): clean latents of the frames to continue, (B, C, T, H, W).
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Rollout:
             self.denoiser.on_step = self._call_back
 
     def remaining(self) -> Iterator[int]:
-        """The chunks from `index` on, each with the transformer as the user has it by then."""
+        """Yield the index of each chunk to go, after a look at what users changed on the transformer in between."""
         known = adapters(self.pipe.transformer)
         while self.sizes.has_chunk(self.index):
             check_hooks(self.pipe.transformer)
@@ -82,29 +82,29 @@ class Rollout:
             yield self.index
 
     def is_last(self, index: int) -> bool:
-        """Whether no chunk follows, so that none will read this one."""
+        """Whether a chunk is the last one, which no other chunk reads."""
         return not self.sizes.has_chunk(index + 1)
 
     def evict(self, tokens: dict[int, list[int]]) -> dict[int, list[int]]:
-        """Grid tokens of some videos leave the context, or count for less: those of which it held something. Without any,
-        another attempt would repeat the one before."""
+        """Evict grid tokens of some videos from the context, and return those that it held, by video. A video that
+        lost nothing is not generated again: the attempt would repeat itself."""
         evicted = self.backbone.evict(tokens, self.plan.method.prune_weight)
         self.policies.evicted(evicted)
         return evicted
 
     def advance(self, index: int) -> None:
-        """Chunk `index` is over: from here on the run can be saved and resumed."""
+        """Chunk `index` is finished: the run can be saved now."""
         self.noise.forget(index)
         self.index, self.guidance_scale = index + 1, self.pipe.guidance_scale
 
     def num_steps_left(self) -> float:
-        """Denoising steps to go, without regenerations."""
+        """Denoising steps to go, regenerations not counted."""
         steps = self.plan.count_steps(len(self.pipe.scheduler.timesteps), self.index)
         return steps - sum(chunk.step > 0 for chunk in self.in_flight)  # each in flight is a step ahead
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The pipeline and its transformer serve this run inside: its schedule, its guidance, its processors."""
+        """A context in which the pipeline has this run's schedule and guidance, and its transformer the cache."""
         plan, pipe = self.plan, self.pipe
         with self.backbone.attached():
             device = pipe._execution_device
@@ -117,18 +117,18 @@ class Rollout:
             yield
 
     def progress_bar(self) -> Any:
-        """A context that gives a bar of the denoising steps to go, or `None`."""
+        """A context with a progress bar of the denoising steps to go, or with `None`."""
         return self.pipe.progress_bar(total=self.num_steps_left()) if self.shows_steps else nullcontext()
 
     def set_prompt(self, prompt: EncodedPrompt, is_cut: bool = False) -> None:
-        """Another prompt serves from the next denoising step on; a cut begins a new scene under the same prompt too."""
+        """Change the prompt from the next denoising step on. A cut begins a new scene even if the prompt stays."""
         old, self.denoiser.prompt = self.denoiser.prompt, prompt
         self.backbone.prompt_changed()
         pairs = enumerate(zip(old.embeds, prompt.embeds))
         self.policies.prompt_changed([video for video, pair in pairs if is_cut or not torch.equal(*pair)])
 
     def change_prompt(self, prompt: Any, transition: str | None, blend_chunks: int) -> None:
-        """Another prompt from the next chunk on; arguments as in [`make_change`], `None` for the call's transition."""
+        """Change the prompt from the next chunk on; arguments as in [`make_change`], `None` for the call's transition."""
         transition = self.plan.inputs.prompt_transition if transition is None else transition
         change = make_change(prompt, self.sizes.num_prompts, transition, blend_chunks)
         check_change(change, self.plan.layout, self.backbone.limits)
@@ -137,7 +137,7 @@ class Rollout:
 
     @torch.no_grad()
     def schedule_change(self, index: int, change: PromptChange) -> None:
-        """Encode the prompts of a change, which serve from chunk `index` on."""
+        """Encode the prompts of a change at chunk `index`."""
         rows = encode_change(self.pipe, self.plan, change, self.device)
         before = [chunk for chunk in self.changes if chunk < index]
         old = self.changes[max(before)][0] if before else self.denoiser.prompt.embeds
@@ -147,7 +147,7 @@ class Rollout:
             self.changes[index + offset] = (embeds, change.transition if again else "keep")
 
     def follow_schedule(self, index: int) -> None:
-        """Before chunk `index`: a new prompt, if one is due, and what its transition does to the context."""
+        """Before chunk `index`: if a prompt is scheduled for it, set it, and make its transition."""
         if index not in self.changes:
             return
         embeds, transition = self.changes.pop(index)
@@ -158,7 +158,7 @@ class Rollout:
             self.backbone.flush(is_cut=transition == "cut")
 
     def state_dict(self) -> dict:
-        """The run between two chunks, as plain values and tensors that `load_state_dict` of a run of the same call takes."""
+        """The run between two chunks, as plain values and tensors."""
         prompt, renoise = self.denoiser.prompt, self.denoiser.renoise
         self.denoiser.check_finite()  # of the last context pass
         return {
@@ -178,7 +178,7 @@ class Rollout:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a saved state, whatever this run has done so far.
+        """Continue from the state of a run of the same call.
 
         Raises:
             `ValueError`: the state is of a run of another call.
@@ -219,16 +219,16 @@ class Rollout:
             check(fits, "state", saved, f"{same_call}, with prompts of the same shape")
 
     def _shape(self) -> list:
-        """What runs of one call have in common."""
+        """What all runs of a call have in common."""
         return [list(self.sizes.frame_shape), list(self.sizes.chunk_partition), self.sizes.is_endless]
 
     def _generators(self) -> list[torch.Generator]:
-        """All that are drawn from while the run goes on."""
+        """All generators that the run draws from."""
         given = self.generator if isinstance(self.generator, list) else [self.generator]
         return [*given, *(self.denoiser.solver_generators or [])]
 
     def _call_back(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """`callback_on_step_end`: it may change the latents and the prompt, in place or by what it returns."""
+        """Call `callback_on_step_end`, set the prompt that it changed, and return the latents to continue with."""
         callbacks, prompt, name = self.plan.callbacks, self.denoiser.prompt, "callback_on_step_end"
         before = {
             "latents": latents,
@@ -257,8 +257,8 @@ class Rollout:
 def _solver_generators(
     scheduler: Scheduler, generator: torch.Generator | list[torch.Generator], num_videos: int
 ) -> list[torch.Generator] | None:
-    """One generator for each video, for schedulers that draw inside `step`: some videos may have to replay. They are not
-    those of the noise, which goes on meanwhile; their seeds come from a copy, so that the noise does not depend on the
+    """One generator for each video, for schedulers that draw inside `step`, since a regeneration replays the draws of
+    some videos. Their seeds come from a copy of the noise's generator, so that the noise does not depend on the
     scheduler."""
     if not scheduler.draws_inside:
         return None

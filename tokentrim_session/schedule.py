@@ -17,8 +17,7 @@ schedule_logger = logging.getLogger("tokentrim.plan")
 
 
 class Scheduler(Protocol):
-    """A scheduler that can go back to the start of a chunk. `TokenTrimSchedulerMixin` makes one of any Diffusers scheduler,
-    and describes each member."""
+    """A scheduler that can return to the start of a chunk, as `TokenTrimSchedulerMixin` makes and documents it."""
 
     config: Any
     timesteps: torch.Tensor
@@ -58,7 +57,7 @@ class Scheduler(Protocol):
 def check_scheduler(scheduler: Scheduler) -> None:
     """
     Raises:
-        `ValueError`: the scheduler solves another equation than a flow-matching one, or shifts by the size of the video.
+        `ValueError`: the scheduler is not a flow-matching one, or its shift depends on the size of the video.
     """
     valid = "a scheduler without dynamic shifting, whose `mu` no rollout knows"
     check(not scheduler.config.get("use_dynamic_shifting"), "scheduler", type(scheduler).__name__, valid)

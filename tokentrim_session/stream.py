@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""A video while it is made: an iterator over finished chunks that can be closed, saved, and written to a growing file."""
+"""A video while it is generated: an iterator over chunks that can be closed, saved, and written to a growing file."""
 
 import copy
 import os
@@ -14,11 +14,13 @@ import torch
 from ..tokentrim_backbones.parallel import check_saved_whole
 from ..tokentrim_checks import check
 from ..tokentrim_files.run_state import fingerprint, save_state, settings_of
-from ..tokentrim_frames.decode import latents_kept
+from ..tokentrim_frames.decode import FrameDecoder, latents_kept
 from ..tokentrim_frames.output import as_array, as_uint8
 from ..tokentrim_frames.summary import as_page, tell_chunk, videos_as_html
+from .host import Pipeline
 from .progress import Progress, ProgressBar
 from .recording import Recording
+from .run import Rollout
 
 
 @dataclass(frozen=True)
@@ -55,26 +57,26 @@ class Chunk:
 
 class Stream:
     """
-    Iterator over the finished chunks of a run, and a context manager: leaving the `with`, [`close`], an exception or garbage
-    collection restore the transformer and free the cache.
+    Iterator over the finished chunks of a run, and a context manager. The transformer is restored and the cache freed
+    at the end, on leaving the `with`, and by [`close`], an exception or garbage collection.
 
     Args:
-        pipe: the pipeline.
-        run ([`Rollout`]): where it stands.
-        decoder (*optional*): with `decode(latents)`, `state_dict` and `load_state_dict`; `None` where latents come out.
-        state_dir (`str` or `os.PathLike`, *optional*): where the run is saved, so that [`resume`] can go on.
-        save_every (`int`): chunks between two states.
+        pipe ([`Pipeline`]): the pipeline.
+        run ([`Rollout`]): the run, new or resumed.
+        decoder ([`FrameDecoder`], *optional*): decodes chunks; `None` for latents.
+        state_dir (`str` or `os.PathLike`, *optional*): folder that the run is saved to.
+        save_every (`int`): chunks between two saved states.
         call (`dict`, *optional*): the recorded call, for the state.
-        files (`Sequence`): path and state of each file that a resumed run writes.
+        files (`Sequence`): path and state of each file that a resumed run continues.
         undecoded (`Sequence`, *optional*): index, latents and decisions of a finished chunk whose decoding failed.
         held (`ExitStack`, *optional*): what is released when the stream is closed, such as the lock of its `state_dir`.
     """
 
     def __init__(
         self,
-        pipe: Any,
-        run: Any,
-        decoder: Any = None,
+        pipe: Pipeline,
+        run: Rollout,
+        decoder: FrameDecoder | None = None,
         state_dir: str | os.PathLike | None = None,
         save_every: int = 10,
         call: dict | None = None,
@@ -84,7 +86,7 @@ class Stream:
     ):
         self._held = held or ExitStack()
         check_saved_whole(pipe.transformer, "state_dir", state_dir)
-        self.run: Any = run  # `None` once it is closed
+        self.run: Rollout | None = run  # `None` once it is closed
         self.decoder = decoder
         self.grid = run.grid
         self._undecoded = None if undecoded is None else Chunk(*undecoded)
@@ -273,7 +275,7 @@ class Stream:
         self._undecoded = None
         return replace(chunk, frames=frames, fps=self.progress.fps)
 
-    def _running(self) -> Any:
+    def _running(self) -> Rollout:
         if self.run is None:
             raise RuntimeError("The stream is closed.")
         return self.run
@@ -284,16 +286,3 @@ class Stream:
         over = not self.run.sizes.has_chunk(self.run.index)
         if self.run.index - self._saved_at >= self._save_every or (over and self.run.index > self._saved_at):
             self.save_state()
-
-
-def gather(stream: Stream) -> list[Chunk]:
-    """All chunks of a stream. An error of the decoder gets the latents of those before as well."""
-    chunks: list[Chunk] = []
-    try:
-        for chunk in stream:
-            chunks.append(chunk)
-    except Exception as error:
-        if hasattr(error, "latents"):
-            error.latents = torch.cat([*(chunk.latents for chunk in chunks), error.latents], dim=2)
-        raise
-    return chunks

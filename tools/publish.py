@@ -18,7 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .. import __version__
 from ..tokentrim_checks import check
-from ..tokentrim_files.checkpoint import INDEX, name_our_classes, write_code
+from ..tokentrim_files.checkpoint import INDEX, name_classes, write_code
 from .bundle import PIPELINE
 from .copying import check_links
 from .folders import check_new_folder, new_folder
@@ -101,7 +101,7 @@ def publish(
         (folder / "pipeline.py").write_text(ENTRY)
         shutil.copy(ROOT / "LICENSE", folder)
         if checkpoint is not None:
-            name_our_classes(folder)
+            name_classes(folder, None)
         card.save(folder / "README.md")
     return card
 
