@@ -6,11 +6,20 @@ import pytest
 import torch
 from diffusers import FlowMatchLCMScheduler
 
-from research.training import self_forcing, travelling, world
+from research.training import photographs, self_forcing, travelling, world
 from research.training.autoencoder import make_autoencoder
+from research.training.loop import fit
 from research.training.self_forcing import NUM_STEPS, SIGMAS, SelfForcing, StudentAndCritic, roll_out, train_student
 from research.training.train import generate, make_pipeline
-from research.training.transformer import NUM_CHUNKS, NUM_FRAMES, SHIFT, WorldModel, make_tokenizer, tokenize
+from research.training.transformer import (
+    NUM_CHUNKS,
+    NUM_FRAMES,
+    SHIFT,
+    LatentClips,
+    WorldModel,
+    make_tokenizer,
+    tokenize,
+)
 from research.training.travelling import Landscape, Scene
 
 
@@ -22,7 +31,7 @@ def teacher():
     return model
 
 
-@pytest.mark.parametrize("each", [world, travelling])
+@pytest.mark.parametrize("each", [world, travelling, photographs])
 def test_prompts_are_sentences_of_the_grammar_and_known_words(each):
     generator, tokenizer = torch.Generator().manual_seed(0), make_tokenizer(each)
     for _ in range(100):
@@ -33,11 +42,11 @@ def test_prompts_are_sentences_of_the_grammar_and_known_words(each):
         each.parse("a calm journey right over plains by noon")
 
 
-@pytest.mark.parametrize("each", [world, travelling])
+@pytest.mark.parametrize("each", [world, travelling, photographs])
 def test_a_clip_is_drawn_from_its_seed(each):
     (prompt, clip), (same_prompt, same_clip) = (each.sample_clip(torch.Generator().manual_seed(4)) for _ in range(2))
     assert prompt == same_prompt and torch.equal(clip, same_clip)
-    assert clip.shape[1:] == (3, 64, 64) and len(clip) >= NUM_FRAMES
+    assert clip.shape[1:] == (3, each.SIZE, each.SIZE) and len(clip) >= NUM_FRAMES
     assert clip.min() >= 0 and clip.max() <= 1
 
 
@@ -111,6 +120,49 @@ def test_self_forcing_resumes(teacher, monkeypatch, tmp_path, capsys):
     assert 0 < first_step < second_step and f"resumed at step {first_step}" in capsys.readouterr().out
     weights = [each.transformer.blocks[0].attn1.to_q.weight for each in (first, second)]
     assert not torch.equal(*weights)
+
+
+def fit_line(folder, minutes=1e-9, width=2):
+    """A training of one small layer for `minutes`."""
+    model = torch.nn.Linear(width, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    return fit(
+        model,
+        lambda model, generator: model(torch.randn(4, width, generator=generator)).square().mean(),
+        [optimizer],
+        folder,
+        minutes,
+        seed=0,
+        on_save=lambda *_: None,
+    )
+
+
+@pytest.mark.parametrize("keep", [0, 100, 1500])
+def test_a_state_that_is_cut_short_is_refused_by_name(tmp_path, keep):
+    fit_line(tmp_path)
+    state = tmp_path / "state.pt"
+    assert state.stat().st_size > 1500
+    state.write_bytes(state.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"state\.pt cannot be resumed"):
+        fit_line(tmp_path)
+
+
+def test_a_state_of_another_model_or_without_a_part_is_refused_by_name(tmp_path):
+    fit_line(tmp_path)
+    with pytest.raises(ValueError, match=r"state\.pt cannot be resumed"):
+        fit_line(tmp_path, width=3)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save({name: value for name, value in state.items() if name != "ema"}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"state\.pt cannot be resumed.*ema"):
+        fit_line(tmp_path)
+
+
+def test_damaged_latents_are_refused_by_name(tmp_path):
+    torch.save({"prompts": ["a red circle"], "latents": [torch.zeros(4, 3, 16, 16)]}, tmp_path / "shard-0000.pt")
+    assert LatentClips(tmp_path, [0.0], [1.0]).prompts == ["a red circle"]
+    (tmp_path / "shard-0001.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"shard-0001\.pt cannot be read"):
+        LatentClips(tmp_path, [0.0], [1.0])
 
 
 def test_the_schedule_of_a_student_falls_from_pure_noise():

@@ -1,4 +1,4 @@
-"""The autoencoder: 64x64 pixels to 16x16x4 latents, each frame separately.
+"""The autoencoder: pixels to latents, each frame separately.
 
 It is an `AutoencoderKLWan` whose causal kernels are zero wherever they look back in time. It trains on single frames, three
 times as fast, and works for clips of any length.
@@ -17,38 +17,39 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .loop import fit, make_optimizers, mixed_precision, write_atomically
+from .sizes import SMALL, Sizes
 
 
 KL_WEIGHT = 2e-4  # per latent element
-BATCH_SIZE = 16  # frames, each from another video
 
 
-def make_autoencoder() -> AutoencoderKLWan:
-    """A small Wan 2.2 autoencoder: 2x2 pixels become channels, one more level halves the grid.
+def make_autoencoder(sizes: Sizes = SMALL) -> AutoencoderKLWan:
+    """A small Wan 2.2 autoencoder: patches of pixels become channels, one more level halves the grid.
 
     Every residual branch starts at zero, so the first steps use only the pixel (un)shuffling shortcuts.
     """
+    encoder_dim, decoder_dim = sizes.base_dims
     vae = AutoencoderKLWan(
-        base_dim=32,
-        decoder_base_dim=48,
-        z_dim=4,
+        base_dim=encoder_dim,
+        decoder_base_dim=decoder_dim,
+        z_dim=sizes.latent_channels,
         dim_mult=[1, 1],
         num_res_blocks=1,
         temperal_downsample=[False],
         is_residual=True,
-        patch_size=2,
-        in_channels=12,
-        out_channels=12,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
+        patch_size=sizes.patch,
+        in_channels=3 * sizes.patch**2,
+        out_channels=3 * sizes.patch**2,
+        latents_mean=[0.0] * sizes.latent_channels,
+        latents_std=[1.0] * sizes.latent_channels,
         scale_factor_temporal=1,
-        scale_factor_spatial=4,
+        scale_factor_spatial=2 * sizes.patch,
     )
     for name, module in vae.named_modules():
         if name.endswith(("conv2", "resample.1", "proj")):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-    nn.init.constant_(vae.quant_conv.bias[4:], -6)  # log variance: little noise at first
+    nn.init.constant_(vae.quant_conv.bias[sizes.latent_channels :], -6)  # log variance: little noise at first
     return vae
 
 
@@ -71,17 +72,17 @@ def as_frames(vae: AutoencoderKLWan) -> AutoencoderKLWan:
 
 
 def encode(vae: nn.Module, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log variance of the latents, each (N, 4, 1, H / 4, W / 4), of frames (N, 3, 1, H, W) in [-1, 1].
+    """Mean and log variance of the latents, each (N, C, 1, H / scale, W / scale), of frames (N, 3, 1, H, W) in [-1, 1].
 
     Without temporal resampling, one pass over a clip of any length equals `vae.encode`, which encodes groups of frames.
     """
-    mean, log_variance = vae.quant_conv(vae.encoder(patchify(frames, 2))).float().chunk(2, dim=1)
+    mean, log_variance = vae.quant_conv(vae.encoder(patchify(frames, vae.config.patch_size))).float().chunk(2, dim=1)
     return mean, log_variance.clamp(-20, 10)
 
 
 def decode(vae: nn.Module, latents: Tensor) -> Tensor:
     """Frames, (N, 3, 1, H, W), not clamped to [-1, 1], from latents of `encode`."""
-    return unpatchify(vae.decoder(vae.post_quant_conv(latents)), 2).float()
+    return unpatchify(vae.decoder(vae.post_quant_conv(latents)), vae.config.patch_size).float()
 
 
 def sample_batch(world: ModuleType, generator: torch.Generator, num_frames: int) -> Tensor:
@@ -92,7 +93,7 @@ def sample_batch(world: ModuleType, generator: torch.Generator, num_frames: int)
 
 def autoencoder_loss(world: ModuleType, vae: nn.Module, generator: torch.Generator) -> Tensor:
     """Absolute and squared error of the pixels, absolute error of their differences, and a weak KL term."""
-    frames = sample_batch(world, generator, BATCH_SIZE)
+    frames = sample_batch(world, generator, world.SIZES.num_frames)
     with mixed_precision():
         mean, log_variance = encode(vae, frames)
         noise = torch.randn(mean.shape, generator=generator)
@@ -138,7 +139,7 @@ def train_autoencoder(
     `start` is an autoencoder whose weights are trained further.
     """
     torch.manual_seed(seed)
-    vae = as_frames(make_autoencoder())
+    vae = as_frames(make_autoencoder(world.SIZES))
     if start is not None:
         vae.load_state_dict(start.state_dict())
 
@@ -152,5 +153,5 @@ def train_autoencoder(
 
 
 def measure_statistics(latents: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of every channel of latents (N, 4, T, H, W)."""
+    """Mean and standard deviation of every channel of latents (N, C, T, H, W)."""
     return latents.mean(dim=(0, 2, 3, 4)).tolist(), latents.std(dim=(0, 2, 3, 4)).tolist()

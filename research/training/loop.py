@@ -4,6 +4,7 @@ import copy
 import csv
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,28 @@ def make_optimizers(model: nn.Module, is_matrix: Callable[[str, Tensor], bool], 
     return [Muon(matrices, lr), torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
 
 
+DAMAGES = (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError)
+
+
+def resume(path: Path, model: nn.Module, ema: nn.Module, generator: torch.Generator, optimizers: list) -> tuple:
+    """Restores a saved state; returns its step and its seconds of training.
+
+    Raises `ValueError` naming the file if it is damaged or belongs to another model.
+    """
+    try:
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        generator.set_state(state["generator"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return state["step"], state["seconds"]
+    except DAMAGES as error:
+        raise ValueError(
+            f"the training state {path} cannot be resumed; move it away to start over: {error}"
+        ) from error
+
+
 def fit(
     model: nn.Module,
     loss: Callable[[nn.Module, torch.Generator], Tensor],
@@ -108,13 +131,7 @@ def fit(
     step, seconds, state_path, log_path = 0, 0.0, folder / "state.pt", folder / "loss.csv"
     base = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        step, seconds = state["step"], state["seconds"]
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        generator.set_state(state["generator"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        step, seconds = resume(state_path, model, ema, generator, optimizers)
         if log_path.exists():
             rows = [row for row in csv.reader(log_path.open()) if int(row[0]) <= step]
             with log_path.open("w", newline="") as file:

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerFast
 from .loop import fit, make_optimizers
 from .transformer import (
     FRAMES_PER_CHUNK,
-    LATENT_SIZE,
     NUM_CHUNKS,
     SHIFT,
     WorldModel,
@@ -47,8 +46,8 @@ STUDENT_LR, CRITIC_LR = 3e-4, 6e-4
 class RolloutProcessor:
     """Self-attention of a chunk to [context, chunk]; a context pass appends its keys and values without gradient."""
 
-    def __init__(self, transformer: WanTransformer3DModel):
-        self.cos, self.sin = position_table(transformer)
+    def __init__(self, transformer: WanTransformer3DModel, latent_size: int):
+        self.cos, self.sin = position_table(transformer, latent_size)
         self.context: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self.is_context_pass = False
 
@@ -70,7 +69,7 @@ class StudentAndCritic(nn.Module):
 
     def __init__(self, teacher: WorldModel, tokenizer: PreTrainedTokenizerFast):
         super().__init__()
-        self.student, self.critic = WorldModel(tokenizer), WorldModel(tokenizer)
+        self.student, self.critic = WorldModel(tokenizer, teacher.sizes), WorldModel(tokenizer, teacher.sizes)
         for model in (self.student, self.critic):
             model.load_state_dict(teacher.state_dict())
             model.text_encoder.requires_grad_(False)
@@ -82,11 +81,11 @@ def add_noise(clean: Tensor, sigma: Tensor, generator: torch.Generator) -> Tenso
 
 
 def roll_out(student: WorldModel, words: tuple[Tensor, Tensor], num_steps: int, generator: torch.Generator) -> Tensor:
-    """Algorithm 1: a video of the student, (B, chunks, 4, T, H, W), each chunk after `num_steps` steps.
+    """Algorithm 1: a video of the student, (B, chunks, C, T, H, W), each chunk after `num_steps` steps.
 
     Gradients flow only through the last of these steps, and not into the context.
     """
-    transformer, processor = student.transformer, RolloutProcessor(student.transformer)
+    transformer, processor = student.transformer, RolloutProcessor(student.transformer, student.sizes.latent_size)
     for block in transformer.blocks:
         block.attn1.set_processor(processor)
     with torch.no_grad():
@@ -97,7 +96,7 @@ def roll_out(student: WorldModel, words: tuple[Tensor, Tensor], num_steps: int, 
         return transformer(latents, torch.full((len(latents),), 1000 * sigma), text, return_dict=False)[0]
 
     for _ in range(NUM_CHUNKS):
-        shape = (len(text), transformer.config.in_channels, FRAMES_PER_CHUNK, LATENT_SIZE, LATENT_SIZE)
+        shape = (len(text), student.sizes.latent_channels, FRAMES_PER_CHUNK, *[student.sizes.latent_size] * 2)
         latents = torch.randn(shape, generator=generator)
         for step, sigma in enumerate(SIGMAS[:num_steps]):
             with torch.set_grad_enabled(trains and step == num_steps - 1):

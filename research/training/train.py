@@ -25,11 +25,12 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.utils import logging
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from tokentrim import TokenTrimPipeline
 
-from . import travelling, world
+from . import photographs, travelling, world
 from .autoencoder import (
     as_frames,
     encode,
@@ -56,7 +57,7 @@ from .transformer import (
 )
 
 
-WORLDS = {"tiny": world, "travelling": travelling}
+WORLDS = {"tiny": world, "travelling": travelling, "photographs": photographs}
 NUM_INFERENCE_STEPS = 8
 CLIPS_PER_SHARD = 50
 STATISTICS_FRAMES = 31  # of each clip
@@ -65,12 +66,12 @@ EARLY_MINUTES = 25.0  # minutes of training after which a weaker model is kept
 
 @torch.no_grad()
 def encode_shard(world: ModuleType, vae: torch.nn.Module, seed: int) -> dict:
-    """The prompts of `CLIPS_PER_SHARD` random videos and their latents, each (4, T, 16, 16), float16."""
+    """The prompts of `CLIPS_PER_SHARD` random videos and their latents, each (C, T, H, W), float16."""
     generator, shard = torch.Generator().manual_seed(seed), {"prompts": [], "latents": []}
     for _ in range(CLIPS_PER_SHARD):
         prompt, video = world.sample_clip(generator)
         with mixed_precision():
-            latents = encode(vae, video[:, :, None] * 2 - 1)[0]  # (T, 4, 1, 16, 16)
+            latents = encode(vae, video[:, :, None] * 2 - 1)[0]  # (T, C, 1, H, W)
         shard["prompts"].append(prompt)
         shard["latents"].append(latents[:, :, 0].transpose(0, 1).half())
     return shard
@@ -101,12 +102,12 @@ def finished_autoencoder(
         first = AutoencoderKLWan.from_pretrained(start / "vae") if start else None
         frame_vae = train_autoencoder(world, work / "autoencoder", minutes, seed, first).eval()
         encode_videos(world, frame_vae, latents, 200, seed)
-        encoded = LatentClips(latents, mean=[0.0] * 4, std=[1.0] * 4).latents
+        encoded = LatentClips(latents, mean=[0.0], std=[1.0]).latents
         mean, std = measure_statistics(torch.stack([each[:, :STATISTICS_FRAMES].float() for each in encoded]))
         save_reconstructions(world, frame_vae, work / "autoencoder" / "samples.png")
         print(f"autoencoder: PSNR {measure_psnr(world, frame_vae):.2f} dB over 128 held-out frames", flush=True)
         print(f"autoencoder: latents mean {mean}, standard deviation {std}", flush=True)
-        vae = make_autoencoder()
+        vae = make_autoencoder(world.SIZES)
         vae.load_state_dict(frame_vae.state_dict())
         vae.register_to_config(latents_mean=mean, latents_std=std)
         write_atomically(folder, vae.save_pretrained)
@@ -123,7 +124,7 @@ def make_pipeline(
     num_frames_per_chunk: int = FRAMES_PER_CHUNK,
 ) -> TokenTrimPipeline:
     """The pipeline of a trained model, with a copy of the transformer that has the stock attention processors."""
-    transformer = make_transformer()
+    transformer = make_transformer(world.SIZES)
     transformer.load_state_dict(model.transformer.state_dict())
     return TokenTrimPipeline(
         tokenizer=make_tokenizer(world),
@@ -144,11 +145,20 @@ def make_pipeline(
     )
 
 
-def export(pipe: TokenTrimPipeline, out: Path) -> None:
+def halve_files(folder: Path) -> None:
+    """Store the weights of a saved pipeline in float16: half the bytes. `from_pretrained` loads them in float32."""
+    for path in folder.rglob("*.safetensors"):
+        weights = {name: weight.half() for name, weight in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+
+
+def export(pipe: TokenTrimPipeline, out: Path, half_files: bool = False) -> None:
     """Write the checkpoint folder. Each file is renamed at the end, so that readers see whole files only."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         pipe.save_pretrained(temporary)
+        if half_files:
+            halve_files(Path(temporary))
         for path in sorted(Path(temporary).rglob("*")):
             if path.is_file():
                 target = out / path.relative_to(temporary)
@@ -176,7 +186,7 @@ def save_samples(
 
 def load_world_model(world: ModuleType, checkpoint: Path) -> WorldModel:
     """Load the weights of an exported checkpoint, without its text encoder if that reads another grammar."""
-    model = WorldModel(make_tokenizer(world))
+    model = WorldModel(make_tokenizer(world), world.SIZES)
     transformer = WanTransformer3DModel.from_pretrained(checkpoint / "transformer")
     text_encoder = UMT5EncoderModel.from_pretrained(checkpoint / "text_encoder")
     model.transformer.load_state_dict(transformer.state_dict())
@@ -201,18 +211,22 @@ def teacher_forcing(arguments: argparse.Namespace) -> None:
 
     def on_videos(ema: WorldModel, step: int, minutes: float) -> None:
         pipe = make_pipeline(world, ema, vae, scheduler)
-        export(pipe, out)
+        export(pipe, out, world.SIZES.half_files)
         if minutes >= EARLY_MINUTES and not (work / "early").exists():
-            export(pipe, work / "early")
+            export(pipe, work / "early", world.SIZES.half_files)
             print(f"transformer: step {step}, {minutes:.1f} minutes: kept as {work / 'early'}", flush=True)
         save_samples(world, pipe, work / "transformer" / f"samples-{step:06}.png")
 
     torch.manual_seed(seed)
-    loss = FlowMatching(clips, make_tokenizer(world))
+    loss = FlowMatching(clips, make_tokenizer(world), world.SIZES)
     if (out / "transformer").exists():
         model = load_world_model(world, out)
     else:
-        model = load_world_model(world, arguments.start) if arguments.start else WorldModel(make_tokenizer(world))
+        model = (
+            load_world_model(world, arguments.start)
+            if arguments.start
+            else WorldModel(make_tokenizer(world), world.SIZES)
+        )
         model = train_world_model(model, loss.images, work / "images", arguments.minutes_images, seed, on_images)
     model.requires_grad_(True)
     train_world_model(model, loss.videos, work / "transformer", arguments.minutes_transformer, seed, on_videos)
@@ -226,7 +240,7 @@ def self_forcing(arguments: argparse.Namespace) -> None:
 
     def on_save(ema: WorldModel, step: int, minutes: float) -> None:
         pipe = make_pipeline(world, ema, vae, scheduler, NUM_STEPS)
-        export(pipe, out)
+        export(pipe, out, world.SIZES.half_files)
         save_samples(world, pipe, work / "student" / f"samples-{step:06}.png", num_frames=90)
 
     teacher = load_world_model(world, start)
@@ -240,6 +254,8 @@ FOLDERS = {
     ("tiny", "self-forcing"): "tiny-world-self-forced",
     ("travelling", "teacher-forcing"): "travelling-world",
     ("travelling", "self-forcing"): "travelling-world-self-forced",
+    ("photographs", "teacher-forcing"): "photographs",
+    ("photographs", "self-forcing"): "photographs-self-forced",
 }
 
 

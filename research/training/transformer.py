@@ -15,19 +15,16 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from .loop import fit, make_optimizers, mixed_precision
+from .loop import DAMAGES, fit, make_optimizers, mixed_precision
+from .sizes import SMALL, Sizes
 
 
 NUM_CHUNKS = 5
 FRAMES_PER_CHUNK = 3
 NUM_FRAMES = NUM_CHUNKS * FRAMES_PER_CHUNK
-LATENT_SIZE = 16  # height and width
 MAX_SEQUENCE_LENGTH = 16
 TEXT_DIM = 64
 SHIFT = 3.0  # shift of the noise levels, in training and in the exported scheduler
-NUM_IMAGES = 24  # batch of the first stage
-NUM_CLIPS = 2  # batch of the second stage
-NUM_FIRST_CHUNKS = 12  # additional first chunks of other videos, which can read only the prompt
 FIRST_CHUNK_SHARE = 0.5  # share of the loss
 FIRST_CHUNK_SHIFT = 6.0  # shift of their noise levels: the prompt decides at high noise
 PROMPT_DROPOUT = 0.1  # share of dropped prompts, for classifier-free guidance
@@ -75,25 +72,25 @@ def make_text_encoder(tokenizer: PreTrainedTokenizerFast) -> UMT5EncoderModel:
     return UMT5EncoderModel(config)
 
 
-def make_transformer() -> WanTransformer3DModel:
+def make_transformer(sizes: Sizes = SMALL) -> WanTransformer3DModel:
     return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=4,
+        patch_size=(1, sizes.token, sizes.token),
+        num_attention_heads=sizes.num_heads,
         attention_head_dim=32,
-        in_channels=4,
-        out_channels=4,
+        in_channels=sizes.latent_channels,
+        out_channels=sizes.latent_channels,
         text_dim=TEXT_DIM,
         freq_dim=128,
-        ffn_dim=512,
-        num_layers=4,
+        ffn_dim=4 * 32 * sizes.num_heads,
+        num_layers=sizes.num_layers,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
     )
 
 
-def position_table(transformer: WanTransformer3DModel) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the positions of `NUM_FRAMES` latent frames, (1, seq, 1, head_dim) each."""
-    return transformer.rope(torch.empty(1, transformer.config.in_channels, NUM_FRAMES, LATENT_SIZE, LATENT_SIZE))
+def position_table(transformer: WanTransformer3DModel, size: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the positions of `NUM_FRAMES` latent frames of `size` by `size`, (1, seq, 1, head_dim) each."""
+    return transformer.rope(torch.empty(1, transformer.config.in_channels, NUM_FRAMES, size, size))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -129,8 +126,8 @@ class TeacherForcingProcessor:
     Every chunk is a row of the batch and has one timestep; the 2 n - 1 rows of a clip are consecutive.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel):
-        self.cos, self.sin = position_table(transformer)
+    def __init__(self, transformer: WanTransformer3DModel, latent_size: int):
+        self.cos, self.sin = position_table(transformer, latent_size)
         self.num_chunks = 1
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
@@ -168,20 +165,21 @@ def encode_text(text_encoder: UMT5EncoderModel, input_ids: Tensor, mask: Tensor)
 class WorldModel(nn.Module):
     """Text encoder and transformer, trained together."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, sizes: Sizes = SMALL):
         super().__init__()
+        self.sizes = sizes
         self.vocabulary = tokenizer.get_vocab()
         self.text_encoder = make_text_encoder(tokenizer)
-        self.transformer = make_transformer()
-        self.attention = TeacherForcingProcessor(self.transformer)
+        self.transformer = make_transformer(sizes)
+        self.attention = TeacherForcingProcessor(self.transformer, sizes.latent_size)
         for block in self.transformer.blocks:
             block.attn1.set_processor(self.attention)
             block.attn2.set_processor(CrossAttentionProcessor())
 
     def forward(self, clean: Tensor, noised: Tensor, timestep: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """The flow of every noised chunk, (B, chunks, 4, T, H, W).
+        """The flow of every noised chunk, (B, chunks, C, T, H, W).
 
-        `clean` and `noised` are normalized latents (B, chunks, 4, T, H, W), `timestep` (B, chunks) in [0, 1000],
+        `clean` and `noised` are normalized latents (B, chunks, C, T, H, W), `timestep` (B, chunks) in [0, 1000],
         `input_ids` and `mask` (B, words). Chunk i reads the clean chunks before it.
         """
         num_chunks = self.attention.num_chunks = clean.shape[1]
@@ -193,11 +191,20 @@ class WorldModel(nn.Module):
         return flow.view(latents.shape)[:, num_chunks - 1 :]
 
 
+def load_shard(path: Path) -> dict:
+    """Encoded videos; raises `ValueError` naming the file if it is damaged."""
+    try:
+        shard = torch.load(path, weights_only=True)
+        return {name: shard[name] for name in ("prompts", "latents")}
+    except DAMAGES as error:
+        raise ValueError(f"the latents {path} cannot be read; move them away to encode them again: {error}") from error
+
+
 class LatentClips:
     """Videos as normalized latents, cropped at random: half of the clips start at the start of their video."""
 
     def __init__(self, folder: Path, mean: list[float], std: list[float]):
-        shards = [torch.load(path, weights_only=True) for path in sorted(folder.glob("shard-*.pt"))]
+        shards = [load_shard(path) for path in sorted(folder.glob("shard-*.pt"))]
         self.prompts = [prompt for shard in shards for prompt in shard["prompts"]]
         self.latents = [latents for shard in shards for latents in shard["latents"]]
         self.mean = torch.tensor(mean)[:, None, None, None]
@@ -206,7 +213,7 @@ class LatentClips:
     def draw(
         self, num_clips: int, num_chunks: int, num_frames: int, first_share: float, generator: torch.Generator
     ) -> tuple[list[str], Tensor]:
-        """Prompts and clips (B, chunks, 4, frames, H, W); `first_share` of them start at the start of their video."""
+        """Prompts and clips (B, chunks, C, frames, H, W); `first_share` of them start at the start of their video."""
         first = torch.rand(num_clips, generator=generator) < first_share
         length, prompts, clips = num_chunks * num_frames, [], []
         for index, at_start in zip(torch.randint(len(self.prompts), (num_clips,), generator=generator), first):
@@ -231,19 +238,19 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
 class FlowMatching:
     """The flow-matching loss of random batches, chunk by chunk."""
 
-    def __init__(self, clips: LatentClips, tokenizer: PreTrainedTokenizerFast):
-        self.clips, self.tokenizer = clips, tokenizer
+    def __init__(self, clips: LatentClips, tokenizer: PreTrainedTokenizerFast, sizes: Sizes = SMALL):
+        self.clips, self.tokenizer, self.sizes = clips, tokenizer, sizes
 
     def images(self, model: WorldModel, generator: torch.Generator) -> Tensor:
         """Single frames: they teach shapes, colors and textures at a third of the cost."""
-        prompts, images = self.clips.draw(NUM_IMAGES, 1, 1, 0.5, generator)
+        prompts, images = self.clips.draw(self.sizes.num_images, 1, 1, 0.5, generator)
         return self.errors(model, prompts, images, SHIFT, generator).mean()
 
     def videos(self, model: WorldModel, generator: torch.Generator) -> Tensor:
         """First chunks of many videos, and a few long clips whose first chunks do not count."""
-        prompts, clips = self.clips.draw(NUM_CLIPS, NUM_CHUNKS, FRAMES_PER_CHUNK, 0.5, generator)
+        prompts, clips = self.clips.draw(self.sizes.num_clips, NUM_CHUNKS, FRAMES_PER_CHUNK, 0.5, generator)
         later = self.errors(model, prompts, clips, SHIFT, generator)[:, 1:].mean()
-        prompts, chunks = self.clips.draw(NUM_FIRST_CHUNKS, 1, FRAMES_PER_CHUNK, 1.0, generator)
+        prompts, chunks = self.clips.draw(self.sizes.num_first_chunks, 1, FRAMES_PER_CHUNK, 1.0, generator)
         first = self.errors(model, prompts, chunks, FIRST_CHUNK_SHIFT, generator).mean()
         return FIRST_CHUNK_SHARE * first + (1 - FIRST_CHUNK_SHARE) * later
 

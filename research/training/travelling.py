@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from .sizes import SMALL
 from .world import SIZE, Texture, choose, draw_uniform
 
 
+SIZES = SMALL
 PACES = {"slow": (1.4, 1.8), "fast": (2.4, 3.0)}  # pixels per frame
 DIRECTIONS = {"left": -1, "right": 1}
 GROUNDS = {"plains": 1.0, "hills": 5.0, "mountains": 9.0}  # height of the slopes in pixels

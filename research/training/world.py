@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from .sizes import SMALL
+
 
 SIZE = 64  # pixels, height and width
+SIZES = SMALL
 COLORS = {
     "red": (0.85, 0.10, 0.12),
     "orange": (1.00, 0.52, 0.05),
