@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
-from research.training import world
+from research.training import photographs, world
 from tokentrim import TokenTrimPipeline
 from tokentrim.tokentrim_policies.registry import DEFAULT_METHOD
 from tokentrim.tokentrim_policies.trim import SeverityMonitor
@@ -21,6 +21,7 @@ from .controls import LATENT_CORRECTIONS, OTHER_POLICIES, PIXEL_CORRECTIONS
 from .defects import Painted, paint_chunk
 from .experiment import Experiment, part
 from .measures import frame_look, measure_chunks
+from .places import measure_places
 from .rollouts import ROOT, counted_calls, counted_keys, draw_noise
 from .signals import SIGNALS
 
@@ -83,10 +84,14 @@ def run_job(pipe: TokenTrimPipeline, experiment: Experiment, method: str, seeds:
 
 
 def measure(experiment: Experiment, frames: np.ndarray, prompt: str, per_chunk: int) -> list[dict[str, float]]:
-    """Measure each chunk of a video, (frames, H, W, 3): with the tiny world's measures, or with those for any video."""
+    """Measure each chunk of a video, (frames, H, W, 3), with the measures of its world and with those for any video."""
     if experiment.world is world:
         return measure_chunks(frames, prompt, per_chunk)
-    return [frame_look(chunk) for chunk in np.split(frames, len(frames) // per_chunk)]
+    looks = [frame_look(chunk) for chunk in np.split(frames, len(frames) // per_chunk)]
+    if experiment.world is photographs:
+        places = measure_places(frames[per_chunk // 2 :: per_chunk], prompt)
+        return [{**look, **place} for look, place in zip(looks, places, strict=True)]
+    return looks
 
 
 def main() -> None:
