@@ -15,7 +15,7 @@ CALL_EXAMPLE = """
         >>> generator = torch.Generator().manual_seed(0)
         >>> output = pipe(prompt, num_frames=60, method="tokentrim_plus", generator=generator)
         >>> print(output)
-        20 chunks (3.8 s): 18 held, 0 trimmed, 0 quarantined
+        20 chunks (5.0 s): 18 held, 0 trimmed, 0 quarantined
 
         >>> paths = output.save_video("circle.mp4")
         ```
