@@ -261,7 +261,7 @@ def test_bad_input_shows_a_sentence(arrive, prompt, sentence):
 
 def test_two_visitors_get_their_own_videos(arrive):
     first, second = arrive(), arrive()
-    first.begin(BLUE, 8)
+    first.begin(BLUE, 40)
     first.wait_for_chunk(1)
     second.begin(PURPLE, 4)
     second.wait_for(
@@ -272,7 +272,7 @@ def test_two_visitors_get_their_own_videos(arrive):
         assert visitor.page.locator("#stage .notice").is_hidden()
     settings = [json.loads(visitor.download("settings.json")) for visitor in (first, second)]
     assert [each["prompt"] for each in settings] == [BLUE, PURPLE]
-    assert [each["num_chunks"] for each in settings] == [8, 4]
+    assert [each["num_chunks"] for each in settings] == [40, 4]
     together = second.download("right.mp4")
     alone = arrive()
     alone.begin(PURPLE, 4)

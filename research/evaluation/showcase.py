@@ -42,8 +42,9 @@ def generate(method: str, seeds: list[int], work: Path) -> TokenTrimPipelineOutp
 
 def stack(pictures: list[np.ndarray]) -> np.ndarray:
     """Labeled pictures above each other; a label on the first alone."""
-    header = pictures[0].shape[0] - SIDE
-    return np.concatenate([pictures[0], *(picture[header - 8 :] for picture in pictures[1:])])
+    header, width = pictures[0].shape[0] - SIDE, pictures[0].shape[1]
+    gap = np.full((8, width, 3), 255, np.uint8)
+    return np.concatenate([pictures[0], *(part for picture in pictures[1:] for part in (gap, picture[header:]))])
 
 
 def main() -> None:
