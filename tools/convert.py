@@ -39,9 +39,26 @@ BASE_PARTS = {  # library and class, as a checkpoint's index names them
 
 
 class OriginalTransformer:
-    """The transformer in an original file: its config, and its weights under Diffusers' names, read one by one.
+    """
+    The transformer in an original file: its config, and its weights under Diffusers' names, read one by one.
 
-    Args are those of [`load_original_transformer`].
+    The file is a `.pt` in PyTorch's zip format or a `.safetensors`, sharded or not, with original Wan names, behind any
+    prefixes of FSDP, activation checkpointing, `torch.compile` and training wrappers. What is read is logged to
+    `tokentrim.convert`.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file, or the folder or index of a sharded one. Only tensors are unpickled.
+        ema (`bool`, *optional*):
+            Whether to read the moving average of the weights, `generator_ema`. By default, if the file has one.
+        dtype (`torch.dtype`, *optional*):
+            Dtype of the weights, except for the modules that Diffusers keeps in fp32. By default, as in the file.
+        attention_head_dim (`int`, defaults to `128`): channels of an attention head, which no shape reveals.
+        lora (`str` or `os.PathLike`, *optional*): a LoRA of LongLive, peft or Diffusers to merge, see [`read_lora`].
+        config (*optional*): other entries of the transformer's config that no shape reveals, such as `eps`.
+
+    Raises:
+        `ValueError`: the file is not such a file, or its keys do not fit; the message says what is wrong and what is valid.
     """
 
     def __init__(
@@ -107,43 +124,6 @@ class OriginalTransformer:
             )
 
 
-def load_original_transformer(
-    path: str | os.PathLike,
-    ema: bool | None = None,
-    dtype: torch.dtype | None = None,
-    attention_head_dim: int = 128,
-    lora: str | os.PathLike | None = None,
-    **config: Any,
-) -> WanTransformer3DModel:
-    r"""
-    The transformer in an original file: `.pt` in PyTorch's zip format, or `.safetensors`, sharded or not; original Wan
-    names, behind any prefixes that FSDP, activation checkpointing, `torch.compile` and the training wrapper left. What
-    was found is logged to `tokentrim.convert`.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The file, or the folder or index of sharded ones. Nothing in it but tensors is unpickled.
-        ema (`bool`, *optional*):
-            Whether to read the moving average of the weights, `generator_ema`. By default, where the file has one.
-        dtype (`torch.dtype`, *optional*):
-            Dtype of the weights, but for the modules that Diffusers keeps in fp32. By default, as in the file.
-        attention_head_dim (`int`, defaults to `128`): channels of an attention head, which no shape tells.
-        lora (`str` or `os.PathLike`, *optional*): a LoRA of LongLive, peft or Diffusers to merge, see [`read_lora`].
-        config (*optional*): whatever else of the transformer's config no shape tells, such as `eps`.
-
-    Returns:
-        [`WanTransformer3DModel`]: in evaluation mode; every tensor of the file is in it, and no other.
-
-    Raises:
-        `ValueError`: a file is no such file, or its keys do not fit; what is wrong and what is valid are in the message.
-    """
-    source = OriginalTransformer(path, ema, dtype, attention_head_dim, lora, **config)
-    read = source.reader()
-    source.model.load_state_dict({name: read(name) for name in source.names}, assign=True)
-    source.tell_zeros()
-    return source.model.eval()
-
-
 def convert_checkpoint(
     path: str | os.PathLike,
     base: str | os.PathLike,
@@ -159,7 +139,7 @@ def convert_checkpoint(
     and written one by one. The folder appears when it is complete; a failure leaves nothing behind.
 
     Args:
-        path (`str` or `os.PathLike`): the original file, see [`load_original_transformer`].
+        path (`str` or `os.PathLike`): the original file, see [`OriginalTransformer`].
         base (`str` or `os.PathLike`): a Wan2.1 text-to-video folder in Diffusers format.
         out (`str` or `os.PathLike`): the folder to write, new or empty.
         preset (`str`): one of `PRESETS`, the rollout that the model was trained for.

@@ -57,6 +57,10 @@ examples:
 
 
 def run(options: argparse.Namespace) -> int:
+    lacks = ["FILE"] if options.path is None else []
+    lacks += [f"--{name}" for name in ("base", "out", "preset") if getattr(options, name) is None]
+    if lacks and not options.check:
+        options.parser.error(f"the following arguments are required: {', '.join(lacks)}")
     for name, path in (("path", options.path), ("base", options.base), ("lora", options.lora)):
         if path is not None and not path.exists():
             raise ValueError(f"`{name}` must be a file or a folder, but {path} does not exist.")
@@ -70,10 +74,6 @@ def run(options: argparse.Namespace) -> int:
 
         print(describe_conversion(options.path, options.ema, options.lora, options.base, options.preset))
         return 0
-    lacks = ["FILE"] if options.path is None else []
-    lacks += [f"--{name}" for name in ("base", "out", "preset") if getattr(options, name) is None]
-    if lacks:
-        options.parser.error(f"the following arguments are required: {', '.join(lacks)}")
     check_new_folder(options.out)
     print(f"reading {options.path} ...", file=sys.stderr, flush=True)
     import torch
