@@ -9,6 +9,7 @@ from builders import full_pipeline
 from conftest import ROOT
 from huggingface_hub import ModelCard
 
+from tokentrim import __version__
 from tokentrim.tokentrim_files.bundle import bundle
 from tokentrim.tools.bundle import PIPELINE
 from tokentrim.tools.cli import main
@@ -49,7 +50,7 @@ def test_publish_without_a_checkpoint(tmp_path):
     assert "tokentrim" in data.tags and "arxiv:2602.00268" in data.tags
     code = snippet(written)
     ast.parse(code)
-    assert 'custom_pipeline="you/code"' in code and 'custom_revision="v0.1.0"' in code
+    assert 'custom_pipeline="you/code"' in code and f'custom_revision="v{__version__}"' in code
 
 
 def test_publish_with_a_checkpoint(checkpoint, tmp_path):
