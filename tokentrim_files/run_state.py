@@ -21,7 +21,7 @@ from ..tokentrim_checks import check, shown
 from ..tokentrim_writing import locked, whole_folder
 
 
-CODE_VERSION = "0.1.0"  # the package's, also where these files are loaded without it
+CODE_VERSION = "0.2.0"  # the package's, also where these files are loaded without it
 STATE_VERSION = 1  # of the format
 STATE, TENSORS = "state.json", "tensors.safetensors"
 UNREADABLE = (  # what damaged and made-up states raise, of JSON, safetensors, PyTorch, and Python where they are used
