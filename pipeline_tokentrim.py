@@ -11,7 +11,6 @@ import torch
 from diffusers import AutoencoderKLWan, SchedulerMixin, WanTransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
-from diffusers.utils import replace_example_docstring
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 
@@ -66,7 +65,7 @@ from .tokentrim_session.compatibility import fit_layout
 from .tokentrim_session.denoise import Denoiser
 from .tokentrim_session.draft import Draft
 from .tokentrim_session.encode import encode_given, encode_prompts
-from .tokentrim_session.examples import CALL_EXAMPLE, STREAM_EXAMPLE
+from .tokentrim_session.examples import CALL_EXAMPLE, STREAM_EXAMPLE, with_example
 from .tokentrim_session.gather import gather, join_chunks
 from .tokentrim_session.given import read_video
 from .tokentrim_session.host import Pipeline
@@ -158,7 +157,7 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
         super().__setattr__(name, lift_scheduler(value) if isinstance(value, SchedulerMixin) else value)
 
     @torch.no_grad()
-    @replace_example_docstring(CALL_EXAMPLE)
+    @with_example(CALL_EXAMPLE)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -317,7 +316,7 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
         return TokenTrimPipelineOutput(frames, decisions, stream.grid, chunk_frames, stream.progress.fps)
 
     @torch.no_grad()
-    @replace_example_docstring(STREAM_EXAMPLE)
+    @with_example(STREAM_EXAMPLE)
     def stream(
         self,
         prompt: str | list[str] | None = None,

@@ -1,6 +1,14 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Examples in the docstrings of the pipeline; they run from the folder of the project."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
+from diffusers.utils import replace_example_docstring
+
+
+Function = TypeVar("Function", bound=Callable)
+
 CALL_EXAMPLE = """
         Examples:
 
@@ -42,3 +50,8 @@ STREAM_EXAMPLE = """
         2 (1, 3, 64, 64, 3)
         ```
 """
+
+
+def with_example(example: str) -> Callable[[Function], Function]:
+    """Put an example into a docstring, as Diffusers does, and keep the signature visible to type checkers."""
+    return replace_example_docstring(example)
