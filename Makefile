@@ -35,7 +35,7 @@ space:
 	cp -r LICENSE *.py tokentrim_*/ build/space/tokentrim
 	cp tools/*.* build/space/tokentrim/tools
 	cp tools/commands/*.py build/space/tokentrim/tools/commands
-	cp -r checkpoints build/space
+	cp -rL checkpoints build/space
 
 # Everything, on all cores; each test uses one.
 test: $(INSTALLED)

@@ -1,5 +1,7 @@
 """Every shipped checkpoint is small, has no pickles, has a card, and rolls out with its own settings."""
 
+import json
+
 import pytest
 import torch
 from conftest import ROOT
@@ -30,3 +32,9 @@ def test_checkpoint_rolls_out_past_its_window(folder):
     frames = generate(pipe, [PROMPTS[folder.name]], num_frames)
     assert frames.shape == (1, num_frames, 3, 64, 64) and torch.isfinite(frames).all()
     assert frames.std() > 0.05 and frames.diff(dim=1).abs().mean() > 1e-3  # a picture, and it moves
+
+
+@pytest.mark.parametrize("world, steps", {"tiny-world": 8, "travelling-world": 8, "tiny-world-self-forced": 4}.items())
+def test_worlds_keep_their_number_of_steps(world, steps):
+    index = json.loads((ROOT / "checkpoints" / world / "model_index.json").read_text())
+    assert index["num_inference_steps"] == steps and index["method"] == "tokentrim_plus" and index["fps"] == 12
