@@ -139,7 +139,7 @@ def test_functions_of_a_pickle_copy_nothing(function, tmp_path):
 
 
 class Tensor:
-    """Pickled as a tensor whose header says what it is told."""
+    """Pickled as a tensor whose header says the given values."""
 
     def __init__(self, shape, stride, offset=0):
         self.shape, self.stride, self.offset = shape, stride, offset
