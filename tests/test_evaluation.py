@@ -330,12 +330,12 @@ def test_committed_experiments_load(path, tmp_path):
 
 
 def test_released_videos_differ_from_held_ones():
-    drift = {"plain": [0.3, 0.2, 0.1], "tokentrim_plus": [0.2, 0.04, 0.02], "held for good": [0.05, 0.04, 0.02]}
+    drift = {"plain": [0.3, 0.2, 0.1], "with tolerance 0.085": [0.2, 0.04, 0.02], "tokentrim_plus": [0.05, 0.04, 0.02]}
     rows = [(method, seed, each, each) for method, each_seed in drift.items() for seed, each in enumerate(each_seed)]
     videos = pd.DataFrame(rows, columns=["method", "seed", "excess_drift", "color_drift"])
     _, _, released, held = releases(videos, "excess_drift", "plain").splitlines()
-    assert released == "| released by tokentrim_plus | 1 | 0.3 | 0.2 | 0.05 |"
-    assert held == "| held by tokentrim_plus | 2 | 0.15 | 0.03 | 0.03 |"
+    assert released == "| released with tolerance 0.085 | 1 | 0.3 | 0.2 | 0.05 |"
+    assert held == "| held with tolerance 0.085 | 2 | 0.15 | 0.03 | 0.03 |"
 
 
 def test_summaries_by_video():

@@ -90,16 +90,16 @@ def test_numbers_of_the_card_come_from_the_reports(tmp_path):
     text = publish("you/code", tmp_path).text
     for report, numbers in {
         "paper": ["+0.001129 [-0.006153, +0.009272]", "0.06143", "| tokentrim | 4.5% | 81% |"],
-        "plus": ["| plain | 0.0467 |", "| tokentrim_plus | 0.0172 | -0.0295 [-0.0352, -0.0241] |"],
-        "change": ["| plain | 41.76 |", "| tokentrim_plus | 32.78 |"],  # 79%
+        "plus": ["| plain | 0.0467 |", "| held for good | 0.0149 | -0.0318 [-0.0379, -0.0261] |"],
+        "change": ["| plain | 41.76 |", "| held for good | 8.204 |"],  # 20%
     }.items():
         assert all(n in (ROOT / "research" / "results" / report / "report.md").read_text() for n in numbers)
     for number in (
         "+0.0011 [-0.0062, +0.0093]",
         "0.0614",
-        "0.0467 to 0.0172",
-        "-0.0295 [-0.0352, -0.0241]",
-        "79%",
+        "0.0467 to 0.0149",
+        "-0.0318 [-0.0379, -0.0261]",
+        "20%",
     ):
         assert number in text
 

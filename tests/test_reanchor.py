@@ -123,9 +123,19 @@ def test_videos_of_a_batch_are_held_separately():
     assert [decision["reanchored"] for decision in decisions] == ["held", "watched"]
 
 
+@pytest.mark.parametrize("pace", [0.05, 0.3, 3.0])
+def test_only_a_prompt_releases_by_default(pace):
+    """However fast the chunks move away."""
+    policy, chunks = Reanchor("mean"), steady(*[pace * index for index in range(1, 30)])
+    assert is_held(policy, chunks[:20]) == [False] + [True] * 19
+    policy.prompt_changed()
+    assert is_held(policy, chunks[20:]) == [False] * 6 + [True] * 4
+    assert policy.reference is chunks[25]  # the last that passed
+
+
 @pytest.mark.parametrize(("tolerance", "settled"), [(None, 7), (0.2, 5)])
 def test_video_is_held_again_after_a_prompt_change(tolerance, settled):
-    """At its state after the patience, or with a tolerance, once it has stayed within it."""
+    """At the last chunk of the patience, or with a tolerance, at the first of those that stayed within it."""
     policy, chunks = Reanchor("mean", tolerance, 3), steady(0.1, 0.11, 0.12, 0.13, 0.8, 0.81, 0.82, 0.83, 0.84)
     assert is_held(policy, chunks[:5]) == [False] + [True] * 4
     policy.prompt_changed()
@@ -223,11 +233,10 @@ def test_prompt_change_in_a_callback_stops_holding():
         return {"prompt_embeds": tensors["prompt_embeds"]}
 
     for callback, changed, reanchored in (
-        # Chunk 4 is where the video has settled: it is held to itself.
         (
             change,
             [False, True, True, False, False, True, None],
-            [None, "held", "held", "watched", "held", "held", None],
+            [None, "held", "held", "watched", "watched", "held", None],
         ),
         (same, [False, *[True] * 5, None], [None, *["held"] * 5, None]),
     ):

@@ -90,9 +90,10 @@ def outcomes(policy, shifts, seeds=None):
     return values
 
 
+@pytest.mark.parametrize("tolerance", [None, 0.2])
 @pytest.mark.parametrize("step", [0.0, 0.01, 0.3, 1.0])
-def test_holding_resumes_after_the_patience(step):
-    policy = Reanchor("mean", 0.2, PATIENCE)
+def test_holding_resumes_after_the_patience(step, tolerance):
+    policy = Reanchor("mean", tolerance, PATIENCE)
     assert outcomes(policy, [0.0, 0.0, 0.0]) == [None, "held", "held"]
     policy.prompt_changed()
     assert outcomes(policy, [5.0 + step * index for index in range(PATIENCE)]) == ["watched"] * PATIENCE
@@ -108,7 +109,7 @@ def test_the_reference_is_taken_from_the_new_scene(shift, tolerance):
     policy.prompt_changed()
     new = [chunk(shift, seed=number + 1) for number in range(PATIENCE)]
     for each in new:
-        assert policy.commit(each) is each or tolerance is None
+        assert policy.commit(each) is each
         policy.close(True)
     policy.commit(chunk(shift, seed=9))
     assert policy.close(True) == {"reanchored": "held"}

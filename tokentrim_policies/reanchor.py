@@ -16,13 +16,14 @@ from .policy import ContextPolicy
 class Reanchor(ContextPolicy):
     """Holds a video's context to its reference: its first chunk, or the last one that was given.
 
-    A change that the prompt asks for has to pass. A held chunk starts from a context at the reference, so the change that
-    holding removes from it measures how much the model resists. If the mean over the first `patience` held chunks exceeds
-    the tolerance, the video is released and watched. While it is watched, a chunk beyond the tolerance becomes the next
-    reference, and a video that stays within it for `patience` chunks is held again, under the same rule.
+    Only a change of prompt releases the video: `patience` chunks of the new scene pass unchanged, the reference is taken
+    from them, and the chunk after them is held.
 
-    A change of prompt releases the video too: `patience` chunks of the new scene pass unchanged, the reference is taken from
-    them, and the chunk after them is held.
+    With a tolerance, a change that a single prompt asks for can pass too. A held chunk starts from a context at the
+    reference, so the change that holding removes from it measures how much the model resists. If the mean over the first
+    `patience` held chunks exceeds the tolerance, the video is released and watched. While it is watched, a chunk beyond the
+    tolerance becomes the next reference, and a video that stays within it for `patience` chunks is held again, under the
+    same rule. Fast drift exceeds a tolerance as a change does: such videos are released by mistake.
 
     Decisions gain `reanchored`: `"held"`, `"watched"`, or `None` for a chunk that is the reference itself.
 
@@ -32,18 +33,19 @@ class Reanchor(ContextPolicy):
             whole chunk: `"mean"`, `"moments"` (mean and standard deviation) or `"histogram"`
             (all values) of each latent channel; `"covariance"` (means, and covariance of all channels, in closed form)
             or `"distribution"` (all values) of all channels jointly.
-        tolerance (`float`, *optional*, defaults to `0.085`):
+        tolerance (`float`, *optional*):
             The largest change that holding removes, and the largest distance of a watched chunk from its reference, that
             still counts as drift: distance of the channels' means in standard deviations of the reference, root mean square
-            over channels. `None`: every change counts as drift.
-        patience (`int`, defaults to `6`): chunks until a video is released, and until it is held again.
+            over channels. The default `None`: every change within a scene counts as drift. 0.085 was measured.
+        patience (`int`, defaults to `6`):
+            Chunks of a new scene until it is held; with a tolerance, also chunks until a video is released.
         strength (`float`, defaults to `1.0`): how far a held chunk is moved to the match, 0 to 1.
     """
 
     def __init__(
         self,
         match: str = "near",
-        tolerance: float | None = 0.085,
+        tolerance: float | None = None,
         patience: int = 6,
         strength: float = 1.0,
     ):
@@ -114,16 +116,13 @@ class Reanchor(ContextPolicy):
             self._watch(chunk)
 
     def _settle(self, chunk: torch.Tensor) -> None:
-        """Move the reference of a video that moves. Hold the video when it stays, or after `patience` chunks of a new
-        scene."""
+        """Move the reference of a video that moves. Hold the video after `patience` chunks of a new scene, or when it
+        stays."""
         self.offsets = [*self.offsets, mean_offsets(chunk, self.reference)]
         num_before, self.num_new = self.num_new, None if self.num_new is None else self.num_new + 1
-        if self.tolerance is None:  # it does not tell since when the video stays
-            if len(self.offsets) == self.patience:
-                self._hold(chunk)
-        elif num_before == self.patience:
+        if num_before == self.patience:
             self._hold(self.reference)
-        elif num_before == 0 or magnitude(self.offsets[-1]) > self.tolerance:
-            self._watch(chunk)
+        elif num_before == 0 or self.tolerance is None or magnitude(self.offsets[-1]) > self.tolerance:
+            self._watch(chunk)  # without a tolerance, nothing says since when the video stays
         elif len(self.offsets) == self.patience:
             self._hold(self.reference)
