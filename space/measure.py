@@ -13,23 +13,15 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from tokentrim.tools.drift import measure_video, write_json
+from tokentrim.tools.decoding import read_rate
+from tokentrim.tools.drift import measure_video, show, write_json
 from tokentrim.tools.drift_plot import plot_drift
 from tokentrim.tools.frames import Limits, read_frames
+from tokentrim.tools.verdict import ROWS, format_verdicts
 
 
 LIMITS = Limits(frames=20_000, seconds=60)  # for one visitor, because others wait
 
-ROWS = (  # name of the measure, title, format, value without drift
-    ("color_similarity", "Colors in common, end with start", "{:.1f}%", "100%"),
-    ("color_distance", "Distance of the colors, end from start", "{:.1f}%", "0"),
-    ("worst_similarity", "Colors in common, worst twentieth with start", "{:.1f}%", "100%"),
-    ("brightness_slope", "Change of brightness", "{:+.3f}", "0"),
-    ("contrast_slope", "Change of contrast", "{:+.3f}", "0"),
-    ("saturation_slope", "Change of saturation", "{:+.3f}", "0"),
-    ("sharpness_slope", "Change of sharpness", "{:+.3f}", "0"),
-    ("motion_late_to_early", "Motion, end over start", "{:.2f}", "1"),
-)
 PALE, DIM = "#e5e7eb", "#374151"  # text and lines on a dark page
 
 
@@ -45,16 +37,18 @@ def measure(paths: Sequence[Path], numbers: Path) -> tuple[str, str]:
     for path in paths:
         try:
             with closing(read_frames(path, LIMITS)) as frames:
-                drifts.append(measure_video(path.name, while_folder_exists(frames, numbers.parent)))
+                drifts.append(measure_video(path.name, while_folder_exists(frames, numbers.parent), read_rate(path)))
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), path.name)) from error
     measures = [drift.measures() for drift in drifts]
-    lengths = " · ".join(f"**{drift.name}**, {drift.num_frames} frames" for drift in drifts)
     names = " | ".join(drift.name for drift in drifts) if len(drifts) > 1 else "value"
-    lines = [lengths, "", f"| measure | {names} | no drift |", "|---" * (len(drifts) + 2) + "|"]
+    lengths = " | ".join(str(drift.num_frames) for drift in drifts)
+    lines = [*(f"**{line}**\n" for line in format_verdicts(drifts).splitlines()), f"| measure | {names} | no drift |"]
+    lines += ["|---" * (len(drifts) + 2) + "|", f"| frames | {lengths} | |"]
     for name, title, form, neutral in ROWS:
-        values = ["-" if each[name] is None else form.format(each[name]) for each in measures]
-        lines.append(f"| {title} | {' | '.join(values)} | {neutral} |")
+        values = " | ".join(show(each[name], form) for each in measures)
+        lines.append(f"| {title} | {values} | {neutral} |")
+    lines += ["", "Colors: a distance of 100 is black to white; a similarity of 100 is the same colors."]
     lines += ["", "An intended change such as a sunset counts as drift, and a frozen picture does not: docs/drift.md."]
     write_json(numbers, drifts)
     figures = {"for-light": plot_drift(drifts), "for-dark": darkened(plot_drift(drifts))}

@@ -184,6 +184,7 @@ class Studio:
             transitions = ", ".join(f"{at}: {quoted(each.transition)}" for at, each in changes.items())
             arguments += [f"prompt_schedule={{{prompts}}}", f"prompt_transition={{{transitions}}}"]
         options = "".join(f", {name}={value}" for name, value in self.options.items())
+        rate = "" if self.fps == self.pipes["left"].fps else f", fps={self.fps}"
         return f"""\
 import torch
 from tokentrim import TokenTrimPipeline
@@ -194,7 +195,7 @@ prompt = {quoted(settings.prompt)}
 for name, method in {{"left": {quoted(settings.left)}, "right": {quoted(settings.right)}}}.items():
     generator = torch.Generator().manual_seed({settings.seed})
     with pipe.stream(prompt, {", ".join(arguments)}) as stream:
-        stream.save_video(f"{{name}}.mp4", fps={self.fps})
+        stream.save_video(f"{{name}}.mp4"{rate})
 """
 
 

@@ -326,7 +326,7 @@ def test_measure_reports_a_video_and_refuses_other_files(arrive, tmp_path):
     visitor.page.click("#measure")
     visitor.page.wait_for_selector("#report table")
     report = visitor.page.inner_text("#report")
-    assert "fade.mp4, 30 frames" in report and "still.mp4, 30 frames" in report
+    assert "fade.mp4 drifts: colors end" in report and "still.mp4 does not drift" in report and "%" not in report
     visitor.page.wait_for_selector("#figure img.for-light")
     assert visitor.page.locator("#figure img.for-dark").is_hidden()
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -15,6 +16,7 @@ from conftest import ROOT
 from research.training import travelling
 from research.training.world import COLORS, DIRECTIONS, SHAPES, Scene, parse
 from tokentrim.tokentrim_frames.mp4 import save_video
+from tokentrim.tools.cli import main
 from tokentrim.tools.frames import Limits, read_frames
 
 
@@ -196,6 +198,19 @@ def test_measuring_stops_when_the_visitor_leaves(video, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="The visitor has left"):
         measure.measure([video], folder / "drift.json")
     assert len(read) <= 6
+
+
+def test_the_page_and_the_command_report_the_same_numbers(video, tmp_path, capsys):
+    other = save_video(tmp_path / "other.mp4", np.full((60, 32, 48, 3), 90, np.uint8), 16)
+    text, figures = measure.measure([video, other], tmp_path / "drift.json")
+    assert main(["drift", str(video), str(other)]) == 0
+    printed = capsys.readouterr().out
+    for line in printed.split("\n\n")[0].splitlines():
+        assert f"**{line}**" in text
+    of_page = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    of_command = [re.split(r"  +", line) for line in printed.splitlines()]
+    assert len(of_page) == 9 and all([cell.strip(" |") for cell in row] in of_command for row in of_page)
+    assert figures.count("<img") == 2 and (tmp_path / "drift.json").exists()
 
 
 def test_every_limit_is_set_for_visitors():

@@ -22,10 +22,10 @@ from PIL import Image, ImageDraw
 from skimage.color import rgb2lab
 
 from research.training.world import COLORS, parse
+from tokentrim.tokentrim_frames.output import as_uint8
 
 from .experiment import sample_prompts
 from .measures import difference, track_colors
-from .pictures import enlarge
 from .rollouts import load_pipeline
 
 
@@ -88,7 +88,7 @@ def strip(videos: dict[str, np.ndarray], at: int, size: int) -> Image.Image:
     """A row for each video, (frames, H, W, 3): the middle frame of every chunk, and a line at the change."""
     rows = []
     for name, frames in videos.items():
-        middles = enlarge(frames[size // 2 :: size], 1)
+        middles = as_uint8(frames[size // 2 :: size])
         middles = [np.pad(each, ((1, 1), (1, 1), (0, 0)), constant_values=255) for each in middles]
         line = np.zeros((middles[0].shape[0], 4, 3), dtype=np.uint8)
         picture = np.concatenate([*middles[:at], line, *middles[at:]], axis=1)

@@ -9,4 +9,4 @@ prompt = "a fast journey right over hills by noon"
 for name, method in {"left": "plain", "right": "tokentrim_plus"}.items():
     generator = torch.Generator().manual_seed(0)
     with pipe.stream(prompt, num_frames=300, method=method, generator=generator) as stream:
-        stream.save_video(f"{name}.mp4", fps=12)
+        stream.save_video(f"{name}.mp4")
