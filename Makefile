@@ -30,11 +30,12 @@ app: $(APP_INSTALLED)
 # A folder that is ready for `hf upload you/name build/space . --repo-type space`.
 space:
 	rm -rf build/space
-	mkdir -p build/space/tokentrim/tools/commands
+	mkdir -p build/space/tokentrim/tools/commands build/space/tokentrim/tools/compare
 	cp -r space/*.* space/example build/space
 	cp -r LICENSE *.py tokentrim_*/ build/space/tokentrim
 	cp tools/*.* build/space/tokentrim/tools
 	cp tools/commands/*.py build/space/tokentrim/tools/commands
+	cp tools/compare/*.* build/space/tokentrim/tools/compare
 	cp -rL checkpoints build/space
 
 # Everything, on all cores; each test uses one.
@@ -53,7 +54,7 @@ test-oldest: $(OLDEST_INSTALLED)
 # The page in a real browser: `apt-get install chromium`.
 test-app: $(APP_INSTALLED)
 	$(APP_PYTHON) -m pip install --quiet --disable-pip-version-check pytest playwright
-	HF_HUB_OFFLINE=1 $(APP_PYTHON) -m pytest -q -rs tests/test_app.py
+	HF_HUB_OFFLINE=1 $(APP_PYTHON) -m pytest -q -rs tests/test_app.py tests/test_compare_page.py
 
 fuzz: $(INSTALLED)
 	HF_HUB_OFFLINE=1 EXAMPLES=$(EXAMPLES) $(PYTHON) -m pytest -q --hypothesis-show-statistics tests/test_fuzz.py

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from runs import Settings, Studio
-from world import WORLDS
+from tokentrim.tools.worlds import WORLDS
 
 
 HERE = Path(__file__).resolve().parent

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import gradio as gr
 from visits import App, finished_example
-from world import WORLDS, World
+from tokentrim.tools.worlds import WORLDS, World
 
 from tokentrim.tokentrim_session.prompts import TRANSITIONS
 from tokentrim.tokentrim_views.registry import LAYOUTS

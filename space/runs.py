@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from world import WORLDS, unknown_words
+from tokentrim.tools.worlds import WORLDS, unknown_words
 
 from tokentrim import __version__
 from tokentrim.tokentrim_frames.colors import ColorMeter

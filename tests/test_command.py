@@ -55,6 +55,12 @@ WRONG = [
     ["bundle", "x.txt"],
     ["drift", "bad.json", "--plot", "missing/x.png"],
     ["drift", "bad.json", "--csv", "bad.json"],
+    ["compare", "nowhere", "--out", "new"],
+    ["compare", str(WORLD), "--out", "bad.json"],
+    ["compare", str(WORLD), "--out", "."],
+    ["compare", str(WORLD), "--out", "new", "--methods", "plain", "magic"],
+    ["compare", str(WORLD), "--out", "new", "--plan", "bad.json"],
+    ["compare", str(WORLD), "--out", "new", "--prompts", "none.txt"],
 ]
 
 

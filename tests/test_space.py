@@ -16,15 +16,16 @@ from conftest import ROOT
 from research.training import travelling
 from research.training.world import COLORS, DIRECTIONS, SHAPES, Scene, parse
 from tokentrim.tokentrim_frames.mp4 import save_video
+from tokentrim.tools import worlds
 from tokentrim.tools.cli import main
 from tokentrim.tools.frames import Limits, read_frames
+from tokentrim.tools.verdict import ROWS
 
 
 sys.path.insert(0, str(ROOT / "space"))
 
 import measure  # noqa: E402
 import runs  # noqa: E402
-import world  # noqa: E402
 
 
 SETTINGS = runs.Settings("a red circle moving right over a blue background", 3, "tokentrim", "tokentrim_plus", None, 4)
@@ -147,17 +148,17 @@ def test_impossible_change_raises_early(studio, change, sentence):
 
 
 def test_words_are_those_of_the_worlds():
-    assert world.COLORS == tuple(COLORS) and world.SHAPES == SHAPES and world.DIRECTIONS == tuple(DIRECTIONS)
-    assert (world.PACES, world.SIDES) == (tuple(travelling.PACES), tuple(travelling.DIRECTIONS))
-    assert (world.GROUNDS, world.LIGHTS) == (tuple(travelling.GROUNDS), tuple(travelling.LIGHTS))
-    of_tiny = world.WORLDS["tiny-world"].make_sentence("orange ring", "up", "white")
+    assert worlds.COLORS == tuple(COLORS) and worlds.SHAPES == SHAPES and worlds.DIRECTIONS == tuple(DIRECTIONS)
+    assert (worlds.PACES, worlds.SIDES) == (tuple(travelling.PACES), tuple(travelling.DIRECTIONS))
+    assert (worlds.GROUNDS, worlds.LIGHTS) == (tuple(travelling.GROUNDS), tuple(travelling.LIGHTS))
+    of_tiny = worlds.WORLDS["tiny-world"].make_sentence("orange ring", "up", "white")
     assert of_tiny == Scene("orange", "ring", "up", "white").prompt
-    assert set(world.WORLDS) <= {path.name for path in (ROOT / "checkpoints").iterdir()}
+    assert set(worlds.WORLDS) <= {path.name for path in (ROOT / "checkpoints").iterdir()}
 
 
-@pytest.mark.parametrize("name", world.WORLDS)
+@pytest.mark.parametrize("name", worlds.WORLDS)
 def test_words_and_examples_of_a_world_are_prompts_that_it_knows(name):
-    shown, parse_prompt = world.WORLDS[name], travelling.parse if name == "travelling-world" else parse
+    shown, parse_prompt = worlds.WORLDS[name], travelling.parse if name == "travelling-world" else parse
     assert shown.make_sentence(*shown.chosen) == shown.examples[0]
     assert all(word in words for word, words in zip(shown.chosen, shown.words.values(), strict=True))
     assert all(parse_prompt(example) for example in shown.examples)
@@ -209,7 +210,7 @@ def test_the_page_and_the_command_report_the_same_numbers(video, tmp_path, capsy
         assert f"**{line}**" in text
     of_page = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
     of_command = [re.split(r"  +", line) for line in printed.splitlines()]
-    assert len(of_page) == 9 and all([cell.strip(" |") for cell in row] in of_command for row in of_page)
+    assert len(of_page) == 1 + len(ROWS) and all([cell.strip(" |") for cell in row] in of_command for row in of_page)
     assert figures.count("<img") == 2 and (tmp_path / "drift.json").exists()
 
 
@@ -219,7 +220,7 @@ def test_every_limit_is_set_for_visitors():
 
 def test_example_is_a_finished_run_of_the_first_world():
     folder = ROOT / "space" / "example"
-    state, first = json.loads((folder / "state.json").read_text()), next(iter(world.WORLDS.values()))
+    state, first = json.loads((folder / "state.json").read_text()), next(iter(worlds.WORLDS.values()))
     assert (state["status"], state["made"], state["is_example"]) == ("done", first.chunks, True)
     assert state["prompts"] == [[0, first.examples[0]]] and [side["method"] for side in state["sides"]] == [
         "plain",

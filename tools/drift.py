@@ -21,6 +21,7 @@ from .measures import (
     color_histogram,
     color_similarity,
     fit_slope,
+    is_cut,
     measure_look,
     reduce,
     start_and_end,
@@ -45,6 +46,7 @@ class Drift:
         looks (`np.ndarray`): mean look of each segment, (segments, 5).
         histograms (`np.ndarray`): mean colour histogram of each segment, (segments, 512).
         thumbnails (`list[np.ndarray]`): small frames, evenly spaced.
+        cuts (`int`): frames that show another picture than the one before.
         fps (`float`, *optional*): frames per second, where the file says it.
         prompt (`str`, *optional*): what the video was made of, where a record beside it says it.
     """
@@ -55,12 +57,18 @@ class Drift:
     looks: np.ndarray
     histograms: np.ndarray
     thumbnails: list[np.ndarray]
+    cuts: int = 0
     fps: float | None = None
     prompt: str | None = None
 
     def similarities(self) -> np.ndarray:
         """Colour similarity of each segment to the start, (segments,)."""
         return color_similarity(self.histograms, start_and_end(self.histograms)[0])
+
+    def distances(self) -> np.ndarray:
+        """Color distance of each segment to the start, (segments,)."""
+        start, _ = start_and_end(self.histograms)
+        return np.array([color_distance(start, each) for each in self.histograms])
 
     def measures(self) -> dict[str, float | None]:
         """Every measure by name; None where it is not defined."""
@@ -73,6 +81,7 @@ class Drift:
             "worst_similarity": float(similarities[worst]),
             "worst_first_frame": int(self.ends[worst - 1]) if worst else 0,
             "worst_last_frame": int(self.ends[worst]) - 1,
+            "cuts": self.cuts,
         }
         for look, values, start, end in zip(LOOKS, self.looks.T, *start_and_end(self.looks)):
             measures |= {
@@ -101,10 +110,11 @@ def measure_video(
         `ValueError`: there are fewer than 21 frames.
     """
     looks, histograms = Timeline(), Timeline()
-    thumbnails, spacing, number = [], 1, -1
+    thumbnails, spacing, number, cuts = [], 1, -1, 0
     for number, (before, frame) in enumerate(pairwise(map(reduce, frames))):
         looks.add(measure_look(frame, before))
         histograms.add(color_histogram(frame))
+        cuts += is_cut(frame, before)
         if number % spacing == 0:
             if len(thumbnails) == MAX_THUMBNAILS:
                 thumbnails, spacing = thumbnails[::2], 2 * spacing
@@ -113,7 +123,7 @@ def measure_video(
     if num_frames <= NUM_SEGMENTS:
         raise ValueError(f"{name} has fewer than {NUM_SEGMENTS + 1} frames, too few to measure drift.")
     (looks, ends), (histograms, _) = looks.split(NUM_SEGMENTS), histograms.split(NUM_SEGMENTS)
-    return Drift(name, num_frames, ends + 1, looks, histograms, thumbnails, fps, prompt)
+    return Drift(name, num_frames, ends + 1, looks, histograms, thumbnails, cuts, fps, prompt)
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,7 @@ def judge(drift: Drift) -> Verdict:
     distance, limit = color_distance(start, end), max(SMALLEST, CONTENT_FACTOR * content)
     if distance <= limit:
         return Verdict(distance, content, None)
-    near = [number for number, each in enumerate(drift.histograms) if color_distance(start, each) <= limit]
+    near = [number for number, each in enumerate(drift.distances()) if each <= limit]
     first = min(near[-1] + 1 if near else 0, len(drift.histograms) - 1)
     return Verdict(distance, content, int(drift.ends[first - 1]) if first else 0)
 

@@ -20,6 +20,7 @@ SIDE, FLOW_SIDE = (
     120,
 )  # smallest shorter side of reduced frames, in pixels; also for the optical flow
 STILL = 1e-4  # share of the diagonal per frame: optical flow finds less than this between equal frames
+CUT_SIDE, ALIKE = 16, 0.5  # side of the pictures that are compared across a cut, and the correlation below which it is one
 LEVELS, FINE = 8, 64  # levels of each color channel in the histogram, and in the finer one behind it
 # (LEVELS, FINE): the share of each level in each fine one, from linear interpolation.
 SHARES = np.maximum(1 - np.abs(np.arange(LEVELS)[:, None] - np.linspace(0, LEVELS - 1, FINE)), 0)
@@ -58,6 +59,19 @@ def measure_motion(grey: np.ndarray, before: np.ndarray) -> float:
     flow = cv2.calcOpticalFlowFarneback(*pair, None, 0.5, 3, 15, 3, 5, 1.2, 0)
     length = np.linalg.norm(flow, axis=2).mean() / np.hypot(*flow.shape[:2])
     return float(length) if length > STILL else 0.0
+
+
+def is_cut(frame: np.ndarray, before: np.ndarray) -> bool:
+    """Whether a frame shows another picture than the one before: their gray pictures, 16 pixels high, correlate by less
+    than a half. Leaps of the content count too; changes of brightness and color do not."""
+    pair = []
+    for each in (frame, before):
+        grey = cv2.cvtColor(reduce(each, CUT_SIDE), cv2.COLOR_RGB2GRAY).astype(np.float32)
+        pair.append(grey - grey.mean())
+    norms = [np.linalg.norm(each) for each in pair]
+    if min(norms) < np.sqrt(pair[0].size):  # less than a step of 8 bits: there is nothing to see
+        return False
+    return bool((pair[0] * pair[1]).sum() < ALIKE * norms[0] * norms[1])
 
 
 def color_histogram(frame: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ ROWS = (  # of two videos side by side: measure, title, digits, value without dr
     ("saturation_slope", "change of saturation", "+.3f", "0"),
     ("sharpness_slope", "change of sharpness", "+.3f", "0"),
     ("motion_late_to_early", "motion, end over start", ".2f", "1"),
+    ("cuts", "cuts", ".0f", "0"),
 )
 
 

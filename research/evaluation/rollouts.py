@@ -14,17 +14,13 @@ import torch
 
 from tokentrim import TokenTrimPipeline, TokenTrimPipelineOutput
 from tokentrim.tokentrim_kv.cache import RollingKVCache
+from tokentrim.tools.worlds import WORLDS
 
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "checkpoints" / "tiny-world"
-PROMPTS = {  # an example for each shipped checkpoint
-    "tiny-world": "a red circle moving right over a blue background",
-    "tiny-world-self-forced": "a red circle moving right over a blue background",
-    "travelling-world": "a fast journey right over hills by noon",
-}
-# The share of the picture, from the top, that is meant to stay: the sky, where the camera travels.
-STAYS = {"tiny-world": 1.0, "tiny-world-self-forced": 1.0, "travelling-world": 0.3}
+PROMPTS = {name: world.examples[0] for name, world in WORLDS.items()}  # for each shipped checkpoint
+STAYS = {name: world.top for name, world in WORLDS.items()}  # share of the picture, from the top, that is meant to stay
 CONFIGS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "configs").glob("*.json")}
 WORLD = CONFIGS["tiny_world"]
 # Without FlowMo, a trimmed rollout equals the plain one up to the first trigger.

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The shipped worlds: the words of each, so that its prompts can be chosen; other checkpoints take free text."""
+"""The shipped worlds: what stays in each, and the words of its prompts; other checkpoints take free text."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,11 @@ class World:
     chosen: tuple[str, ...]
     top: float
     chunks: int
+
+    @property
+    def still(self) -> tuple[str, ...]:
+        """The examples in which nothing is asked to change but places."""
+        return tuple(example for example in self.examples if " while " not in example)
 
     def make_sentence(self, *words: str) -> str:
         """The prompt of the chosen words."""
