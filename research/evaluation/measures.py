@@ -2,14 +2,15 @@
 """How a tiny-world video looks over time, measured from its frames and its prompt."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
-import cv2
 import numpy as np
-from scipy.ndimage import laplace
-from skimage.color import deltaE_ciede2000, lab2rgb, rgb2gray, rgb2hsv, rgb2lab
+from skimage.color import deltaE_ciede2000, lab2rgb, rgb2lab
 from skimage.measure import label, regionprops
 
 from research.training.world import COLORS, parse
+from tokentrim.tokentrim_frames.output import as_uint8
+from tokentrim.tools.measures import LOOKS, measure_look, reduce
 
 from .identity import Appearance
 
@@ -114,25 +115,22 @@ def summarize_drift(frames: np.ndarray, prompt: str, num_frames_per_chunk: int) 
     }
 
 
-def flow_amplitude(frames: np.ndarray) -> float:
-    """Mean length in pixels of the Farneback optical flow from frame to frame (Helios' motion amplitude)."""
-    grey = (rgb2gray(frames) * 255).astype(np.uint8)
-    flows = [cv2.calcOpticalFlowFarneback(*pair, None, 0.5, 3, 15, 3, 5, 1.2, 0) for pair in zip(grey, grey[1:])]
-    return float(np.mean([np.linalg.norm(flow, axis=-1).mean() for flow in flows]))
+def mean_look(frames: np.ndarray) -> dict[str, float]:
+    """The looks of `tokentrim drift`, mean over the second to the last of uint8 frames (frames, H, W, 3)."""
+    looks = [measure_look(frame, before) for before, frame in pairwise(map(reduce, frames))]
+    return dict(zip(LOOKS, np.mean(looks, axis=0).tolist()))
 
 
 def frame_look(frames: np.ndarray) -> dict[str, float]:
     """M of a chunk, (frames, H, W, 3) in [0, 1]: measures that need neither prompt nor pretrained model."""
-    lab, grey = rgb2lab(frames), rgb2gray(frames)
+    lab, look = rgb2lab(frames), mean_look(as_uint8(frames))
     means, spreads = lab.mean(axis=(0, 1, 2)), lab.std(axis=(0, 1, 2))
     return {
         **{f"{channel}_mean": float(value) for channel, value in zip("Lab", means)},
         **{f"{channel}_spread": float(value) for channel, value in zip("Lab", spreads)},
-        "saturation": float(rgb2hsv(frames)[..., 1].mean()),
-        "contrast": float(grey.std()),
-        "sharpness": float(np.mean([laplace(each).var() for each in grey])),
+        **{name: look[name] for name in ("saturation", "contrast", "sharpness")},
         "flicker": float(np.abs(np.diff(frames, axis=0)).mean()),
-        "flow": flow_amplitude(frames),
+        "flow": look["motion"],
     }
 
 

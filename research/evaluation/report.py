@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from tokentrim.tools.compare.paired import bootstrap
+
 from .experiment import Experiment, part
 from .report_pictures import cases, curves, drift_measure, overview
 from .signals import SIGNALS
@@ -28,15 +30,6 @@ SUMMARY = {
     "motion": ("motion", "{:.2f}"),
     "its change": ("motion_change", "{:+.2f}"),
 }
-
-
-def bootstrap(values: np.ndarray, num_samples: int = 10_000) -> tuple[float, float]:
-    """95% bootstrap interval of the mean; the value itself if all are equal."""
-    if np.ptp(values) == 0:
-        return values[0], values[0]
-    generator = np.random.default_rng(0)
-    result = stats.bootstrap((values,), np.mean, n_resamples=num_samples, method="percentile", rng=generator)
-    return tuple(result.confidence_interval)
 
 
 def video_table(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from .experiment import Experiment, part
 from .fidelity import LOOKS, Infidelity, Looks, interval, life, still_error
-from .measures import flow_amplitude
+from .measures import mean_look
 from .rollouts import ROOT
 from .worlds import STILL_ROWS, render_chunks
 
@@ -74,7 +74,7 @@ def measure(videos: dict[str, np.ndarray], true: np.ndarray) -> dict:
 def motions(experiment: Experiment, out: Path, true: np.ndarray) -> dict[str, float]:
     """Optical flow from frame to frame over the last half, relative to true videos."""
     half = experiment.num_chunks // 2
-    of_true = np.mean([flow_amplitude(pair / 255) for video in true for pair in video[half:]])
+    of_true = np.mean([mean_look(pair)["motion"] for video in true for pair in video[half:]])
     table = pd.concat([pd.read_csv(part(out, *job)) for job in experiment.jobs()])
     flow = table[table["chunk"] >= half].groupby("method")["flow"].mean()
     return {method: float(flow[method] / of_true) for method in experiment.methods}
