@@ -222,7 +222,7 @@ def test_one_more_method_generates_only_that(made, copied, capsys):
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*.mp4")}
     numbers = numbers_of(copied)
     assert main([*made[1][:-2], "tokentrim", "--out", str(copied)]) == 0
-    assert "1 batches to make" in capsys.readouterr().err
+    assert "2 videos to make" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in before} == before
     after = numbers_of(copied)
     assert len(after) == 6 and {key: after[key] for key in numbers} == numbers

@@ -103,8 +103,9 @@ def run(options: argparse.Namespace) -> int:
             maker = Maker(plan, results, options.dtype, options.device, options.offload, options.trust_remote_code)
             todo = maker.missing()
             if todo and is_first:
-                seconds = tell_time(maker.probe(todo))
-                print(f"{len(todo)} batches to make, {seconds}; the report grows meanwhile", file=sys.stderr, flush=True)
+                time = tell_time(maker.probe(todo))
+                told = f"{sum(map(len, todo))} videos to make in batches of up to {maker.plan.batch}, {time}"
+                print(f"{told}; {options.out}/report.html grows meanwhile", file=sys.stderr, flush=True)
             maker.make(print_progress)
     except KeyboardInterrupt:
         print("\nInterrupted. Finished videos are kept; start the same command again to continue.", file=sys.stderr)

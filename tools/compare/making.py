@@ -85,9 +85,13 @@ class Maker:
         self.machine = describe_machine(where)
 
     def missing(self) -> list[list[Video]]:
-        """Batches with a video that is not there: whole batches, so that a resumed run makes the same numbers."""
+        """Batches of the videos that are not there."""
         done = self.results.done()
-        return [batch for batch in self.plan.batches(self.plan.batch) if not self.results.is_done(batch, done)]
+        batches = [
+            [each for each in batch if (each.method, each.number, each.seed) not in done]
+            for batch in self.plan.batches(self.plan.batch)
+        ]
+        return [batch for batch in batches if batch]
 
     def make(self, tell: Callable[[int, int], None]) -> None:
         """

@@ -14,7 +14,7 @@ from filelock import Timeout
 from ...tokentrim_writing import locked, sync, write_whole
 from ..folders import list_content
 from ..jobs import check_writable
-from .plan import Plan, Video
+from .plan import Plan
 
 
 ABOUT, LINES, GROWING = "comparison.json", "videos.jsonl", ".growing"
@@ -115,9 +115,6 @@ class Results:
 
     def done(self) -> set[tuple[str, int, int]]:
         return {(line["method"], line["prompt_number"], line["seed"]) for line in self.read()}
-
-    def is_done(self, videos: list[Video], done: set[tuple[str, int, int]]) -> bool:
-        return all((each.method, each.number, each.seed) in done for each in videos)
 
     def add(self, lines: list[dict[str, Any]]) -> None:
         """Append finished videos; on the disk when this returns."""
