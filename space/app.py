@@ -24,6 +24,7 @@ from pathlib import Path
 import gradio as gr
 from page import CSS, build
 from visits import EXAMPLE, App, Models
+
 from tokentrim.tools.worlds import WORLDS
 
 

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from runs import Settings, Studio
+
 from tokentrim.tools.worlds import WORLDS
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import gradio as gr
 from visits import App, finished_example
-from tokentrim.tools.worlds import WORLDS, World
 
 from tokentrim.tokentrim_session.prompts import TRANSITIONS
 from tokentrim.tokentrim_views.registry import LAYOUTS
+from tokentrim.tools.worlds import WORLDS, World
 
 
 HERE = Path(__file__).resolve().parent

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokentrim.tools.worlds import WORLDS, unknown_words
 
 from tokentrim import __version__
 from tokentrim.tokentrim_frames.colors import ColorMeter
@@ -27,6 +26,7 @@ from tokentrim.tokentrim_frames.mp4 import VideoWriter
 from tokentrim.tokentrim_frames.output import as_uint8, decision_event
 from tokentrim.tokentrim_frames.summary import list_events
 from tokentrim.tools.loading import load_checkpoint
+from tokentrim.tools.worlds import WORLDS, unknown_words
 
 
 SIDES = ("left", "right")

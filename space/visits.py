@@ -19,6 +19,7 @@ from typing import Any
 import gradio as gr
 from measure import measure
 from runs import Change, Settings, Studio, ask_to_change, ask_to_stop, is_over
+
 from tokentrim.tools.worlds import WORLDS
 
 

@@ -212,7 +212,9 @@ def test_noise_is_paired_and_depends_on_the_seed_alone(made, tmp_path):
     out, arguments = made
     first = [list(read_frames(out / f"videos/{method}/00-0.mp4"))[0] for method in ("plain", "tokentrim_plus")]
     assert np.array_equal(*first)  # no method acts on the first chunk
-    alone = [word if word != "2" or arguments[number - 1] != "--batch" else "1" for number, word in enumerate(arguments)]
+    alone = [
+        word if word != "2" or arguments[number - 1] != "--batch" else "1" for number, word in enumerate(arguments)
+    ]
     assert main([*alone, "--methods", "tokentrim_plus", "--out", str(tmp_path / "out")]) == 0
     ours, theirs = (numbers_of(folder)["tokentrim_plus", 0, 1][1] for folder in (tmp_path / "out", out))
     assert ours == pytest.approx(theirs, abs=0.01)
@@ -244,9 +246,10 @@ def test_an_interrupted_run_continues_to_the_same_numbers(made, tmp_path, monkey
     monkeypatch.setattr(Maker, "make_batch", interrupted)
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 130
     assert set(numbers_of(tmp_path / "out")) == {("plain", 0, 0), ("plain", 0, 1)}
-    assert "of 4 videos" in (tmp_path / "out" / "report.html").read_text() or '"planned": 4' in (
-        tmp_path / "out" / "report.html"
-    ).read_text()
+    assert (
+        "of 4 videos" in (tmp_path / "out" / "report.html").read_text()
+        or '"planned": 4' in (tmp_path / "out" / "report.html").read_text()
+    )
     with (tmp_path / "out" / LINES).open("a") as file:
         file.write('{"method": "tokentrim_plus", "prompt_nu')  # as a kill leaves it
     monkeypatch.undo()
@@ -285,7 +288,9 @@ def test_what_the_model_cannot_do_is_refused_before_anything_is_made(tmp_path, c
     out = tmp_path / "out"
     assert main(["compare", WORLD, "--plan", str(tmp_path / "plan.yaml"), "--out", str(out)]) == 1
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith("tokentrim compare: error: This checkpoint cannot do rolling: `layout`") and not out.exists()
+    assert (
+        told.startswith("tokentrim compare: error: This checkpoint cannot do rolling: `layout`") and not out.exists()
+    )
     assert main(["compare", WORLD, "--chunks", "6", "--out", str(out)]) == 1
     assert "must make more than 20 frames, but 6 make 18" in capsys.readouterr().err and not out.exists()
 
@@ -306,7 +311,9 @@ def test_a_full_disk_is_one_sentence_and_finished_videos_stay(made, copied, monk
 
 def test_the_report_asks_for_nothing_from_elsewhere(made):
     html = (made[0] / "report.html").read_text()
-    assert not re.findall(r"(?:src|href)=[\"']?(?!data:)[a-z]+:", html) and "http" not in html.replace("http://www.w3.org/2000/svg", "")
+    assert not re.findall(r"(?:src|href)=[\"']?(?!data:)[a-z]+:", html) and "http" not in html.replace(
+        "http://www.w3.org/2000/svg", ""
+    )
     assert "Too few videos to tell: 2 of each method" in html
 
 
@@ -321,7 +328,9 @@ def test_no_text_of_a_prompt_ends_the_script():
 def test_the_leaderboard_ranks_the_lines_of_comparable_folders(made, tmp_path):
     path, other = made[0] / "methods.jsonl", tmp_path / "other.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    other.write_text("".join(json.dumps({**line, "machine": "H200", "drift": line["drift"] + 1}) + "\n" for line in lines))
+    other.write_text(
+        "".join(json.dumps({**line, "machine": "H200", "drift": line["drift"] + 1}) + "\n" for line in lines)
+    )
     board = format_board(read_lines([path, other, path]))
     rows = [line for line in board.splitlines() if line.startswith(("| plain", "| tokentrim_plus"))]
     drifts = [float(row.split(" | ")[1]) for row in rows]

@@ -26,7 +26,10 @@ if CHROMIUM is None:
 
 FRAMES, FPS = 72, 12
 DRIFTS = {"plain": 60, "tokentrim": 58, "tokentrim_plus": 4}  # levels that a video brightens by
-PROMPTS = ["a lighthouse </script> above the sea", "a red fox trots through fresh snow, seen from a low camera beside it"]
+PROMPTS = [
+    "a lighthouse </script> above the sea",
+    "a red fox trots through fresh snow, seen from a low camera beside it",
+]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,9 @@ def visit(browser, report):
     contexts = []
 
     def visit(width=1280, theme="light"):
-        context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=theme, accept_downloads=True)
+        context = browser.new_context(
+            viewport={"width": width, "height": 844}, color_scheme=theme, accept_downloads=True
+        )
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(30_000)
@@ -141,7 +146,9 @@ def test_the_table_sorts_by_each_column(visit):
 
 def test_videos_play_and_scrub_together(visit):
     page = visit()
-    page.wait_for_function("[...document.querySelectorAll('video')].slice(0, 3).every((video) => video.readyState >= 2)")
+    page.wait_for_function(
+        "[...document.querySelectorAll('video')].slice(0, 3).every((video) => video.readyState >= 2)"
+    )
     page.click(".bar button >> nth=0")
     page.wait_for_function("document.querySelector('video').currentTime > 0.5")
     now = times(page)
@@ -152,8 +159,13 @@ def test_videos_play_and_scrub_together(visit):
     page.evaluate(
         "(() => { const bar = document.querySelector('.bar input'); bar.value = 4; bar.dispatchEvent(new Event('input')); })()"
     )
-    page.wait_for_function("[...document.querySelectorAll('video')].slice(0, 3).every((video) => Math.abs(video.currentTime - 4) < 0.05)")
-    assert page.evaluate("[...document.querySelectorAll('video')].slice(0, 3).map((video) => video.videoWidth)") == [64] * 3
+    page.wait_for_function(
+        "[...document.querySelectorAll('video')].slice(0, 3).every((video) => Math.abs(video.currentTime - 4) < 0.05)"
+    )
+    assert (
+        page.evaluate("[...document.querySelectorAll('video')].slice(0, 3).map((video) => video.videoWidth)")
+        == [64] * 3
+    )
     page.select_option("select >> nth=0", "2")
     page.wait_for_function("document.querySelector('video').src.endsWith('00-2.mp4')")
     page.click("summary >> nth=0")

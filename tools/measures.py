@@ -20,7 +20,10 @@ SIDE, FLOW_SIDE = (
     120,
 )  # smallest shorter side of reduced frames, in pixels; also for the optical flow
 STILL = 1e-4  # share of the diagonal per frame: optical flow finds less than this between equal frames
-CUT_SIDE, ALIKE = 16, 0.5  # side of the pictures that are compared across a cut, and the correlation below which it is one
+CUT_SIDE, ALIKE = (
+    16,
+    0.5,
+)  # side of the pictures that are compared across a cut, and the correlation below which it is one
 LEVELS, FINE = 8, 64  # levels of each color channel in the histogram, and in the finer one behind it
 # (LEVELS, FINE): the share of each level in each fine one, from linear interpolation.
 SHARES = np.maximum(1 - np.abs(np.arange(LEVELS)[:, None] - np.linspace(0, LEVELS - 1, FINE)), 0)

@@ -14,7 +14,19 @@ from typing import Any
 
 
 FORMAT = 1
-NEEDED = {"format", "method", "checkpoint", "weights", "chunks", "drift", "difference", "low", "high", "pairs", "videos"}
+NEEDED = {
+    "format",
+    "method",
+    "checkpoint",
+    "weights",
+    "chunks",
+    "drift",
+    "difference",
+    "low",
+    "high",
+    "pairs",
+    "videos",
+}
 # What must be equal for drifts to be ranked together.
 GROUP = ("weights", "chunks", "num_frames", "size", "settings", "top", "prompts")
 HEADER = ("method", "drift", "against the reference [95%]", "motion", "cuts", "calls", "frames/s", "videos", "machine")

@@ -51,10 +51,16 @@ examples:
 def add_compared(group: argparse._ArgumentGroup) -> None:
     numbers = {name: number.parse for name, number in NUMBERS.items()}
     group.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt on each line")
-    group.add_argument("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(METHODS)} (default: all but paper)")
+    group.add_argument(
+        "--methods", nargs="+", metavar="NAME", help=f"of {', '.join(METHODS)} (default: all but paper)"
+    )
     group.add_argument("--layouts", nargs="+", metavar="NAME", help=f"of {', '.join(LAYOUTS)}, each with plain")
-    group.add_argument("--chunks", type=numbers["chunks"], metavar="N", help=f"of each video (default: {DEFAULTS['chunks']})")
-    group.add_argument("--seeds", type=numbers["seeds"], metavar="N", help=f"of each prompt (default: {DEFAULTS['seeds']})")
+    group.add_argument(
+        "--chunks", type=numbers["chunks"], metavar="N", help=f"of each video (default: {DEFAULTS['chunks']})"
+    )
+    group.add_argument(
+        "--seeds", type=numbers["seeds"], metavar="N", help=f"of each prompt (default: {DEFAULTS['seeds']})"
+    )
     group.add_argument("--first-seed", type=numbers["first_seed"], metavar="N", help="(default: 0)")
     group.add_argument(
         "--top",
@@ -78,9 +84,14 @@ def add_compared(group: argparse._ArgumentGroup) -> None:
 
 def add_machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--batch", type=NUMBERS["batch"].parse, metavar="N", help="videos at once (default: what memory allows, up to 8)"
+        "--batch",
+        type=NUMBERS["batch"].parse,
+        metavar="N",
+        help="videos at once (default: what memory allows, up to 8)",
     )
-    group.add_argument("--device", type=read_device, help="cpu, cuda, cuda:1, mps (default: an accelerator, or the CPU)")
+    group.add_argument(
+        "--device", type=read_device, help="cpu, cuda, cuda:1, mps (default: an accelerator, or the CPU)"
+    )
     group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else bfloat16)")
     group.add_argument("--offload", choices=OFFLOADS, default="none", help="as in `tokentrim generate`")
     group.add_argument("--trust-remote-code", action="store_true", help="run code in the checkpoint")

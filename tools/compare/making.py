@@ -141,7 +141,10 @@ class Maker:
             paths = stream.save_video(path, progress=False)
         seconds = (time.perf_counter() - start) / len(batch)
         cost = {"seconds": seconds, "calls": len(calls), "memory": most.bytes, "batch": len(batch), **self.machine}
-        return [self.finish(video, each, cost, most.decisions[number]) for number, (video, each) in enumerate(zip(batch, paths))]
+        return [
+            self.finish(video, each, cost, most.decisions[number])
+            for number, (video, each) in enumerate(zip(batch, paths))
+        ]
 
     def start(self, batch: list[Video], num_frames: int, most: "Memory") -> Any:
         """The stream of a batch: the noise of a video depends on its seed alone."""
@@ -252,7 +255,9 @@ def counted_calls(transformer: torch.nn.Module) -> Iterator[list]:
         hook.remove()
 
 
-def keep_frames(frames: Iterator[np.ndarray], wanted: set[int], kept: list[np.ndarray], top: float) -> Iterator[np.ndarray]:
+def keep_frames(
+    frames: Iterator[np.ndarray], wanted: set[int], kept: list[np.ndarray], top: float
+) -> Iterator[np.ndarray]:
     """The top of each frame; whole frames of some numbers are appended to `kept`."""
     for number, frame in enumerate(frames):
         if number in wanted:
@@ -264,7 +269,9 @@ def film_strip(frames: list[np.ndarray]) -> bytes:
     """A JPEG of frames, uint8 (H, W, 3), in a row."""
     height, width = frames[0].shape[:2]
     size = (max(round(width * STRIP_SIDE / height), 1), STRIP_SIDE)
-    row = np.concatenate([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames], 1)
+    row = np.concatenate(
+        [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames], 1
+    )
     buffer = io.BytesIO()
     Image.fromarray(row).save(buffer, "jpeg", quality=85)
     return buffer.getvalue()

@@ -12,7 +12,10 @@ import numpy as np
 FEWEST = 6
 SAMPLES = 10_000
 DRIFT = "color_distance"  # the measure that decides
-SLOWER, LEAPS = 0.7, 0.5  # share of the reference's late / early motion, and cuts a video more, that are worth a warning
+SLOWER, LEAPS = (
+    0.7,
+    0.5,
+)  # share of the reference's late / early motion, and cuts a video more, that are worth a warning
 
 
 def bootstrap(values: Sequence[float] | np.ndarray, num_samples: int = SAMPLES) -> tuple[float, float]:
@@ -94,7 +97,9 @@ def judge(name: str, mine: dict, theirs: dict, reference: str) -> Standing:
 def mean_measures(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """The mean of each measure over the videos for which it is defined."""
     names = lines[0]["measures"]
-    known = {name: [line["measures"][name] for line in lines if line["measures"].get(name) is not None] for name in names}
+    known = {
+        name: [line["measures"][name] for line in lines if line["measures"].get(name) is not None] for name in names
+    }
     return {name: float(np.mean(values)) if values else None for name, values in known.items()}
 
 
@@ -102,7 +107,9 @@ def tell_verdict(standings: Sequence[Standing], reference: str) -> str:
     """Which method drifts least, in a sentence or two; or that this cannot be told, and why."""
     rivals = [each for each in standings if each.name != reference and each.pairs]
     if not rivals:
-        return f"No pair of videos is finished: {reference} and another method are compared on the same prompt and noise."
+        return (
+            f"No pair of videos is finished: {reference} and another method are compared on the same prompt and noise."
+        )
     best = min(rivals, key=lambda each: each.difference)
     colors = f"colors end {best.means[DRIFT]:.1f} away from the start against {best.reference:.1f} of {reference}"
     interval = f"95% interval of the difference {best.low:+.1f} to {best.high:+.1f}, {best.pairs} videos"
@@ -129,5 +136,7 @@ def warn(best: Standing, base: Standing) -> str:
     if motion is not None and before is not None and motion < SLOWER * before:
         told += f" But its videos slow down: motion at the end is {motion:.2f} of that at the start, {before:.2f} with {base.name}."
     if best.means["cuts"] - base.means["cuts"] > LEAPS:
-        told += f" But its videos leap: {best.means['cuts']:.1f} cuts a video, {base.means['cuts']:.1f} with {base.name}."
+        told += (
+            f" But its videos leap: {best.means['cuts']:.1f} cuts a video, {base.means['cuts']:.1f} with {base.name}."
+        )
     return told

@@ -218,7 +218,9 @@ def check_methods(methods: dict[str, dict], settings: dict) -> None:
     for name in methods:
         other = folders.setdefault(slug(name), name)
         if other != name:
-            raise ValueError(f"`methods` must have names that differ in letters or digits, but {other!r} and {name!r} do not.")
+            raise ValueError(
+                f"`methods` must have names that differ in letters or digits, but {other!r} and {name!r} do not."
+            )
 
 
 def read_prompts(given: Any, world: Any) -> tuple[str, ...]:

@@ -76,7 +76,11 @@ class Results:
         ours = {**{name: getattr(plan, name) for name in FIXED}, **made_with}
         ours = json.loads(json.dumps(ours))
         about = self.read_about()
-        different = [f"{name} {about[name]!r:.60}, not {ours[name]!r:.60}" for name in ours if name in about and about[name] != ours[name]]
+        different = [
+            f"{name} {about[name]!r:.60}, not {ours[name]!r:.60}"
+            for name in ours
+            if name in about and about[name] != ours[name]
+        ]
         before, prompts = tuple(about.get("prompts", ())), plan.prompts
         if before[: len(prompts)] != prompts[: len(before)]:
             different.append("other prompts")
@@ -85,7 +89,9 @@ class Results:
             if about.get("methods", {}).get(name, asked[name]) != asked[name]:
                 different.append(f"{name} is {about['methods'][name]!r:.60}, not {asked[name]!r:.60}")
         if different:
-            raise ValueError(f"--out: {self.out} holds another comparison ({'; '.join(different)}): name another folder.")
+            raise ValueError(
+                f"--out: {self.out} holds another comparison ({'; '.join(different)}): name another folder."
+            )
         joined = replace(
             plan,
             prompts=max(before, prompts, key=len),
