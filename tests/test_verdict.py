@@ -1,19 +1,23 @@
 """The verdict of `tokentrim drift`: a sentence, two videos side by side, an exit code, convergence of prompts."""
 
 import json
+import re
 import shutil
 import subprocess
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from conftest import ROOT
 
+from tokentrim.tokentrim_frames.mp4 import save_video
 from tokentrim.tools.cli import main
 from tokentrim.tools.decoding import read_rate
 from tokentrim.tools.drift import judge, measure_convergence, measure_video
 from tokentrim.tools.verdict import describe, exceeding, format_verdicts
 
 
+DOCS = ROOT / "docs" / "drift.md"
 NUM_FRAMES = 161  # the first one, and 20 segments of 8
 
 
@@ -147,3 +151,32 @@ def test_prompts_come_from_the_records_beside_videos(folder, tmp_path, capsys):
     (tmp_path / "third.json").write_text(json.dumps({"prompt": "a whale"}))
     assert main(["drift", str(tmp_path)]) == 0
     assert "Convergence" in capsys.readouterr().out
+
+
+def test_the_page_quotes_what_the_command_says(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (quoted,) = re.findall(r"`tokentrim (drift [^`]+)` says:\n\n```text\n(.*?)\n```", DOCS.read_text(), flags=re.S)
+    assert main(quoted[0].split()) == 0
+    assert capsys.readouterr().out.split("\n\n")[0] == quoted[1]
+
+
+def test_only_the_top_is_measured_where_that_is_asked_for(tmp_path, capsys):
+    frames = clip()
+    frames[:, 12:] = clip(drift=0.4)[:, 12:]
+    save_video(tmp_path / "x.mp4", frames, 16)
+    for top, drifts in (("1", True), ("0.6", True), ("0.5", False), ("0.001", False)):
+        assert main(["drift", str(tmp_path / "x.mp4"), "--top", top]) == 0
+        assert capsys.readouterr().out.startswith("x.mp4 drifts: ") == drifts, top
+    for top in ("0", "1.1", "nan", "-1"):
+        with pytest.raises(SystemExit):
+            main(["drift", str(tmp_path / "x.mp4"), f"--top={top}"])
+
+
+def test_cuts_are_counted_and_drift_is_none():
+    frames = np.random.default_rng(1).integers(0, 256, (3, 6, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    scenes = np.concatenate([frames[[scene] * 30] for scene in (0, 1, 0, 2)])
+    assert measure_video("x", scenes).measures()["cuts"] == 3
+    fading = (frames[[0] * 60] * np.linspace(1, 0.2, 60)[:, None, None, None]).astype(np.uint8)
+    moving = np.stack([np.roll(frames[0], frame // 2, axis=1) for frame in range(60)])
+    for still in (fading, moving, np.full((60, 48, 64, 3), 90, np.uint8)):
+        assert measure_video("x", still).measures()["cuts"] == 0

@@ -108,6 +108,12 @@ def read_frames(path: Path, limits: Limits = Limits()) -> Iterator[np.ndarray]:
             yield frame
 
 
+def crop_top(frames: Iterator[np.ndarray], top: float) -> Iterator[np.ndarray]:
+    """The top of each frame, as a share of its height: where the rest is meant to change, as the ground under a sky."""
+    for frame in frames:
+        yield frame[: max(round(top * len(frame)), 1)]
+
+
 def read_pictures(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> Iterator[np.ndarray]:
     size = None
     for path in paths:

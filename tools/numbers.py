@@ -43,6 +43,7 @@ def whole(minimum: int) -> Number:
 
 FPS = Number(False, "a number from 0.01 to 1000", lambda value: 0.01 <= value <= 1000)
 DISTANCE = Number(False, "a finite number >= 0", lambda value: value >= 0)
+TOP = Number(False, "a number above 0, up to 1", lambda share: 0 < share <= 1)
 SEED = Number(True, "an int from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 PORT = Number(True, "an int from 1 to 65535", lambda value: 1 <= value <= 65535)
 LONGEST = 10**7  # frames: a week at 16 per second; longer videos are endless

@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..numbers import DISTANCE
+from ..numbers import DISTANCE, TOP
 from ..targets import TARGETS, check_targets
 from . import add_command, usage
 
@@ -42,6 +42,13 @@ examples:
         metavar="D",
         help="exit with 3 if the colors of a video end farther than this from its start, in %% of black to white",
     )
+    parser.add_argument(
+        "--top",
+        type=TOP.parse,
+        default=1.0,
+        metavar="SHARE",
+        help="measure only this share of the picture, from the top, where the rest is meant to change (default: 1)",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="figure to write: .png, .pdf or .svg")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all measures, and their values over time")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="all measures, a row for each video")
@@ -56,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         from ..decoding import read_rate
         from ..drift import format_report, measure_video, write_csv, write_json
         from ..drift_plot import write_plot
-        from ..frames import find_videos, read_frames
+        from ..frames import crop_top, find_videos, read_frames
         from ..records import read_prompt
         from ..verdict import exceeding, format_side_by_side, format_verdicts
     except ImportError as error:
@@ -68,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
     for path in videos:
         try:
             frames = tqdm(read_frames(path), desc=path.name, unit=" frames", leave=False, disable=None)
+            frames = crop_top(frames, options.top)
             drifts.append(measure_video(str(path), frames, read_rate(path), read_prompt(path)))
         except ValueError as error:  # the other videos are worth their numbers
             print(f"tokentrim drift: error: {error}", file=sys.stderr)

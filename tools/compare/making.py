@@ -25,7 +25,7 @@ from ...tokentrim_frames.summary import count_events
 from ...tokentrim_writing import write_whole
 from ..checkpoints import download, find_checkpoint
 from ..drift import NUM_SEGMENTS, measure_video
-from ..frames import read_frames
+from ..frames import crop_top, read_frames
 from ..loading import find_device, free_memory, load_checkpoint, load_without_weights, place
 from ..memory import estimate_memory
 from ..records import fingerprint_folder
@@ -160,7 +160,7 @@ class Maker:
         """Measure a video from its file, put the file in its place, and say all about it in a line."""
         target, kept = self.results.out / f"{video.stem}.mp4", []
         wanted = set(np.linspace(0, self.num_frames - 1, STRIP_FRAMES).round().astype(int).tolist())
-        frames = keep_frames(read_frames(growing), wanted, kept, self.plan.top)
+        frames = crop_top(keep_frames(read_frames(growing), wanted, kept), self.plan.top)
         drift = measure_video(str(growing), frames, self.pipe.fps, video.prompt)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target.with_suffix(".jpg"), film_strip(kept))
@@ -255,14 +255,12 @@ def counted_calls(transformer: torch.nn.Module) -> Iterator[list]:
         hook.remove()
 
 
-def keep_frames(
-    frames: Iterator[np.ndarray], wanted: set[int], kept: list[np.ndarray], top: float
-) -> Iterator[np.ndarray]:
-    """The top of each frame; whole frames of some numbers are appended to `kept`."""
+def keep_frames(frames: Iterator[np.ndarray], wanted: set[int], kept: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same frames; those of some numbers are appended to `kept`."""
     for number, frame in enumerate(frames):
         if number in wanted:
             kept.append(frame)
-        yield frame[: max(round(top * len(frame)), 1)]
+        yield frame
 
 
 def film_strip(frames: list[np.ndarray]) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 from ..checkpoints import check_code, check_parts, check_size, find_checkpoint
 from ..jobs import check_inputs, check_settings, read_text
 from ..names import LAYOUTS, METHODS, check_layout, check_method
-from ..numbers import SEED, Number, whole
+from ..numbers import SEED, TOP, Number, whole
 from ..worlds import WORLDS
 
 
@@ -20,7 +20,6 @@ DEFAULTS = {"methods": ["plain", "tokentrim", "tokentrim_plus"], "layouts": [], 
 QUICK = {"chunks": 40, "seeds": 3}
 QUICK_PROMPTS = 2
 MAX_SEEDS = 1000  # of a prompt: seeds of the next prompt begin after them
-TOP = Number(False, "a number above 0, up to 1", lambda share: 0 < share <= 1)
 NUMBERS = {
     "chunks": whole(2),
     "seeds": Number(True, f"an int from 1 to {MAX_SEEDS}", lambda number: 1 <= number <= MAX_SEEDS),
