@@ -6,7 +6,7 @@ const find = (selector, inside = document) => inside.querySelector(selector);
 const color = (name) => `var(--c${Object.keys(about.methods).indexOf(name) % 8})`;
 const isNumber = (value) => typeof value === "number";
 const fixed = (digits, sign = false) => (value) =>
-  isNumber(value) ? (sign && value >= 0 ? "+" : "") + value.toFixed(digits) : "";
+  isNumber(value) ? (sign && value >= 0 ? "+" : "") + value.toFixed(digits) : "-";
 
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
