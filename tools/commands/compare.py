@@ -30,7 +30,7 @@ By default, prompts are those of a shipped world, or twelve that come with the c
   prompts: prompts.txt            # or a list of texts
   methods:                        # names, or arguments of the pipeline's call by name
     plain: {{method: plain}}
-    held: {{method: {{reanchor: {{tolerance: null}}}}, window_size: 12}}
+    moments: {{method: {{reanchor: {{match: moments}}}}, window_size: 12}}
   layouts: [longlive]             # each with the plain method
   settings: {{height: 240, width: 416}}
 
