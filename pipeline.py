@@ -12,6 +12,8 @@ from .tokentrim_backbones.wan import rotary_dims
 from .tokentrim_checks import check
 from .tokentrim_files.bundle import bundle
 from .tokentrim_files.checkpoint import check_portable
+from .tokentrim_files.foreign import rollout_settings
+from .tokentrim_files.loaders import name_loaders
 from .tokentrim_files.run_state import load_state
 from .tokentrim_frames.colors import color_drift
 from .tokentrim_frames.comparison import Comparison

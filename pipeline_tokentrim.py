@@ -4,7 +4,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -32,7 +32,9 @@ from .tokentrim_backbones.registry import backbone_of
 from .tokentrim_backbones.wan import rotary_dims
 from .tokentrim_checks import check
 from .tokentrim_files.bundle import bundle
-from .tokentrim_files.checkpoint import SETTINGS, CheckpointMixin, check_portable
+from .tokentrim_files.checkpoint import CheckpointMixin, complete_settings
+from .tokentrim_files.foreign import rollout_settings
+from .tokentrim_files.loaders import name_loaders
 from .tokentrim_files.run_state import load_state
 from .tokentrim_frames.colors import color_drift
 from .tokentrim_frames.comparison import Comparison
@@ -116,11 +118,6 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
     # Base classes for custom methods and layouts: `class Mine(pipe.ContextPolicy)`, `class Mine(pipe.Layout)`.
     ContextPolicy, Layout, View = ContextPolicy, Layout, View
 
-    if TYPE_CHECKING:  # Diffusers has no types
-
-        @classmethod
-        def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self: ...
-
     Comparison = Comparison  # rollouts side by side: `pipe.Comparison({"plain": plain, "held": held})`
 
     def __init__(
@@ -144,8 +141,7 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
         prompt_transition: str | None = None,
         fps: int | float | None = None,
     ):
-        settings = {name: value for name, value in locals().items() if name in SETTINGS}
-        check_portable(settings)
+        settings = complete_settings(locals())
         is_wan = vae is None or "scale_factor_temporal" in vae.config
         check(is_wan, "vae", type(vae).__name__, "an AutoencoderKLWan, from a causal Wan checkpoint")
         scheduler = lift_scheduler(scheduler) if isinstance(scheduler, SchedulerMixin) else scheduler

@@ -5,13 +5,15 @@ beside the weights."""
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from diffusers import AnyFlowFARPipeline, SchedulerMixin
 
 from ..tokentrim_checks import check, check_number
 from ..tokentrim_writing import check_target, write_whole
 from .bundle import bundle, is_bundle
+from .foreign import FOREIGN_CONFIG, STOCK_CLASS, rollout_settings
+from .loaders import name_loaders
 
 
 INDEX, PIPELINE, PIPELINE_FILE = "model_index.json", "TokenTrimPipeline", "pipeline_tokentrim.py"
@@ -37,6 +39,11 @@ class CheckpointMixin:
     scheduler: SchedulerMixin | None
     _code: Path  # the file of the pipeline
 
+    if TYPE_CHECKING:  # Diffusers has no types
+
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self: ...
+
     @classmethod
     def load_config(cls, *args, **kwargs):
         """As in Diffusers, but without the file of code that a checkpoint names: this class is the code."""
@@ -45,6 +52,11 @@ class CheckpointMixin:
         if isinstance(index.get("_class_name"), (list, tuple)):
             index["_class_name"] = cls.__name__
         return loaded
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
+        """As in Diffusers, but folders that other programs wrote name classes that exist."""
+        return super().extract_init_dict(name_loaders(config_dict), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, include_code: bool = False, **kwargs) -> None:
         """
@@ -71,6 +83,27 @@ class CheckpointMixin:
         """
         super().save_config(save_directory, **kwargs)
         name_classes(save_directory, self.scheduler)
+
+
+def complete_settings(arguments: dict[str, Any]) -> dict[str, Any]:
+    """
+    The settings of a pipeline: those among its arguments, else those that its transformer came with, from a folder that another
+    program wrote.
+
+    Raises:
+        `TypeError`, `ValueError`: a setting is invalid, or the transformer is that of a bidirectional model.
+    """
+    settings, config = {name: arguments[name] for name in SETTINGS}, getattr(arguments["transformer"], "config", {})
+    check_portable(settings)
+    foreign = config.get(FOREIGN_CONFIG)
+    is_bidirectional = isinstance(foreign, dict) and foreign["class"] == STOCK_CLASS
+    if is_bidirectional and all(settings[name] is None for name in (*ROLLOUT_SETTINGS, "layout")):
+        raise ValueError(
+            f"`transformer` must be that of a causal model, but is the {STOCK_CLASS} of a bidirectional Wan pipeline. Pass"
+            " `transformer=`; or, where these weights are causal, their rollout, such as `rollout='self_forcing'`."
+        )
+    came = rollout_settings(config)
+    return {name: came.get(name) if value is None else value for name, value in settings.items()}
 
 
 def check_portable(settings: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..tokentrim_files.foreign import folder_settings
 from .component_sizes import check_components
 from .headers import TensorInfo, read_header
 from .names import FPS, INDEX
@@ -87,6 +88,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"`checkpoint`: {path} must hold one JSON object.")
     return content
+
+
+def read_rollout(folder: Path) -> dict[str, Any]:
+    """A checkpoint's index, with the rollout settings that another program wrote into its transformer's config."""
+    index, config = read_json(folder / INDEX), folder / "transformer" / "config.json"
+    settings = folder_settings(index, read_json(config) if config.is_file() else {})
+    return {**index, **{name: value for name, value in settings.items() if index.get(name) is None}}
 
 
 def check_code(folder: Path, trust_remote_code: bool) -> None:

@@ -16,6 +16,7 @@ from ..tokentrim_backbones.wan import WanBackbone
 from ..tokentrim_files.checkpoint import INDEX, SETTINGS
 from ..tokentrim_policies.stability import token_grid
 from ..tokentrim_views.layout import Layout, Pass, View
+from .checkpoints import read_rollout
 from .component_sizes import check_components
 from .headers import read_header
 from .loading import load_checkpoint
@@ -63,8 +64,10 @@ def examine(
             odd.append(f"there is no {part}: {'no latents become frames' if part == 'vae' else 'no prompt is read'}")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    missing = {part: None for part in OPTIONAL if not has_part(folder, index, part)}
-    pipe = load_checkpoint(folder, dtype, **missing).to(device)
+    given = {part: None for part in OPTIONAL if not has_part(folder, index, part)}
+    if not any(index.get(name) for name in SETTINGS):
+        given["rollout"] = "self_forcing"  # to examine bidirectional models too, which do not load without one
+    pipe = load_checkpoint(folder, dtype, **given).to(device)
     pipe.set_progress_bar_config(disable=True)
     odd += check_settings(pipe, index)
 
@@ -125,7 +128,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     for part in ("transformer", "text_encoder", "vae"):
         if has_part(folder, index, part) and list((folder / part).glob("*.safetensors")):
             read_header(folder / part)  # complete, or an error that says which file is not
-    return index
+    return read_rollout(folder)
 
 
 def has_part(folder: Path, index: dict[str, Any], part: str) -> bool:

@@ -12,6 +12,8 @@ from accelerate import init_empty_weights
 
 from ..pipeline_tokentrim import TokenTrimPipeline
 from ..tokentrim_checks import check
+from ..tokentrim_files.foreign import foreign_class
+from ..tokentrim_files.loaders import FOREIGN_LOADERS
 from .checkpoints import check_code, check_parts, download, find_checkpoint, read_json
 from .component_sizes import check_components
 from .names import INDEX
@@ -63,6 +65,11 @@ def load_without_weights(checkpoint: str | Path) -> TokenTrimPipeline:
             elif name == "text_encoder" and library == "transformers":
                 config = transformers.AutoConfig.from_pretrained(folder / name, trust_remote_code=False)
                 models[name] = getattr(transformers, kind)(config)
+        if (foreign := foreign_class(read_json(folder / INDEX))) is not None:
+            loader = FOREIGN_LOADERS[foreign]
+            models["transformer"] = loader.from_config(
+                loader.load_config(folder / "transformer", local_files_only=True)
+            )
     return load_checkpoint(folder, **models)
 
 

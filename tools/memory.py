@@ -4,8 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import count_parameters, read_geometry, read_json
-from .names import INDEX
+from .checkpoints import count_parameters, read_geometry, read_rollout
 
 
 GIB = 2**30
@@ -24,7 +23,7 @@ def estimate_memory(folder: Path, settings: dict, dtype: str, offload: str = "no
         dtype (`str`): of the weights, as PyTorch names it.
         offload (`str`): `"none"`, `"model"`, `"sequential"` or `"group"`.
     """
-    index, geometry = read_json(folder / INDEX), read_geometry(folder)
+    index, geometry = read_rollout(folder), read_geometry(folder)
     settings = {**{name: value for name, value in index.items() if value is not None}, **settings}
     parameters = count_parameters(folder)
     largest = max(parameters.values(), default=0)

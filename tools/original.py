@@ -131,7 +131,9 @@ def infer_config(path: Path, tensors: Mapping[str, TensorInfo], attention_head_d
     names = ("patch_embedding", "text_embedding.0", "time_embedding.0", "blocks.0.ffn.0", "head.head")
     shapes = {name: tensors[f"{name}.weight"].shape for name in names if f"{name}.weight" in tensors}
     lacks = [name for name in names if len(shapes.get(name, ())) != (5 if name == "patch_embedding" else 2)]
-    given = f"{path} has no {', '.join(lacks)}; it begins with {', '.join(list(tensors)[:3])}"
+    is_converted = any(name.startswith("condition_embedder.") for name in tensors)
+    hint = " (Diffusers' names: its folder loads as it is)" if is_converted else ""
+    given = f"{path} has no {', '.join(lacks)}; it begins with {', '.join(list(tensors)[:3])}{hint}"
     require(not lacks, "path", "a Wan transformer under its original names", given)
     width, in_channels, *patch_size = shapes["patch_embedding"]
     valid = f"a divisor of the width {width} of {path}"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ..folders import check_new_folder
+from ..names import INDEX
 from ..presets import PRESETS
 from . import DTYPES, add_command
 
@@ -64,6 +65,9 @@ def run(options: argparse.Namespace) -> int:
     for name, path in (("path", options.path), ("base", options.base), ("lora", options.lora)):
         if path is not None and not path.exists():
             raise ValueError(f"`{name}` must be a file or a folder, but {path} does not exist.")
+    if options.path is not None and (options.path / INDEX).is_file():
+        valid = "an original file: a folder in Diffusers format needs no conversion"
+        raise ValueError(f"`path` must be {valid}, and {options.path} has a {INDEX}.")
     if options.check and options.path is None:
         from ..dry_run import describe_presets
 
