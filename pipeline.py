@@ -14,6 +14,7 @@ from .tokentrim_files.bundle import bundle
 from .tokentrim_files.checkpoint import check_portable
 from .tokentrim_files.foreign import rollout_settings
 from .tokentrim_files.loaders import name_loaders
+from .tokentrim_files.packing import pack_state
 from .tokentrim_files.run_state import load_state
 from .tokentrim_frames.colors import color_drift
 from .tokentrim_frames.comparison import Comparison
@@ -42,6 +43,7 @@ from .tokentrim_policies.stability import token_grid
 from .tokentrim_policies.trim import TokenTrim
 from .tokentrim_scheduler import lift_scheduler
 from .tokentrim_session.arguments import plan_rollout
+from .tokentrim_session.chunk import Chunk
 from .tokentrim_session.compatibility import fit_layout
 from .tokentrim_session.denoise import Denoiser
 from .tokentrim_session.draft import Draft
@@ -49,6 +51,7 @@ from .tokentrim_session.encode import encode_prompts
 from .tokentrim_session.examples import CALL_EXAMPLE
 from .tokentrim_session.gather import gather
 from .tokentrim_session.given import read_video
+from .tokentrim_session.history import History
 from .tokentrim_session.host import Pipeline
 from .tokentrim_session.keywords import CallArguments
 from .tokentrim_session.noise import Noise

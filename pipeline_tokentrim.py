@@ -35,6 +35,7 @@ from .tokentrim_files.bundle import bundle
 from .tokentrim_files.checkpoint import CheckpointMixin, complete_settings
 from .tokentrim_files.foreign import rollout_settings
 from .tokentrim_files.loaders import name_loaders
+from .tokentrim_files.packing import pack_state
 from .tokentrim_files.run_state import load_state
 from .tokentrim_frames.colors import color_drift
 from .tokentrim_frames.comparison import Comparison
@@ -63,13 +64,15 @@ from .tokentrim_policies.stability import token_grid
 from .tokentrim_policies.trim import TokenTrim
 from .tokentrim_scheduler import lift_scheduler
 from .tokentrim_session.arguments import bind_call, plan_rollout
+from .tokentrim_session.chunk import Chunk
 from .tokentrim_session.compatibility import fit_layout
 from .tokentrim_session.denoise import Denoiser
 from .tokentrim_session.draft import Draft
-from .tokentrim_session.encode import encode_given, encode_prompts
+from .tokentrim_session.encode import encode_prompts
 from .tokentrim_session.examples import CALL_EXAMPLE, STREAM_EXAMPLE, with_example
 from .tokentrim_session.gather import gather, join_chunks
 from .tokentrim_session.given import read_video
+from .tokentrim_session.history import History
 from .tokentrim_session.host import Pipeline
 from .tokentrim_session.keywords import CallArguments
 from .tokentrim_session.noise import Noise
@@ -80,8 +83,8 @@ from .tokentrim_session.prompts import PromptChange
 from .tokentrim_session.recording import Recording
 from .tokentrim_session.run import Rollout
 from .tokentrim_session.schedule import Scheduler
-from .tokentrim_session.start import resume_stream, start_stream
-from .tokentrim_session.stream import Chunk, Stream
+from .tokentrim_session.start import begin_run, resume_stream, start_stream
+from .tokentrim_session.stream import Stream
 from .tokentrim_views.averages import MemRoPE
 from .tokentrim_views.deep_sink import DeepSink
 from .tokentrim_views.layout import Layout, View
@@ -320,6 +323,7 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
         preview_vae: Any = None,
         state_dir: str | os.PathLike | None = None,
         save_every: int = 10,
+        keep_states: int = 0,
         **kwargs: Unpack[CallArguments],
     ) -> Stream:
         """
@@ -330,6 +334,8 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
             preview_vae (*optional*): a faster, rougher VAE to decode with, such as `AutoencoderTinyVideo` or TAEHV.
             state_dir (`str` or `os.PathLike`, *optional*): folder that the run is saved to, for [`resume`].
             save_every (`int`, defaults to `10`): chunks between two saved states.
+            keep_states (`int`, defaults to `0`): chunks that [`Stream.back`] can take back. Their states, each as large as
+                the cache, are kept in memory, or in `state_dir`.
 
         Examples:
 
@@ -337,7 +343,9 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
             [`Stream`]: an iterator over finished chunks, each with `index`, `latents`, `frames` and `decisions`, and a
             context manager. The transformer is restored when it ends or is closed.
         """
-        return start_stream(self, bind_call(self, prompt, *args, **kwargs), preview_vae, state_dir, save_every)
+        return start_stream(
+            self, bind_call(self, prompt, *args, **kwargs), preview_vae, state_dir, save_every, keep_states
+        )
 
     @torch.no_grad()
     def resume(self, state_dir: str | os.PathLike, preview_vae: Any = None, **objects) -> Stream:
@@ -399,13 +407,7 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
     @torch.no_grad()
     def begin(self, plan: RolloutPlan) -> Rollout:
         """A new run of a planned call: prompts and frames to continue are encoded, nothing is denoised yet."""
-        check_free(self.transformer)
-        device = self._execution_device
-        prompt, given = encode_prompts(self, plan, device), encode_given(self, plan, device)
-        run = Rollout(self, plan, prompt, device, given)
-        for index, change in plan.inputs.prompt_changes.items():
-            run.schedule_change(index, change)
-        return run
+        return begin_run(self, plan)
 
     @torch.no_grad()
     def decode_latents(

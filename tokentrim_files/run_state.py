@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import Timeout
 from safetensors import SafetensorError
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ..tokentrim_checks import check, shown
 from ..tokentrim_writing import locked, whole_folder
+from .packing import pack_state, unpack_state
 
 
 CODE_VERSION = "0.2.0"  # the package's, also where these files are loaded without it
@@ -38,14 +38,16 @@ UNREADABLE = (  # what damaged and made-up states raise, of JSON, safetensors, P
 state_logger = logging.getLogger("tokentrim.state")
 
 
-def save_state(folder: str | os.PathLike, number: int, state: dict) -> Path:
+def save_state(folder: str | os.PathLike, number: int, state: dict, keep: int = 0) -> Path:
     """
-    Write a state as `folder/state-<number>` (where that is taken, `state-<number>-001`), then remove the others.
+    Write a state as `folder/state-<number>` (where that is taken, `state-<number>-001`), then remove all
+    others but the last `keep` with lower numbers.
 
     Args:
         folder (`str` or `os.PathLike`): made where it does not exist.
         number (`int`): orders the states of a folder.
         state (`dict`): nested dicts and lists of numbers, strings, `None` and tensors.
+        keep (`int`): numbers whose states stay.
 
     Returns:
         `Path`: the state's folder.
@@ -58,8 +60,7 @@ def save_state(folder: str | os.PathLike, number: int, state: dict) -> Path:
     names = [f"state-{number:08}", *(f"state-{number:08}-{again:03}" for again in range(1, 1000))]
     target = next(folder / name for name in names if not (folder / name).exists())  # the one before stays meanwhile
     _sweep(folder)
-    tensors: dict[str, torch.Tensor] = {}
-    plain = _without_tensors(state, tensors)
+    plain, tensors = pack_state(state)
     try:
         with lock_state(folder), whole_folder(target) as unfinished:
             save_file(tensors, unfinished / TENSORS)
@@ -70,22 +71,23 @@ def save_state(folder: str | os.PathLike, number: int, state: dict) -> Path:
         number = error.errno if isinstance(error, OSError) else None
         told = f"The state could not be written, the one before is still there: {error}"
         raise OSError(number, told, str(target)) from error
-    for older in _states(folder):
-        if older != target:
-            shutil.rmtree(older, ignore_errors=True)
+    lower = sorted({each for each in list_numbers(folder) if each < number})
+    for other in _states(folder):
+        if other != target and _number(other) not in lower[len(lower) - keep :]:
+            shutil.rmtree(other, ignore_errors=True)
     return target
 
 
-def load_state(folder: str | os.PathLike) -> dict:
+def load_state(folder: str | os.PathLike, number: int | None = None) -> dict:
     """
-    The newest whole state of a folder.
+    The newest whole state of a folder, or the newest with a number.
 
     Raises:
         `ValueError`: there is none, all are damaged, or it has another format. What other code wrote in this format is
             loaded, and told to the logger `tokentrim.state`: it goes on, but not to the same bits.
     """
     damaged = []
-    for path in reversed(_states(Path(folder))):
+    for path in reversed([each for each in _states(Path(folder)) if number in (None, _number(each))]):
         try:
             record = json.loads((path / STATE).read_text())
             version, code, plain = record["version"], record.get("code", "unknown versions"), record["state"]
@@ -104,7 +106,7 @@ def load_state(folder: str | os.PathLike) -> dict:
                 if code != ours:
                     message = "%s was written by %s, and goes on with %s: bits may differ."
                     state_logger.warning(message, path, code, ours)
-                state = _with_tensors(plain, load_file(path / TENSORS))
+                state = unpack_state(plain, load_file(path / TENSORS))
                 return {**{}, **state}  # a dict, or a `TypeError`
             damaged.append(path.name)
         except UNREADABLE as error:
@@ -161,6 +163,18 @@ def remove_states(folder: str | os.PathLike) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def list_numbers(folder: str | os.PathLike) -> list[int]:
+    """Of the states of a folder, oldest first."""
+    return [_number(path) for path in _states(Path(folder))]
+
+
+def forget_states(folder: str | os.PathLike, number: int) -> None:
+    """Remove the states with higher numbers, the newest first."""
+    for path in reversed(_states(Path(folder))):
+        if _number(path) > number:
+            shutil.rmtree(path)
+
+
 def fingerprint(module: torch.nn.Module) -> str:
     """Of a model's weights: names, shapes, dtypes, and 4,096 values of each, evenly spaced."""
     digest = hashlib.sha256()
@@ -213,7 +227,7 @@ def record_call(call: dict) -> dict:
         if name == "generator":
             value = [each.device.type for each in value] if isinstance(value, list) else value and value.device.type
         try:
-            _without_tensors(value, {})
+            pack_state(value)
             values[name] = value
         except TypeError:
             objects.append(name)
@@ -249,6 +263,10 @@ def _states(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("state-*") if path.is_dir())
 
 
+def _number(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
 def _code_versions() -> str:
     return f"tokentrim {CODE_VERSION} with torch {torch.__version__}"
 
@@ -257,34 +275,6 @@ def _sweep(folder: Path) -> None:
     """Remove what processes left that were killed while they saved."""
     for path in folder.glob(".state-*.unfinished"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The same, with references in the place of tensors, which go to `tensors`."""
-    if isinstance(value, torch.Tensor):
-        name = f"{len(tensors):06}"
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-        return {"tensor": name, "device": value.device.type}
-    if isinstance(value, dict):
-        return {"dict": [[_without_tensors(each, tensors) for each in item] for item in value.items()]}
-    if isinstance(value, (list, tuple)):
-        return [_without_tensors(each, tensors) for each in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"A state cannot hold {value!r}: numbers, strings, tensors, and lists and dicts of them.")
-
-
-def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_with_tensors(each, tensors) for each in value]
-    if isinstance(value, dict) and "tensor" in value:
-        # A copy: in the file a tensor may begin anywhere, and a matrix product's last bits depend on that.
-        return tensors[value["tensor"]].clone().to(value["device"] if value["device"] != "meta" else "cpu")
-    if isinstance(value, dict):
-        return {_with_tensors(key, tensors): _with_tensors(each, tensors) for key, each in value["dict"]}
-    return value
 
 
 def _sha256(content: bytes) -> str:

@@ -186,6 +186,7 @@ class RollingKVCache:
 
     def load_state_dict(self, state: dict) -> None:
         self.frames, self.next_frame = list(state["frames"]), state["next_frame"]
+        self._is_cut = False
         self.book = TokenBook(*state["book"])
         self._layers = {}
         for index, (tables, device) in enumerate(zip(state["layers_at_home"], state["devices"])):

@@ -9,6 +9,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..tokentrim_checks import check, check_tensor
 from .plan import Sizes
+from .schedule import Scheduler
 
 
 class Noise:
@@ -101,3 +102,38 @@ def check_draws(generator: Any, latents: torch.Tensor | None, shape: Sequence[in
     check(of_type, "generator", generator, "a torch.Generator or a list of them", TypeError)
     fits = not isinstance(generator, list) or len(generator) == shape[0]
     check(fits, "generator", generator, f"one generator or a list of {shape[0]}, one for each video")
+
+
+def make_solver_generators(
+    scheduler: Scheduler, generator: torch.Generator | list[torch.Generator], num_videos: int
+) -> list[torch.Generator] | None:
+    """One generator for each video, for schedulers that draw inside `step`, since a regeneration replays the draws of
+    some videos. Their seeds come from a copy of the noise's generator, so that the noise does not depend on the
+    scheduler."""
+    if not scheduler.draws_inside:
+        return None
+    given = generator if isinstance(generator, list) else [generator]
+    seeds = []
+    for each in given:
+        copied = torch.Generator(each.device)
+        copied.set_state(each.get_state())
+        seeds += torch.randint(2**62, (num_videos // len(given),), generator=copied, device=each.device).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def check_like(generator: Any, known: torch.Generator | list[torch.Generator]) -> None:
+    """Refuse what cannot take the place of the generators of a run."""
+    theirs, ours = (each if isinstance(each, list) else [each] for each in (generator, known))
+    of_type = isinstance(generator, list) == isinstance(known, list) and len(theirs) == len(ours)
+    of_type = of_type and all(isinstance(each, torch.Generator) for each in theirs)
+    valid = f"a list of {len(ours)} generators" if isinstance(known, list) else "a torch.Generator"
+    check(of_type, "generator", generator, f"{valid}, as the call's", TypeError)
+    for each, our in zip(theirs, ours):
+        check(each.device.type == our.device.type, "generator", str(each.device), f"on {our.device}, as the call's")
+
+
+def copy_states(generator: torch.Generator | list, known: torch.Generator | list) -> None:
+    """Let known generators draw what others would."""
+    theirs, ours = (each if isinstance(each, list) else [each] for each in (generator, known))
+    for each, our in zip(theirs, ours):
+        our.set_state(each.get_state())

@@ -25,6 +25,7 @@ class Progress:
     def __init__(self, sizes: Sizes, first_chunk: int, fps: float):
         self.fps, self.num_chunks = fps, first_chunk
         self.num_frames = sum(map(sizes.chunk_frames, range(first_chunk)))
+        self._events: dict[int, Counter] = {}  # by chunk
         self.planned = None if sizes.is_endless else (len(sizes.chunk_partition), sizes.num_frames)
         self.num_videos, self.counts = sizes.num_videos, Counter()
         self._chunk_frames = sizes.chunk_frames
@@ -33,7 +34,15 @@ class Progress:
         """A chunk is finished."""
         self.num_chunks = chunk.index + 1
         self.num_frames += self._chunk_frames(chunk.index)
-        self.counts += count_events(chunk.decisions)
+        self._events[chunk.index] = count_events(chunk.decisions)
+        self.counts += self._events[chunk.index]
+
+    def cut_back(self, index: int) -> None:
+        """The chunks from `index` on are taken back."""
+        for chunk in range(index, self.num_chunks):
+            self.num_frames -= self._chunk_frames(chunk)
+            self.counts -= self._events.pop(chunk, Counter())
+        self.num_chunks = min(index, self.num_chunks)
 
     def tell(self) -> str:
         """`12 of 40 chunks (3.0 of 10.0 s): 11 held, 0 trimmed, 0 quarantined`; of all videos of a batch together."""
@@ -60,7 +69,7 @@ class ProgressBar:
         if (memory := resident_bytes()) is not None:
             told.append(f"{memory / 2**30:.2f} GiB")
         self.bar.set_postfix_str(", ".join(told))
-        self.bar.update()
+        self.bar.update(progress.num_chunks - self.bar.n)
 
     def close(self) -> None:
         self.bar.close()

@@ -70,6 +70,12 @@ class Recording:
         for log, decision in zip(self._logs, decisions):
             log.write(json.dumps(decision))
 
+    def cut_back(self, states: Sequence) -> None:
+        """Cut the files back to where their states were taken."""
+        known = dict(states)
+        self._writers = [VideoWriter.resume(each.path, known[str(each.path)]) for each in self._writers]
+        self._logs = [LineWriter.resume(each.path, known[str(each.path)]) for each in self._logs]
+
     def states(self) -> list[list]:
         """Path and state of each file."""
         return [[str(file.path), file.state] for file in (*self._writers, *self._logs)]

@@ -17,10 +17,9 @@ from .denoise import Denoiser
 from .draft import InFlight
 from .encode import encode_change
 from .host import Pipeline
-from .noise import Noise, Renoise
+from .noise import Noise, Renoise, check_like, copy_states, make_solver_generators
 from .plan import RolloutPlan
 from .prompts import EncodedPrompt, PromptChange, blended, check_change, check_lengths, make_change
-from .schedule import Scheduler
 
 
 class Rollout:
@@ -67,7 +66,7 @@ class Rollout:
         self.noise = Noise(sizes, generator, device, plan.inputs.latents)
         num_in_flight, renoise = plan.schedule.num_in_flight, plan.callbacks.renoise
         renoise = Renoise(renoise, generator, sizes.frame_shape, num_in_flight, device)
-        solver_generators = _solver_generators(pipe.scheduler, generator, sizes.num_videos)
+        solver_generators = make_solver_generators(pipe.scheduler, generator, sizes.num_videos)
         self.denoiser = Denoiser(pipe, self.backbone, plan, prompt, self.noise, renoise, solver_generators)
         if plan.callbacks.on_step_end is not None:
             self.denoiser.on_step = self._call_back
@@ -96,6 +95,13 @@ class Rollout:
         """Chunk `index` is finished: the run can be saved now."""
         self.noise.forget(index)
         self.index, self.guidance_scale = index + 1, self.pipe.guidance_scale
+
+    def change_generator(self, generator: torch.Generator | list[torch.Generator]) -> None:
+        """Draw as from another generator from the next chunk on."""
+        check_like(generator, self.generator)
+        copy_states(generator, self.generator)
+        solver_generators = make_solver_generators(self.pipe.scheduler, self.generator, self.sizes.num_videos)
+        copy_states(solver_generators or [], self.denoiser.solver_generators or [])
 
     def num_steps_left(self) -> float:
         """Denoising steps to go, regenerations not counted."""
@@ -252,20 +258,3 @@ class Rollout:
         if not (torch.equal(embeds, prompt.embeds) and same_negative):
             self.set_prompt(EncodedPrompt(embeds, negative_embeds))
         return after["latents"]
-
-
-def _solver_generators(
-    scheduler: Scheduler, generator: torch.Generator | list[torch.Generator], num_videos: int
-) -> list[torch.Generator] | None:
-    """One generator for each video, for schedulers that draw inside `step`, since a regeneration replays the draws of
-    some videos. Their seeds come from a copy of the noise's generator, so that the noise does not depend on the
-    scheduler."""
-    if not scheduler.draws_inside:
-        return None
-    given = generator if isinstance(generator, list) else [generator]
-    seeds = []
-    for each in given:
-        copied = torch.Generator(each.device)
-        copied.set_state(each.get_state())
-        seeds += torch.randint(2**62, (num_videos // len(given),), generator=copied, device=each.device).tolist()
-    return [torch.Generator().manual_seed(seed) for seed in seeds]

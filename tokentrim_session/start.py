@@ -2,14 +2,18 @@
 """How a stream starts: from a call, or from the folder that an earlier stream saved to."""
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
+from ..tokentrim_backbones.attention import check_free
 from ..tokentrim_checks import check, check_int
 from ..tokentrim_files.checkpoint import SETTINGS
 from ..tokentrim_files.run_state import (
     check_same,
     check_weights,
+    fingerprint,
     has_state,
     keep_method,
     load_state,
@@ -22,13 +26,21 @@ from ..tokentrim_files.run_state import (
 from ..tokentrim_frames.decode import FrameDecoder, make_decoder
 from ..tokentrim_policies.registry import DEFAULT_METHOD
 from .arguments import plan_rollout, read_call
+from .encode import encode_given, encode_prompts
+from .history import History
 from .host import Pipeline
 from .plan import RolloutPlan
+from .run import Rollout
 from .stream import Stream
 
 
 def start_stream(
-    pipe: Pipeline, call: dict, preview_vae: Any, state_dir: str | os.PathLike | None, save_every: int
+    pipe: Pipeline,
+    call: dict,
+    preview_vae: Any,
+    state_dir: str | os.PathLike | None,
+    save_every: int,
+    keep_states: int,
 ) -> Stream:
     """
     A new stream.
@@ -36,13 +48,14 @@ def start_stream(
     Args:
         pipe ([`Pipeline`]): the pipeline.
         call (`dict`): all arguments of its call.
-        preview_vae, state_dir, save_every: as in `stream` of the pipeline.
+        preview_vae, state_dir, save_every, keep_states: as in `stream` of the pipeline.
 
     Raises:
         `TypeError`, `ValueError`: an argument is invalid, or `state_dir` holds a state.
     """
     call = read_call(call)
     check_int("save_every", save_every, 1)
+    check_int("keep_states", keep_states, 0)
     plan = plan_rollout(pipe, call, may_be_endless=True)
     with ExitStack() as held:
         if state_dir is not None:
@@ -51,7 +64,19 @@ def start_stream(
             valid = "a folder without a state: `pipe.resume(state_dir)` continues a saved run"
             check(not has_state(state_dir), "state_dir", str(state_dir), valid)
         run, decoder = pipe.begin(plan), _make_decoder(pipe, plan, preview_vae)
-        return Stream(pipe, run, decoder, state_dir, save_every, record_call(call), held=held.pop_all())
+        history = History(state_dir, save_every, keep_states, _origin(pipe, record_call(call), decoder))
+        return Stream(pipe, run, decoder, history, held=held.pop_all())
+
+
+def begin_run(pipe: Pipeline, plan: RolloutPlan) -> Rollout:
+    """A new run of a planned call: prompts and frames to continue are encoded, nothing is denoised yet."""
+    check_free(pipe.transformer)
+    device = pipe._execution_device
+    prompt, given = encode_prompts(pipe, plan, device), encode_given(pipe, plan, device)
+    run = Rollout(pipe, plan, prompt, device, given)
+    for index, change in plan.inputs.prompt_changes.items():
+        run.schedule_change(index, change)
+    return run
 
 
 def resume_stream(pipe: Pipeline, state_dir: str | os.PathLike, preview_vae: Any, objects: dict) -> Stream:
@@ -83,9 +108,20 @@ def resume_stream(pipe: Pipeline, state_dir: str | os.PathLike, preview_vae: Any
             decoder = _make_decoder(pipe, plan, preview_vae)
             if decoder is not None:
                 decoder.load_state_dict(state["decoder"])
-            saved = [state[name] for name in ("save_every", "call", "files", "undecoded")]
-            return Stream(pipe, run, decoder, state_dir, *saved, held=held.pop_all())
+            keep_states = state.get("keep_states", 0)  # older states do not say it
+            origin = _origin(pipe, state["call"], decoder)
+            history = History(state_dir, state["save_every"], keep_states, origin)
+            return Stream(pipe, run, decoder, history, state["files"], state["undecoded"], held.pop_all())
 
 
 def _make_decoder(pipe: Pipeline, plan: RolloutPlan, preview_vae: Any) -> FrameDecoder | None:
     return make_decoder(pipe.vae, preview_vae, plan.sizes.temporal_factor) if plan.decodes else None
+
+
+def _origin(pipe: Pipeline, call: dict, decoder: FrameDecoder | None) -> Callable[[], dict]:
+    """What decides a run beside its state: the recorded call, the checkpoint's settings, and the models' fingerprints."""
+    models = {"transformer": pipe.transformer}
+    if decoder is not None:
+        models["vae" if decoder.vae is pipe.vae else "preview_vae"] = decoder.vae
+    weights = cache(lambda: {name: fingerprint(model) for name, model in models.items()})
+    return lambda: {"call": call, "weights": weights(), "settings": settings_of(pipe)}

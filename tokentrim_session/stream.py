@@ -5,54 +5,22 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..tokentrim_backbones.parallel import check_saved_whole
 from ..tokentrim_checks import check
-from ..tokentrim_files.run_state import fingerprint, save_state, settings_of
 from ..tokentrim_frames.decode import FrameDecoder, latents_kept
-from ..tokentrim_frames.output import as_array, as_uint8
-from ..tokentrim_frames.summary import as_page, tell_chunk, videos_as_html
+from ..tokentrim_frames.summary import as_page
+from .chunk import Chunk
+from .history import History
 from .host import Pipeline
+from .noise import check_like
 from .progress import Progress, ProgressBar
 from .recording import Recording
 from .run import Rollout
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A finished chunk.
-
-    Args:
-        index (`int`): which one.
-        latents (`torch.Tensor`): (B, C, latent frames, H, W).
-        decisions (`list[dict]`): one for each video.
-        frames (*optional*): as `output_type` asks; `None` for `"latent"`.
-        fps (`float`): frames per second that the model makes.
-    """
-
-    index: int
-    latents: torch.Tensor
-    decisions: list[dict]
-    frames: Any = None
-    fps: float = 16
-
-    def __str__(self) -> str:
-        return f"chunk {self.index}: {'; '.join(map(tell_chunk, self.decisions))}"
-
-    def __repr__(self) -> str:
-        return (
-            f"<Chunk {self.index}, latents {tuple(self.latents.shape)}: {'; '.join(map(tell_chunk, self.decisions))}>"
-        )
-
-    def _repr_html_(self) -> str:
-        """Its frames as videos, for notebooks."""
-        shown = "" if self.frames is None else videos_as_html(as_uint8(as_array(self.frames)), self.fps)
-        return as_page([str(self)], shown)
 
 
 class Stream:
@@ -64,9 +32,7 @@ class Stream:
         pipe ([`Pipeline`]): the pipeline.
         run ([`Rollout`]): the run, new or resumed.
         decoder ([`FrameDecoder`], *optional*): decodes chunks; `None` for latents.
-        state_dir (`str` or `os.PathLike`, *optional*): folder that the run is saved to.
-        save_every (`int`): chunks between two saved states.
-        call (`dict`, *optional*): the recorded call, for the state.
+        history ([`History`], *optional*): where its states go.
         files (`Sequence`): path and state of each file that a resumed run continues.
         undecoded (`Sequence`, *optional*): index, latents and decisions of a finished chunk whose decoding failed.
         held (`ExitStack`, *optional*): what is released when the stream is closed, such as the lock of its `state_dir`.
@@ -77,15 +43,15 @@ class Stream:
         pipe: Pipeline,
         run: Rollout,
         decoder: FrameDecoder | None = None,
-        state_dir: str | os.PathLike | None = None,
-        save_every: int = 10,
-        call: dict | None = None,
+        history: History | None = None,
         files: Sequence = (),
         undecoded: Sequence | None = None,
         held: ExitStack | None = None,
     ):
         self._held = held or ExitStack()
-        check_saved_whole(pipe.transformer, "state_dir", state_dir)
+        self._history = history or History()
+        check_saved_whole(pipe.transformer, "state_dir", self._history.folder)
+        check_saved_whole(pipe.transformer, "keep_states", self._history.keep or None)
         self.run: Rollout | None = run  # `None` once it is closed
         self.decoder = decoder
         self.grid = run.grid
@@ -94,14 +60,11 @@ class Stream:
         self.progress = Progress(run.sizes, self.first_chunk, pipe.fps)
         self._pipe = pipe
         self._chunks = pipe.roll_out(run)
-        self._state_dir = state_dir
-        self._save_every = save_every
-        self._call = call
-        self._weights: dict | None = None
-        self._saved_at = run.index if files or run.index else -save_every  # a new run is saved before its first chunk
+        if files or run.index:
+            self._history.saved_at = run.index  # it was resumed from there
         self._recording: Recording | None = None
         self._files = files
-        self._is_last = False
+        self._is_last = self._went_back = False
         self.cut_short = False  # whether `finish` ended it before its last chunk
 
     # 1. An iterator and a context manager
@@ -113,19 +76,15 @@ class Stream:
         if self.run is None:
             raise StopIteration
         try:
-            self._save_if_due()  # the chunk before has been consumed
-            if self._is_last:
-                self.cut_short = self.run.sizes.has_chunk(self.run.index)
-                if self._state_dir is not None and self.run.index > self._saved_at:
-                    self.save_state()
-                raise StopIteration
-            chunk = self._undecoded or next(self._chunks)
-            chunk, on_chunk = self._decoded(chunk), self.run.plan.callbacks.on_chunk
-            if on_chunk is not None and chunk.index >= self.run.sizes.num_given_chunks:
-                on_chunk(chunk.index, chunk.latents.clone(), copy.deepcopy(chunk.decisions))
-            if self._recording is not None:
-                self._recording.add(chunk.frames, chunk.decisions)
-            self.progress.add(chunk)
+            chunk = None
+            while chunk is None:
+                self._save_if_due()  # the chunk before has been consumed
+                if self._is_last:
+                    self.cut_short = self.run.sizes.has_chunk(self.run.index)
+                    if self._history.folder is not None and self._history.saved_at != self.run.index:
+                        self.save_state()
+                    raise StopIteration
+                chunk = self._finished()
         except BaseException:
             self.close()
             raise
@@ -185,26 +144,52 @@ class Stream:
         """
         self._running().change_prompt(prompt, transition, blend_chunks)
 
+    def set_generator(self, generator: torch.Generator | list[torch.Generator]) -> None:
+        """
+        Other random numbers from the next chunk on. Noise that was given as `latents`, or drawn for chunks in flight, stays.
+
+        Args:
+            generator (`torch.Generator` or `list[torch.Generator]`): its state is copied; a list where the call has one.
+        """
+        self._running().change_generator(generator)
+
+    @torch.no_grad()
+    def back(self, num_chunks: int = 1, generator: torch.Generator | list[torch.Generator] | None = None) -> None:
+        """
+        Return to where the run stood before its last chunks: they are made again. A file that grows is cut back. Needs
+        `keep_states` of [`stream`]; may be called between two chunks and by `on_chunk`.
+
+        Args:
+            num_chunks (`int`, defaults to `1`): chunks to take back, up to `keep_states`.
+            generator (*optional*): as in [`set_generator`]. Without it, and with the same prompt, the chunks come out the
+                same.
+
+        Raises:
+            `ValueError`: there is no state so far back; the message says how far there is.
+        """
+        run = self._running()
+        if generator is not None:
+            check_like(generator, run.generator)
+        state = self._history.take_back(self.index, num_chunks)
+        self._chunks.close()
+        if self._recording is not None:
+            self._recording.cut_back(state["files"])
+        run.load_state_dict(state["run"])
+        if self.decoder is not None:
+            self.decoder.load_state_dict(state["decoder"])
+        self._undecoded = None if state["undecoded"] is None else Chunk(*state["undecoded"])
+        self._chunks, self._went_back = self._pipe.roll_out(run), True
+        self.progress.cut_back(self.index)
+        if generator is not None:
+            self.set_generator(generator)
+
     def save_state(self, folder: str | os.PathLike | None = None) -> Path:
         """Save the run as it is between two chunks, by default to its `state_dir`."""
-        run, folder = self._running(), self._state_dir if folder is None else folder
+        run, history = self._running(), self._history
+        folder = history.folder if folder is None else folder
         check_saved_whole(self._pipe.transformer, "folder", folder)
-        if self._weights is None:
-            self._weights = {name: fingerprint(model) for name, model in self._models().items()}
         check(folder is not None, "folder", folder, "given for a stream without `state_dir`")
-        state = {
-            "call": self._call,
-            "save_every": self._save_every,
-            "weights": self._weights,
-            "settings": settings_of(self._pipe),
-            "run": run.state_dict(),
-            "decoder": None if self.decoder is None else self.decoder.state_dict(),
-            "undecoded": self._undecoded
-            and [getattr(self._undecoded, name) for name in ("index", "latents", "decisions")],
-            "files": [] if self._recording is None else self._recording.states(),
-        }
-        self._saved_at = run.index
-        return save_state(folder, run.index, state)
+        return history.save(run.index, self._state(), folder)
 
     # 3. A growing file
 
@@ -245,13 +230,28 @@ class Stream:
             self._recording.close()
         return self._recording.paths
 
-    def _models(self) -> dict[str, torch.nn.Module]:
-        """What the outcome depends on."""
-        models = {"transformer": self._pipe.transformer}
-        if self.decoder is not None:
-            is_preview = self.decoder.vae is not self._pipe.vae
-            models["preview_vae" if is_preview else "vae"] = self.decoder.vae
-        return models
+    def _finished(self) -> Chunk | None:
+        """The next chunk, after `on_chunk` and the files have it; `None` if `on_chunk` took it back."""
+        chunk = self._decoded(self._undecoded or next(self._chunks))
+        on_chunk, self._went_back = self.run.plan.callbacks.on_chunk, False
+        if on_chunk is not None and chunk.index >= self.run.sizes.num_given_chunks:
+            on_chunk(chunk.index, chunk.latents.clone(), copy.deepcopy(chunk.decisions))
+        if self._went_back:
+            return None
+        if self._recording is not None:
+            self._recording.add(chunk.frames, chunk.decisions)
+        self.progress.add(chunk)
+        return chunk
+
+    def _state(self) -> dict:
+        """Of the run, of what decodes it and of its files, between two chunks."""
+        undecoded = self._undecoded
+        return {
+            "run": self.run.state_dict(),
+            "decoder": None if self.decoder is None else self.decoder.state_dict(),
+            "undecoded": undecoded and [getattr(undecoded, name) for name in ("index", "latents", "decisions")],
+            "files": [] if self._recording is None else self._recording.states(),
+        }
 
     def _decoded(self, chunk: Chunk) -> Chunk:
         """With its frames. If that fails, as where memory runs out, the chunk is in the error and in the state."""
@@ -266,12 +266,14 @@ class Stream:
         except Exception as error:
             self.decoder.load_state_dict(before)
             self._undecoded = chunk
-            if self._state_dir is not None:
+            if self._history.folder is not None:
                 try:
                     self.save_state()
                 except OSError as unsaved:
                     error.add_note(str(unsaved))
             raise
+        if self._undecoded is not None and self._history.keep:
+            self._history.saved_at = None  # the state of this chunk is without it
         self._undecoded = None
         return replace(chunk, frames=frames, fps=self.progress.fps)
 
@@ -281,8 +283,9 @@ class Stream:
         return self.run
 
     def _save_if_due(self) -> None:
-        if self._state_dir is None or self.run is None:
+        if self.run is None or not self._history.is_due(self.run.index, not self.run.sizes.has_chunk(self.run.index)):
             return
-        over = not self.run.sizes.has_chunk(self.run.index)
-        if self.run.index - self._saved_at >= self._save_every or (over and self.run.index > self._saved_at):
+        if self._history.folder is None:
+            self._history.save(self.run.index, self._state())
+        else:
             self.save_state()
