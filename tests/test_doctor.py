@@ -17,7 +17,19 @@ from tokentrim.tools.presets import SIZES
 
 
 WORLD = ROOT / "checkpoints" / "tiny-world"
-TOPICS = ["checkpoint", "parts", "rollout", "context", "schedule", "licence", "numbers", "order", "speed", "odd"]
+TOPICS = [
+    "checkpoint",
+    "parts",
+    "rollout",
+    "context",
+    "size",
+    "schedule",
+    "licence",
+    "numbers",
+    "order",
+    "speed",
+    "odd",
+]
 
 
 @pytest.fixture
@@ -47,6 +59,7 @@ def test_doctor_finds_nothing_odd_in_the_shipped_world(doctor):
         "checkpoint": "WanTransformer3DModel, 4 blocks of width 128, 1.2 million parameters",
         "rollout": "self_forcing, chunks of 3 latent frames, 8 steps, method tokentrim_plus, prompts change by keep",
         "context": "window: window_size 15, num_sink_frames 0, relative_positions True",
+        "size": "published for 64 x 64; weights",
         "schedule": "shift 3.0, timesteps 1000 955 900 833 750 643 500 300",
         "licence": "apache-2.0",
         "numbers": "all finite",

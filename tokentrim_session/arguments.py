@@ -152,6 +152,9 @@ def _complete(pipe: Pipeline, call: dict, may_be_endless: bool) -> None:
     latents = call["latents"]
     if latents is not None:
         check_tensor("latents", latents, 5, "(batch, channels, latent frames, height, width)")
+        patch = tuple(pipe.transformer.config.patch_size[1:])
+        fits = all(side % step == 0 for side, step in zip(latents.shape[3:], patch))
+        check(fits, "latents", latents, f"of a height and width that are multiples of {patch}, the patches")
         spatial, temporal = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
         of_latents = {
             "height": latents.shape[3] * spatial,

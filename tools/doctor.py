@@ -20,6 +20,7 @@ from .checkpoints import read_rollout
 from .component_sizes import check_components
 from .headers import read_header
 from .loading import load_checkpoint
+from .memory import estimate_memory
 from .original import require
 from .presets import SCHEDULES, SIZES
 from .tensor_info import load_json
@@ -71,7 +72,7 @@ def examine(
     pipe.set_progress_bar_config(disable=True)
     odd += check_settings(pipe, index)
 
-    found = describe_settings(folder, pipe)
+    found = describe_settings(folder, pipe) | {"size": describe_size(folder, pipe, height, width)}
     broken = list_broken_weights(pipe)
     if broken:
         odd.append(f"NaN or Inf in the weights: {', '.join(broken[:3])}" + (", ..." if len(broken) > 3 else ""))
@@ -104,8 +105,8 @@ def examine(
 
 
 def format_report(found: dict[str, str], odd: Sequence[str]) -> str:
-    """Ten lines."""
-    topics = ("checkpoint", "parts", "rollout", "context", "schedule", "licence", "numbers", "order", "speed")
+    """Eleven lines."""
+    topics = ("checkpoint", "parts", "rollout", "context", "size", "schedule", "licence", "numbers", "order", "speed")
     return "\n".join(
         [*(f"{topic:10}  {found[topic]}" for topic in topics), f"{'odd':10}  {'; '.join(odd) or 'nothing'}"]
     )
@@ -159,6 +160,22 @@ def describe_settings(folder: Path, pipe: TokenTrimPipeline) -> dict[str, str]:
         "schedule": f"{type(pipe.scheduler).__name__}, shift {shift_of(pipe.scheduler)}, timesteps {timesteps}",
         "licence": licence or "not said in a README.md here: see its publisher's",
     }
+
+
+def describe_size(folder: Path, pipe: TokenTrimPipeline, height: int | None = None, width: int | None = None) -> str:
+    """The size that the weights were published for, and the memory of a video of it and of others."""
+    config, dtype = pipe.transformer.config, str(pipe.transformer.dtype).removeprefix("torch.")
+    is_known = (config.num_layers, config.num_attention_heads * config.attention_head_dim) in SIZES
+    own = pipe.config.get("height"), pipe.config.get("width")
+    published = own if all(own) else (480, 832)
+    told = f"published for {published[0]} x {published[1]}" if all(own) or is_known else "not said for which size"
+    sizes = [published, (height or published[0], width or published[1])]
+    sizes += [(832, 480), (640, 640), (720, 1280)] if is_known else [tuple(2 * side for side in published)]
+    caches = []
+    for size in dict.fromkeys(sizes):
+        weights, cache = estimate_memory(folder, dict(zip(("height", "width"), size)), dtype)
+        caches.append(f"{size[0]} x {size[1]} {cache / GIB:.3g} GiB")
+    return f"{told}; weights {weights / GIB:.3g} GiB in {dtype}, cache of a video at {', '.join(caches)}"
 
 
 def no_prompt(pipe: TokenTrimPipeline) -> dict[str, Any]:

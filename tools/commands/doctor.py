@@ -12,7 +12,7 @@ from . import DTYPES, add_command
 
 def add_parser(commands) -> None:
     details = """\
-Ten lines: the folder, its parts, rollout, context, schedule and license, whether numbers are finite, what the order of
+Eleven lines: the folder, its parts, rollout, context, size and its memory, schedule and license, whether numbers are finite, what the order of
 frames means to the model, memory and speed on this machine, and anything odd. The exit code is 1 if anything is odd.
 
 The test of the order of frames is a heuristic. It measures the remaining error of a noised chunk beside its clean past, and
