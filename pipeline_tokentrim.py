@@ -135,7 +135,7 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
         window_size: int | None = None,
         num_sink_frames: int | None = None,
         relative_positions: bool | None = None,
-        num_inference_steps: int | None = None,
+        num_inference_steps: int | dict[str, int] | None = None,
         height: int | None = None,
         width: int | None = None,
         max_sequence_length: int | None = None,
@@ -166,7 +166,7 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        num_inference_steps: int | None = None,
+        num_inference_steps: int | dict[str, int] | None = None,
         sigmas: list[float] | None = None,
         timesteps: list[float] | None = None,
         guidance_scale: float = 1.0,
@@ -221,7 +221,8 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
             num_frames (`int`, *optional*, defaults to `81`):
                 Frames of the video. Whole chunks are generated, and frames and latents beyond this length are cut off;
                 with AnyFlow-FAR the last chunk is shorter instead.
-            num_inference_steps (`int`, *optional*, defaults to `4`): denoising steps of each chunk.
+            num_inference_steps (`int` or `dict`, *optional*, defaults to `4`):
+                Denoising steps of each chunk; `{"first": 4, "rest": 2}` where the first generated chunk takes others.
             sigmas (`list[float]`, *optional*):
                 Noise levels, falling from 1, before the scheduler's shift; by default `linspace(1, 0, S + 1)[:-1]`.
             timesteps (`list[float]`, *optional*):

@@ -50,7 +50,7 @@ from .prompts import (
     first_prompt,
     read_schedule,
 )
-from .schedule import Scheduler, check_schedule, check_scheduler
+from .schedule import Scheduler, check_schedule, check_scheduler, split_steps
 
 
 ROLLOUTS = ("self_forcing", "rolling_forcing")
@@ -232,11 +232,10 @@ def _count_given_frames(pipe: Pipeline, call: dict, frame_shape: Sequence[int]) 
 
 
 def _plan_schedule(scheduler: Scheduler, call: dict, drift_signal: str, limits: Limits) -> Schedule:
-    rollout, num_steps, sigmas, timesteps = (
-        call[name] for name in ("rollout", "num_inference_steps", "sigmas", "timesteps")
-    )
+    rollout, sigmas, timesteps = (call[name] for name in ("rollout", "sigmas", "timesteps"))
+    num_steps, first_steps = split_steps(call["num_inference_steps"], rollout, sigmas or timesteps)
     check_scheduler(scheduler)
-    check_schedule(scheduler, num_steps, sigmas, timesteps, call["renoise"])
+    check_schedule(scheduler, sigmas, timesteps, call["renoise"])
     num_in_flight = 1
     if rollout == "rolling_forcing":  # chunks meet a new context at each step, and become final one by one
         check(limits.max_in_flight is None, "rollout", rollout, f"'self_forcing' for {limits.model}")
@@ -244,7 +243,7 @@ def _plan_schedule(scheduler: Scheduler, call: dict, drift_signal: str, limits: 
         check(scheduler.single_step, "scheduler", type(scheduler).__name__, valid)
         check(drift_signal == "final", "drift_signal", drift_signal, "'final' for rollout='rolling_forcing'")
         num_in_flight = len(sigmas or timesteps or range(num_steps))
-    return Schedule(rollout, num_in_flight, num_steps, sigmas, timesteps, call["guidance_scale"])
+    return Schedule(rollout, num_in_flight, num_steps, sigmas, timesteps, call["guidance_scale"], first_steps)
 
 
 def _plan_inputs(call: dict, prompts: Prompts, sizes: Sizes, layout: Layout, limits: Limits, text_dim: int) -> Inputs:

@@ -22,7 +22,7 @@ class CallArguments(TypedDict, total=False):
     height: int | None
     width: int | None
     num_frames: int | None
-    num_inference_steps: int | None
+    num_inference_steps: int | dict[str, int] | None
     sigmas: list[float] | None
     timesteps: list[float] | None
     guidance_scale: float

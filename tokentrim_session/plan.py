@@ -90,6 +90,7 @@ class Schedule:
         num_in_flight (`int`): chunks denoised together.
         num_inference_steps (`int`), sigmas, timesteps: see `set_rollout_timesteps` of a scheduler.
         guidance_scale (`float`): of classifier-free guidance; at most 1 is none.
+        first_steps (`int`, *optional*): steps of the first generated chunk, where they differ.
     """
 
     rollout: str
@@ -98,6 +99,7 @@ class Schedule:
     sigmas: Sequence[float] | None
     timesteps: Sequence[float] | None
     guidance_scale: float
+    first_steps: int | None = None
 
     @property
     def is_guided(self) -> bool:
@@ -173,5 +175,9 @@ class RolloutPlan:
         """Denoising steps of the run from a chunk on, without regenerations."""
         if self.sizes.is_endless:
             return math.inf
-        num_chunks = len(self.sizes.chunk_partition) - max(first_chunk, self.sizes.num_given_chunks)
-        return num_chunks - 1 + steps_per_chunk if self.schedule.num_in_flight > 1 else num_chunks * steps_per_chunk
+        first_generated, first_steps = self.sizes.num_given_chunks, self.schedule.first_steps
+        num_chunks = len(self.sizes.chunk_partition) - max(first_chunk, first_generated)
+        if self.schedule.num_in_flight > 1:
+            return num_chunks - 1 + steps_per_chunk
+        has_first = first_steps is not None and first_chunk <= first_generated and num_chunks > 0
+        return num_chunks * steps_per_chunk + (first_steps - steps_per_chunk if has_first else 0)

@@ -153,7 +153,11 @@ class Rollout:
             self.changes[index + offset] = (embeds, change.transition if again else "keep")
 
     def follow_schedule(self, index: int) -> None:
-        """Before chunk `index`: if a prompt is scheduled for it, set it, and make its transition."""
+        """Before chunk `index`: set the number of its steps, and a prompt that is scheduled for it, with its transition."""
+        first, first_steps = self.sizes.num_given_chunks, self.plan.schedule.first_steps
+        if first_steps is not None and index in (first, first + 1):
+            num_steps = first_steps if index == first else self.plan.schedule.num_inference_steps
+            self.pipe.scheduler.set_rollout_timesteps(num_steps, self.pipe._execution_device)
         if index not in self.changes:
             return
         embeds, transition = self.changes.pop(index)

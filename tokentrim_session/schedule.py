@@ -67,9 +67,28 @@ def check_scheduler(scheduler: Scheduler) -> None:
     check(flow, "scheduler", scheduler.config, valid)
 
 
+def split_steps(
+    num_inference_steps: Any, rollout: str, levels: Sequence[float] | None = None
+) -> tuple[int, int | None]:
+    """
+    Steps of a chunk, and those of the first generated chunk, where they differ. With custom `levels` they do not.
+
+    Raises:
+        `TypeError`, `ValueError`: it is neither an int nor such a dict.
+    """
+    name, steps = "num_inference_steps", num_inference_steps
+    if not isinstance(steps, dict):
+        check_int(name, steps, 1, " or a dict of two, {'first': 4, 'rest': 2}", MAX_STEPS)
+        return steps, None
+    check(steps.keys() == {"first", "rest"}, name, steps, "an int or a dict such as {'first': 4, 'rest': 2}")
+    for part, each in steps.items():
+        check_int(f"{name}: {part}", each, 1, maximum=MAX_STEPS)
+    check(rollout == "self_forcing", name, steps, f"an int for rollout={rollout!r}")
+    return steps["rest"], steps["first"] if levels is None else None
+
+
 def check_schedule(
     scheduler: Scheduler,
-    num_inference_steps: int,
     sigmas: Sequence[float] | None,
     timesteps: Sequence[float] | None,
     renoise: Callable | None,
@@ -78,7 +97,6 @@ def check_schedule(
     Raises:
         `TypeError`, `ValueError`: an argument is invalid, or the scheduler does not take it.
     """
-    check_int("num_inference_steps", num_inference_steps, 1, maximum=MAX_STEPS)
     check(sigmas is None or timesteps is None, "sigmas", sigmas, "None where `timesteps` is given")
     for name, values, top in (("sigmas", sigmas, 1), ("timesteps", timesteps, scheduler.config.num_train_timesteps)):
         if values is not None:

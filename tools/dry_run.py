@@ -86,7 +86,7 @@ def describe_presets() -> str:
         rows.append(
             (
                 f"`{preset}`",
-                f"{settings['num_frames_per_chunk']}, {settings['num_inference_steps']}",
+                f"{settings['num_frames_per_chunk']}, {describe_steps(settings['num_inference_steps'])}",
                 describe_context(settings),
                 f"{weight_bytes(config) / GIB:.1f} GiB",
                 f"{cache_bytes(preset, config) / GIB:.1f} GiB",
@@ -95,6 +95,10 @@ def describe_presets() -> str:
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def describe_steps(steps: int | Mapping[str, int]) -> str:
+    return str(steps) if isinstance(steps, int) else f"{steps['rest']} (first {steps['first']})"
 
 
 def describe_context(settings: Mapping[str, Any]) -> str:

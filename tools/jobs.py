@@ -85,7 +85,7 @@ def check_settings(settings: dict) -> None:
             raise ValueError(f"`config` must be arguments of the call, {', '.join(ARGUMENTS)}, but is {name!r}.")
         if value is None:
             continue
-        if name in NUMBERS:
+        if name in NUMBERS and not (name == "num_inference_steps" and isinstance(value, dict)):
             NUMBERS[name].check(name, value)
         elif name == "method":
             check_method("`method`", value)

@@ -32,6 +32,17 @@ PRESETS = {
     "causvid": {**SELF_FORCING, "num_inference_steps": 3, "method": "plain"},
     "causal_forcing": CAUSAL_FORCING,
     "causal_forcing_framewise": {**CAUSAL_FORCING, "num_frames_per_chunk": 1},
+    # Causal Forcing++: its first frame takes four steps.
+    "causal_forcing_2step": {
+        **CAUSAL_FORCING,
+        "num_frames_per_chunk": 1,
+        "num_inference_steps": {"first": 4, "rest": 2},
+    },
+    "causal_forcing_1step": {
+        **CAUSAL_FORCING,
+        "num_frames_per_chunk": 1,
+        "num_inference_steps": {"first": 4, "rest": 1},
+    },
     "causal_forcing_long": {**ROLLING_FORCING, "num_inference_steps": 4, "method": "plain"},
     "reward_forcing": {
         **CHUNKS,
