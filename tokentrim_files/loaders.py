@@ -68,7 +68,9 @@ def name_loaders(index: dict[str, Any]) -> dict[str, Any]:
     if kind is None:
         return index
     loader = FOREIGN_LOADERS[kind]
-    named = {"transformer": [loader.__module__, loader.__name__]}
+    named: dict[str, Any] = {"transformer": [loader.__module__, loader.__name__]}
+    if kind != STOCK_CLASS:
+        named["_class_name"] = "WanPipeline"  # whose other entries Diffusers leaves out without a word
     if kind != STOCK_CLASS and index.get("scheduler"):
         named["scheduler"] = [ForeignScheduler.__module__, ForeignScheduler.__name__]
     return {**index, **named}

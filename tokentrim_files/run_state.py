@@ -73,7 +73,7 @@ def save_state(folder: str | os.PathLike, number: int, state: dict, keep: int = 
         raise OSError(number, told, str(target)) from error
     lower = sorted({each for each in list_numbers(folder) if each < number})
     for other in _states(folder):
-        if other != target and _number(other) not in lower[len(lower) - keep :]:
+        if other != target and _number(other) not in lower[max(len(lower) - keep, 0) :]:
             shutil.rmtree(other, ignore_errors=True)
     return target
 
