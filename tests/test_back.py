@@ -10,6 +10,7 @@ from builders import CHUNK, far_components, full_pipeline, quiet
 from diffusers import FlowMatchLCMScheduler, UniPCMultistepScheduler
 
 from tokentrim import TokenTrimPipeline
+from tokentrim.tokentrim_files.packing import pack_state
 from tokentrim.tokentrim_files.run_state import list_numbers
 
 
@@ -55,14 +56,6 @@ def start(case, **others):
     return full_pipeline(scheduler()).stream(generator=seeded(*call.pop("seeds")), **call)
 
 
-def tensors_of(value):
-    """All tensors of a nested state, in order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for each in values for tensor in tensors_of(each)]
-
-
 def assert_same_chunks(ours, theirs):
     assert [chunk.index for chunk in ours] == [chunk.index for chunk in theirs]
     for one, other in zip(ours, theirs, strict=True):
@@ -71,10 +64,9 @@ def assert_same_chunks(ours, theirs):
 
 
 def assert_same_state(one, other):
-    ours, theirs = one.run.state_dict(), other.run.state_dict()
-    pairs = list(zip(tensors_of(ours), tensors_of(theirs), strict=True))
-    assert len(pairs) > 10 and all(a.equal(b) for a, b in pairs)
-    assert ours["policies"] == theirs["policies"] and ours["num_drawn"] == theirs["num_drawn"]
+    (ours, our_tensors), (theirs, their_tensors) = (pack_state(each.run.state_dict()) for each in (one, other))
+    assert ours == theirs and len(our_tensors) > 10
+    assert all(tensor.equal(their_tensors[name]) for name, tensor in our_tensors.items())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -21,7 +21,7 @@ from tokentrim.tools.memory import estimate_memory
 
 
 PROMPT = "a red circle moving right over a blue background"
-CALL = {"num_frames": 33, "height": 32, "width": 48, "max_sequence_length": 8, "output_type": "latent"}
+CALL = {"num_frames": 21, "height": 32, "width": 48, "max_sequence_length": 8, "output_type": "latent"}
 # The scheduler of FastVideo's folder; SGLang leaves the base model's there, and does not use it.
 THEIRS = {
     "_class_name": "SelfForcingFlowMatchScheduler",
@@ -84,6 +84,8 @@ def write(wan, tmp_path):
 
 
 def latents(pipe, **call):
+    for weight in pipe.transformer.parameters():  # the last bits depend on where a file was mapped
+        weight.data = weight.data.clone()
     return quiet(pipe)(PROMPT, generator=generators(0), **{**CALL, "method": "plain", **call}).frames
 
 
@@ -124,15 +126,17 @@ def test_foreign_folders_load_in_fresh_processes_without_a_warning(name, write, 
     script = f"""
 import torch
 from diffusers import DiffusionPipeline
-for code in ("tokentrim", "tokentrim/pipeline_tokentrim.py", "one_file.py"):
+for code in ("tokentrim", "one_file.py"):
     pipe = DiffusionPipeline.from_pretrained("foreign", custom_pipeline=code, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
+    for weight in pipe.transformer.parameters():
+        weight.data = weight.data.clone()
     generator = [torch.Generator().manual_seed(0)]
-    torch.save(pipe({PROMPT!r}, generator=generator, method="plain", **{CALL}).frames, code.replace("/", "-") + ".pt")
+    torch.save(pipe({PROMPT!r}, generator=generator, method="plain", **{CALL}).frames, code + ".pt")
 """
     with Nursery() as nursery:
         assert nursery.run(script, tmp_path)[1] == []
-    for made in ("tokentrim", "tokentrim-pipeline_tokentrim.py", "one_file.py"):
+    for made in ("tokentrim", "one_file.py"):
         assert torch.load(tmp_path / f"{made}.pt").equal(of_file(preset))
 
 

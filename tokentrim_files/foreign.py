@@ -93,7 +93,9 @@ def rollout_settings(config: dict[str, Any]) -> dict[str, Any]:
     fields = config.get(FOREIGN_CONFIG)
     if not isinstance(fields, dict):
         kind = config.get("_class_name")
-        if not isinstance(kind, str) or kind not in FOREIGN_FIELDS:
+        if kind not in FOREIGN_FIELDS:  # Diffusers keeps unknown fields, but not the class
+            kind = ROLLING_CLASS if "max_attention_num_frames" in config else CAUSAL_CLASS
+        if "num_frames_per_block" not in config and config.get("_class_name") != kind:
             return {}
         fields = read_fields(kind, config)
     if fields["class"] not in FOREIGN_FIELDS:
