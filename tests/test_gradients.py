@@ -86,6 +86,17 @@ def stream_set_prompt(stream):
     return [stream.run, next(stream)]
 
 
+def went_back(stream):
+    next(stream)
+    stream.back(1, generator=torch.Generator().manual_seed(1))
+    return [next(stream), stream]
+
+
+def reseeded(run):
+    run.change_generator(torch.Generator().manual_seed(1))
+    return run
+
+
 def closed(stream):
     stream.close()
     return [randn(1)]
@@ -117,6 +128,8 @@ WAYS = {
         "finish": lambda stream, _: nothing(stream.finish()),
         "index": lambda stream, _: nothing(stream.index),
         "set_prompt": lambda stream, _: stream_set_prompt(stream),
+        "set_generator": lambda stream, _: [stream.set_generator(torch.Generator()), next(stream), stream],
+        "back": lambda stream, _: went_back(stream),
         "save_state": lambda stream, folder: [stream.save_state(folder), stream],
         "save_video": lambda stream, folder: [
             stream.save_video(Path(folder) / "x.mp4", progress=False),
@@ -134,13 +147,14 @@ WAYS = {
         "progress_bar": lambda run, _: nothing(run.progress_bar()),
         "set_prompt": lambda run, _: run_set_prompt(run),
         "change_prompt": lambda run, _: changed(run),
+        "change_generator": lambda run, _: reseeded(run),
         "schedule_change": lambda run, _: changed(run),
         "follow_schedule": lambda run, _: [changed(run).follow_schedule(0), run],
         "state_dict": lambda run, _: run.state_dict(),
         "load_state_dict": lambda run, _: loaded(run),
     },
 }
-MAKE = {TokenTrimPipeline: lambda pipe: pipe, Stream: streamed, Rollout: begun}
+MAKE = {TokenTrimPipeline: lambda pipe: pipe, Stream: lambda pipe: streamed(pipe, keep_states=1), Rollout: begun}
 SPECIAL = ("__call__", "__iter__", "__next__", "__enter__", "__exit__")
 
 
