@@ -14,6 +14,7 @@ import urllib.request
 from contextlib import contextmanager
 
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -31,6 +32,14 @@ if CHROMIUM is None:
 
 BLUE, PURPLE = "a red circle moving right over a blue background", "a white ring moving up over a purple background"
 GREEN = "a red circle moving right over a green background"
+TIMEOUT = 300_000  # milliseconds
+
+
+def server_seconds():
+    """Processor time of the servers of this test, in seconds: what the page does, however busy the machine is."""
+    children = psutil.Process().children()
+    servers = [each for each in children if any(word.endswith("app.py") for word in each.cmdline())]
+    return sum(sum(each.cpu_times()[:4]) for each in servers)
 
 
 @contextmanager
@@ -90,12 +99,12 @@ def browser():
 
 
 class Visitor:
-    """A visitor with a separate browser context, on the page."""
+    """A visitor with a separate browser context, on the page. Timeouts leave room for a machine that does other work."""
 
     def __init__(self, browser, address, **options):
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         self.page = self.context.new_page()
-        self.page.set_default_timeout(60_000)
+        self.page.set_default_timeout(TIMEOUT)
         self.requests, self.errors = [], []
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -185,7 +194,7 @@ def arrive(browser, address):
 
 def test_videos_play_and_plots_grow_while_they_are_made(arrive, tmp_path):
     visitor = arrive()
-    begin = time.perf_counter()
+    begin, spent = time.perf_counter(), server_seconds()
     visitor.begin(num_chunks=30)
     visitor.wait_for_chunk(1)  # until then, the example is shown
     visitor.wait_for("document.querySelector('#stage video').currentTime > 0")
@@ -377,10 +386,9 @@ def test_page_fits_every_screen(browser, address, width, theme, tmp_path):
     visitor.context.close()
 
 
-def test_page_reports_an_invalid_checkpoint(browser, tmp_path):
-    """On the page of `tokentrim app`."""
-    command = ("-m", "tokentrim", "app", "--port", "PORT", "--checkpoint", "none")
-    with serve(tmp_path, *command) as (address, log):
+def test_page_reports_an_invalid_checkpoint(browser, space, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENTRIM_CHECKPOINT", "none")
+    with serve(tmp_path, str(space / "app.py")) as (address, log):
         visitor = Visitor(browser, address)
         assert "could not be loaded" in visitor.page.inner_text("body")
         assert visitor.page.is_disabled("#begin") and visitor.page.is_disabled("#stop")

@@ -17,7 +17,7 @@ from ..worlds import WORLDS
 
 REFERENCE = "plain"  # what the others are compared with, where it is compared itself
 DEFAULTS = {"methods": ["plain", "tokentrim", "tokentrim_plus"], "layouts": [], "chunks": 60, "seeds": 4}
-QUICK = {"chunks": 40, "seeds": 3}
+QUICK = {"chunks": 30, "seeds": 3}
 QUICK_PROMPTS = 2
 MAX_SEEDS = 1000  # of a prompt: seeds of the next prompt begin after them
 NUMBERS = {
