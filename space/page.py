@@ -20,6 +20,7 @@ METHODS = [
 LAYOUT_CHOICES = [("as the model was trained", ""), *(name for name in LAYOUTS if name != "window")]
 NUM_WORDS = max(len(world.words) for world in WORLDS.values())
 CSS = """
+#examples button { text-align: left; }
 #words .block { padding: 10px 6px; }
 #words .secondary-wrap, #words input { padding: 0; }
 #words .wrap-inner { padding: 4px 2px 4px 8px; }
@@ -82,7 +83,9 @@ def build_watch(app: App) -> None:
             )
             stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=80)
         samples = [[example] for example in first.examples] if first else [[""]]
-        examples = gr.Dataset(components=[prompt], samples=samples, label="Examples", visible=first is not None)
+        examples = gr.Dataset(
+            components=[prompt], samples=samples, label="Examples", elem_id="examples", visible=first is not None
+        )
         with gr.Accordion("Direct: change the prompt while it runs", open=False):
             next_prompt = gr.Textbox(first.examples[-1] if first else "", label="New prompt", lines=2)
             with gr.Row():
