@@ -59,6 +59,10 @@ def test_content_that_moves_as_much_is_no_drift():
     """Colors that sway by 10% from segment to segment hide a drift of 10%, and not one of 30%."""
     assert judge(measure(content=0.1)).content > 5
     assert not judge(measure(content=0.1, drift=0.1)).drifts
+    swaying = measure(content=0.1, drift=0.1)
+    assert describe(swaying, "x").endswith(
+        f" away from the start, and its content moves them by {judge(swaying).content:.1f}."
+    )
     assert judge(measure(content=0.1, drift=0.3)).drifts and judge(measure(drift=0.1)).drifts
 
 

@@ -44,7 +44,7 @@ class Drift:
         num_frames (`int`): its frames.
         ends (`np.ndarray`): the frame behind the last one of each segment, (segments,).
         looks (`np.ndarray`): mean look of each segment, (segments, 5).
-        histograms (`np.ndarray`): mean colour histogram of each segment, (segments, 512).
+        histograms (`np.ndarray`): mean color histogram of each segment, (segments, 512).
         thumbnails (`list[np.ndarray]`): small frames, evenly spaced.
         cuts (`int`): frames that show another picture than the one before.
         fps (`float`, *optional*): frames per second, where the file says it.

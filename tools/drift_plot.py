@@ -32,7 +32,7 @@ STYLE = {
     "text.parse_math": False,  # a dollar in a file's name is a dollar
 }
 TITLES = (
-    "colour similarity to the start",
+    "color similarity to the start",
     "brightness (share of white)",
     "contrast (standard deviation)",
     "saturation",
@@ -90,7 +90,7 @@ def plot_drift(drifts: Sequence[Drift]) -> Figure:
         folders = [] if one_by_one else enumerate(groups)
         handles = [Line2D([], [], color=f"C{number}", label=folder) for number, folder in folders]
         if len(drifts) > 1:
-            handles.append(Line2D([], [], color=BLACK, linestyle=":", label="colour distance between videos"))
+            handles.append(Line2D([], [], color=BLACK, linestyle=":", label="color distance between videos"))
             figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
     return figure
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .drift import Drift, align, group_by_folder, judge, shorten, show
+from .drift import SMALLEST, Drift, align, group_by_folder, judge, shorten, show
 
 
 MOST_SENTENCES = 4
@@ -28,7 +28,8 @@ def describe(drift: Drift, name: str) -> str:
     verdict = judge(drift)
     ratio = verdict.distance / verdict.content if verdict.content else np.inf
     if not verdict.drifts:
-        return f"{name} does not drift: colors end {verdict.distance:.1f} away from the start."
+        why = f", and its content moves them by {verdict.content:.1f}" if verdict.distance > SMALLEST else ""
+        return f"{name} does not drift: colors end {verdict.distance:.1f} away from the start{why}."
     if ratio > 100:
         content = "and its content hardly moves them"
     else:
