@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from tokentrim.tools.decoding import read_rate
@@ -56,10 +57,10 @@ def measure(paths: Sequence[Path], numbers: Path) -> tuple[str, str]:
 
 
 def darkened(figure: Figure) -> Figure:
-    """The figure for a dark page: pale text and dim lines."""
-    for text in figure.findobj(Text):
-        if max(to_rgb(text.get_color())) < 0.3:
-            text.set_color(PALE)
+    """The figure for a dark page: pale text and lines, and a dim grid."""
+    for dark in (*figure.findobj(Text), *figure.findobj(Line2D)):
+        if max(to_rgb(dark.get_color())) < 0.3:
+            dark.set_color(PALE)
     for axes in figure.axes:
         axes.tick_params(colors=PALE)
         axes.grid(color=DIM)

@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 
 from research.training import travelling
 from research.training.world import COLORS, DIRECTIONS, SHAPES, Scene, parse
 from tokentrim.tokentrim_frames.mp4 import save_video
 from tokentrim.tools import worlds
 from tokentrim.tools.cli import main
+from tokentrim.tools.drift import measure_video
+from tokentrim.tools.drift_plot import plot_drift
 from tokentrim.tools.frames import Limits, read_frames
 from tokentrim.tools.verdict import ROWS
 
@@ -233,3 +237,11 @@ def test_example_is_a_finished_run_of_the_first_world():
         assert len(frames) == state["num_frames"] == sum(chunk["frames"] for chunk in side["chunks"])
     left, right = (np.mean([chunk["drift"] for chunk in side["chunks"][-25:]]) for side in state["sides"])
     assert left > right
+
+
+def test_nothing_in_a_dark_figure_is_dark():
+    """Neither text nor the line of the distance between two videos; the grid is dim."""
+    frames = np.random.default_rng(0).integers(0, 256, (2, 40, 32, 48, 3), np.uint8)
+    figure = measure.darkened(plot_drift([measure_video(name, iter(each)) for name, each in zip("ab", frames)]))
+    drawn = [*figure.findobj(Text), *(line for axes in figure.axes for line in axes.lines)]
+    assert len(drawn) > 20 and all(max(to_rgb(each.get_color())) > 0.3 for each in drawn)
