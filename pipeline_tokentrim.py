@@ -59,6 +59,7 @@ from .tokentrim_policies.outliers import quantiles
 from .tokentrim_policies.policy import ContextPolicy
 from .tokentrim_policies.quarantine import Quarantine
 from .tokentrim_policies.reanchor import Reanchor
+from .tokentrim_policies.references import Reference
 from .tokentrim_policies.registry import make_method
 from .tokentrim_policies.stability import token_grid
 from .tokentrim_policies.trim import TokenTrim

@@ -37,14 +37,18 @@ def plain_state(policy: ContextPolicy) -> dict:
 class ContextPolicies:
     """A chain of policies for each video of a batch, as the rollout sees them.
 
-    Every policy reviews every attempt, and all tokens that they return are evicted. Each policy commits what the policy
-    before it returned; once one returns `None`, the others are not asked.
+    Every policy reviews every attempt, and all tokens that they return are evicted: before another attempt, or before the
+    next chunk. Each policy commits what the policy before it returned; once one returns `None`, the others are not asked.
 
     Args:
         chain (`Sequence[ContextPolicy]`): in order; they are copied for each video.
         num_videos (`int`): B.
         grid (`tuple[int, int]`): tokens of a latent frame, (height, width).
         patch_size (`tuple[int, int, int]`): the transformer's.
+
+    Attributes:
+        entered (`list[bool]`): whether the chunk at hand entered the context of each video.
+        leaving (`dict[int, list[int]]`): grid tokens that leave before the next chunk, by video.
     """
 
     def __init__(
@@ -77,18 +81,22 @@ class ContextPolicies:
         """
         unstable = {}
         for video in self._under_review:
-            tokens = set()
+            again, later = set(), set()
             for policy in self.chains[video]:
                 asked = self._check_tokens(policy, policy.review(judged[video].clone()))
-                tokens |= asked if self._attempts < policy.max_regenerations else set()
-            if tokens:
-                unstable[video] = sorted(tokens)
+                if not policy.regenerate:
+                    later |= asked
+                elif self._attempts < policy.max_regenerations:
+                    again |= asked
+            self.leaving[video] = sorted(later)  # as the last attempt is judged
+            if again:
+                unstable[video] = sorted(again)
         self._under_review = list(unstable)
         self._attempts += 1
         return unstable
 
     def evicted(self, tokens: dict[int, list[int]]) -> None:
-        """Record the grid tokens that left each video's context; these videos are generated again, and reviewed."""
+        """Record the grid tokens that left each video's context; a review after this one is of these videos."""
         self._under_review = list(tokens)
         for video, indices in tokens.items():
             decision = self._decisions[video]
@@ -153,6 +161,7 @@ class ContextPolicies:
         self._under_review = list(range(len(self.chains)))
         self._decisions = [{"chunk": index, **copy.deepcopy(DECISION)} for _ in self.chains]
         self.entered = [True] * len(self.chains)
+        self.leaving: dict[int, list[int]] = {}
 
     def _place(self, policy: Any) -> str:
         return f"chunk {self._index}: {type(policy).__name__}"

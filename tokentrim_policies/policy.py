@@ -10,7 +10,7 @@ import torch
 class ContextPolicy:
     """What later chunks of one video may read. By default: everything, as it was generated.
 
-    A method overrides some of the five verbs. For each chunk the rollout calls `review` once for every attempt, then
+    A method overrides some of the five verbs, and `check` if it cannot serve every rollout. For each chunk the rollout calls `review` once for every attempt, then
     `commit`, then `close`; a chunk that was given instead of generated is passed to `observe`. Latents are (C, T, H, W) of
     one video; the rollout copies a policy for each video of a batch.
 
@@ -21,6 +21,8 @@ class ContextPolicy:
         video (`int`): index of the video in the batch, set by the rollout.
         patch_size (`tuple[int, int, int]`): the transformer's (frames, height, width) patch, set by the rollout.
         max_regenerations (`int`): how often `review` may ask for another attempt at a chunk.
+        regenerate (`bool`): whether a chunk is generated again when `review` returns tokens. If not, they leave the context
+            before the next chunk.
         drift_signal (`str`, *optional*): what `review` sees: `"final"`, finished chunks, or `"first_step"`, the x0
             predictions of their first step; `None` if either will do.
         prune_weight (`float`, *optional*): the weight of the tokens that `review` returns from then on, instead of 0;
@@ -31,9 +33,20 @@ class ContextPolicy:
     video: int = 0
     patch_size: tuple[int, int, int] = (1, 2, 2)
     max_regenerations: int = 1
+    regenerate: bool = True
     drift_signal: str | None = None
     prune_weight: float | None = None
     may_reject: bool = False
+
+    def check(self, num_tokens: int) -> None:
+        """Refuse a rollout that the policy cannot serve. By default it serves all.
+
+        Args:
+            num_tokens (`int`): tokens of a latent frame.
+
+        Raises:
+            `ValueError`: a setting does not fit; the message names it, its value and what is valid.
+        """
 
     def observe(self, chunk: torch.Tensor) -> None:
         """Take a chunk that was given, not generated.
@@ -94,10 +107,16 @@ class CompletedPolicy(ContextPolicy):
         self.drift_signal = getattr(policy, "drift_signal", None)
         self.prune_weight = getattr(policy, "prune_weight", None)
         self.may_reject = getattr(policy, "may_reject", False)
+        self.regenerate = getattr(policy, "regenerate", True)
 
     @property
     def max_regenerations(self) -> int:
         return getattr(self.policy, "max_regenerations", ContextPolicy.max_regenerations)
+
+    def check(self, num_tokens: int) -> None:
+        check = getattr(self.policy, "check", None)
+        if callable(check):
+            check(num_tokens)
 
     def observe(self, chunk: torch.Tensor) -> None:
         self.policy.observe(chunk)

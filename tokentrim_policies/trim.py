@@ -3,10 +3,10 @@
 
 import torch
 
-from ..tokentrim_checks import check_choice, check_int, check_number
-from .outliers import outlier_threshold
+from ..tokentrim_checks import check, check_bool, check_choice, check_int, check_number
 from .policy import ContextPolicy
-from .stability import severity, summarize, token_drift, unstable_tokens
+from .references import CRITERIA, REFERENCES
+from .stability import severity, summarize, unstable_tokens
 
 
 DRIFT_SIGNALS = ("final", "first_step")
@@ -24,18 +24,21 @@ class SeverityMonitor(ContextPolicy):
     """
 
     prune_fraction = 0.1
+    reference = "previous"
+    criterion = "same_place"
 
     def __init__(self, drift_signal: str = "final"):
         check_choice("drift_signal", drift_signal, DRIFT_SIGNALS)
         self.drift_signal = drift_signal
-        self.previous: torch.Tensor | None = None  # what the chunk before was judged by, (C, T, H, W)
+        self.previous: torch.Tensor | None = None  # what the reference was judged by, (C, T, H, W)
+        self.num_new: int | None = None  # chunks of a new scene, until one of them is the reference
         self.draft: torch.Tensor | None = None  # the last attempt at the chunk at hand
         self.facts: dict = {}
         self._drift: torch.Tensor | None = None  # d_i of the first attempt, (num_tokens,)
 
     def observe(self, chunk: torch.Tensor) -> None:
         self.draft = chunk if self.drift_signal == "final" else None  # no x0 prediction of a first step
-        self.previous = None
+        self.previous = self.num_new = None
 
     def review(self, draft: torch.Tensor) -> list[int]:
         """The grid tokens to evict before another attempt; none accepts this one."""
@@ -43,15 +46,16 @@ class SeverityMonitor(ContextPolicy):
         if self.previous is None:
             return []
         current, previous = (summarize(latents[None], self.patch_size) for latents in (draft, self.previous))
-        drift = token_drift(current, previous)  # (1, num_tokens)
+        drift = CRITERIA[self.criterion](current, previous)  # (1, num_tokens)
         tokens = unstable_tokens(drift, self.prune_fraction)
-        measured = severity(drift, tokens).item()
+        measured = severity(drift.clamp_min(0), tokens).item()
         if self.facts:
             self.facts["regenerated_severity"] = measured
         else:
             self._drift = drift[0]
             self.facts = {"severity": measured, "threshold": self.threshold()}
-        return tokens[0].tolist() if self.is_abnormal(measured) else []
+        drifted = tokens[0][drift[0, tokens[0]].isfinite()]  # new tokens stay
+        return drifted.tolist() if self.is_abnormal(measured) else []
 
     def threshold(self) -> float | None:
         return None
@@ -65,12 +69,16 @@ class SeverityMonitor(ContextPolicy):
         return chunk
 
     def prompt_changed(self) -> None:
-        self.previous = None  # the next chunk is meant to differ
+        is_new = self.previous is not None or self.num_new is not None  # not so before the first chunk
+        self.previous, self.num_new = None, 0 if is_new else None  # the next chunk is meant to differ
 
     def close(self, entered: bool) -> dict:
         facts, self.facts = self.facts, {}
-        if entered or self.previous is None:
-            self.previous = self.draft
+        rule = REFERENCES[self.reference]
+        if self.num_new is not None:
+            self.num_new += 1
+        if rule.takes(entered, self.previous is not None, self.num_new):
+            self.previous, self.num_new = self.draft, None
         self.draft = None
         return facts
 
@@ -93,6 +101,8 @@ class TokenDrift(SeverityMonitor):
 class TokenTrim(SeverityMonitor):
     """Algorithm 1: if a chunk's severity is abnormal, its most changed tokens leave the context, and it is generated again.
 
+    The first five settings are the paper's, the others ours.
+
     Args:
         prune_fraction (`float`, defaults to `0.1`): p, the share of the token grid that counts as unstable.
         drift_sensitivity (`float`, defaults to `2.0`):
@@ -103,8 +113,18 @@ class TokenTrim(SeverityMonitor):
             What the gate compares: `"final"`, finished chunks; `"first_step"`, the x0 predictions of their first
             denoising step, so that another attempt costs one step instead of all.
         prune_weight (`float`, defaults to `0.0`):
-            Ours: what a key of an unstable token counts for from then on, of one, multiplied at each trim. At 0 its keys
-            leave the context, as in the paper.
+            What a key of an unstable token counts for from then on, of one, multiplied at each trim. At 0 its keys leave the
+            context, as in the paper.
+        reference (`str`, defaults to `"previous"`):
+            What a chunk is compared with: `"previous"`, the chunk before, as in the paper; `"first"`, the first chunk of the
+            video or the last one that was given, and the mean and deviation are those of the first `warmup_chunks`
+            severities. After a change of prompt, the sixth chunk of the new scene becomes the reference.
+        criterion (`str`, defaults to `"same_place"`):
+            What a token's drift is its distance to: `"same_place"`, the reference's token at its place, as in the paper;
+            `"nearest"`, the reference's nearest token, and tokens without a near one are new and stay ([`nearest_drift`]).
+        regenerate (`bool`, defaults to `True`):
+            Whether an abnormal chunk is generated again. If not, the unstable tokens leave before the next chunk, which
+            costs no call.
     """
 
     def __init__(
@@ -115,6 +135,9 @@ class TokenTrim(SeverityMonitor):
         max_regenerations: int = 1,
         drift_signal: str = "final",
         prune_weight: float = 0.0,
+        reference: str = "previous",
+        criterion: str = "same_place",
+        regenerate: bool = True,
     ):
         valid = "a number between 0 and 1, both excluded"
         check_number("prune_fraction", prune_fraction, lambda share: 0 < share < 1, valid)
@@ -122,17 +145,29 @@ class TokenTrim(SeverityMonitor):
         check_int("warmup_chunks", warmup_chunks, 0)
         check_int("max_regenerations", max_regenerations, 0)
         check_number("prune_weight", prune_weight, lambda value: 0 <= value < 1, "a number from 0 to 1, 1 excluded")
+        check_choice("reference", reference, tuple(REFERENCES))
+        check_choice("criterion", criterion, tuple(CRITERIA))
+        check_bool("regenerate", regenerate)
         super().__init__(drift_signal)
         self.prune_fraction = prune_fraction
         self.drift_sensitivity = drift_sensitivity
         self.warmup_chunks = warmup_chunks
         self.max_regenerations = max_regenerations
         self.prune_weight = prune_weight
+        self.reference = reference
+        self.criterion = criterion
+        self.regenerate = regenerate
         self.severities: list[float] = []  # of accepted chunks, since the last change of prompt
+
+    def check(self, num_tokens: int) -> None:
+        """Every trim of a drifting video names tokens again: some must be left."""
+        count = unstable_tokens(torch.zeros(1, num_tokens), self.prune_fraction).shape[1]
+        valid = f"a smaller share with reference {self.reference!r}: {count} of {num_tokens} tokens leave no context"
+        check(self.reference == "previous" or count < num_tokens, "prune_fraction", self.prune_fraction, valid)
 
     def threshold(self) -> float | None:
         """mu_t + lambda sigma_t (eq. 7, 8); `None` while the gate is closed."""
-        return outlier_threshold(self.severities, self.drift_sensitivity, self.warmup_chunks)
+        return REFERENCES[self.reference].threshold(self.severities, self.drift_sensitivity, self.warmup_chunks)
 
     def is_abnormal(self, measured: float) -> bool:
         return self.facts["threshold"] is not None and measured > self.facts["threshold"]

@@ -97,12 +97,12 @@ def plan_rollout(pipe: Pipeline, call: dict, may_be_endless: bool = False) -> Ro
     callbacks, options = _plan_callbacks(pipe, call), _plan_options(call)
     num_repeated = sizes.num_given_chunks + REPEATED_CHUNKS if sizes.is_endless else 0
     chunk_sizes = [*sizes.chunk_partition, *sizes.chunk_partition[-1:] * num_repeated]
-    check_method(method, limits, chunk_sizes[sizes.num_given_chunks :])
+    num_tokens = math.prod(token_grid(sizes.frame_shape[2:], pipe.transformer.config.patch_size))
+    check_method(method, limits, chunk_sizes[sizes.num_given_chunks :], num_tokens)
     layout = _plan_layout(pipe, call, chunk_sizes[0])
     layout = fit_layout(layout, limits, schedule.num_in_flight, chunk_sizes)
     check_rejections(method, layout, schedule.num_in_flight, chunk_sizes)
-    grid = token_grid(sizes.frame_shape[2:], pipe.transformer.config.patch_size)
-    tokens = [size * math.prod(grid) for size in chunk_sizes]
+    tokens = [size * num_tokens for size in chunk_sizes]
     check_parallel(pipe.transformer, limits, layout, method.hooks, call["generator"], tokens)
     inputs = _plan_inputs(call, prompts, sizes, layout, limits, pipe.transformer.config.text_dim)
     return RolloutPlan(sizes, schedule, inputs, callbacks, method, layout, options, call["output_type"])

@@ -15,12 +15,15 @@ SINK_COLLAPSE = 120  # latent frames from which a sink at absolute positions is 
 compatibility_logger = logging.getLogger("tokentrim.plan")
 
 
-def check_method(method: Method, limits: Limits, chunk_sizes: Sequence[int]) -> None:
-    """Refuse a method that the backbone, or generated chunks of `chunk_sizes` latent frames, cannot serve."""
+def check_method(method: Method, limits: Limits, chunk_sizes: Sequence[int], num_tokens: int) -> None:
+    """Refuse a method that cannot serve the backbone, generated chunks of `chunk_sizes` latent frames, or latent frames of
+    `num_tokens` tokens."""
     valid = f"0 for {limits.model}, which has no weights"
     check(limits.weights or not method.prune_weight, "prune_weight", method.prune_weight, valid)
     for hook in method.hooks:
         hook.check(chunk_sizes, method.drift_signal)
+    for policy in method.policies:
+        policy.check(num_tokens)
 
 
 def fit_layout(layout: Layout, limits: Limits, num_in_flight: int, chunk_sizes: Sequence[int]) -> Layout:

@@ -92,7 +92,9 @@ class Rollout:
         return evicted
 
     def advance(self, index: int) -> None:
-        """Chunk `index` is finished: the run can be saved now."""
+        """Chunk `index` is finished: the tokens that leave before the next chunk do so, and the run can be saved."""
+        if any(self.policies.leaving.values()) and not self.is_last(index):
+            self.evict(self.policies.leaving)
         self.noise.forget(index)
         self.index, self.guidance_scale = index + 1, self.pipe.guidance_scale
 
