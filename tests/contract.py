@@ -14,6 +14,7 @@ METHODS = {
     },
     "trimmed and reanchored": {"method": {"tokentrim": EAGER, "reanchor": {"match": "moments", "patience": 10}}},
     "covariance": {"method": {"reanchor": {"match": "covariance", "strength": 0.5, "patience": 10}}},
+    "first chunk": {"method": {"tokentrim": {**EAGER, "reference": "first", "regenerate": False}}},
     "soft prune": {"method": {"tokentrim": {**EAGER, "prune_weight": 0.3}}},
     "first_step": {"drift_signal": "first_step", **EAGER},
 }

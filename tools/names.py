@@ -8,7 +8,10 @@ from typing import Any
 INDEX = "model_index.json"
 FPS = 16  # frames per second where a checkpoint says nothing
 METHODS = ("plain", "tokentrim", "paper", "tokentrim_plus")
-TRIM = ("prune_fraction", "drift_sensitivity", "warmup_chunks", "max_regenerations", "drift_signal", "prune_weight")
+TRIM = (
+    *("prune_fraction", "drift_sensitivity", "warmup_chunks", "max_regenerations", "drift_signal", "prune_weight"),
+    *("reference", "criterion", "regenerate"),
+)
 PARTS = {  # of a method: policies, and hooks of the denoiser
     "tokentrim": TRIM,
     "quarantine": ("sensitivity",),
