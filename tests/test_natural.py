@@ -16,10 +16,10 @@ from research.natural.latents import (
     make_pairs,
     offset,
 )
-from research.natural.matchings import MatchCoarseToFine, MatchCommonShift, MatchSmoothNear, smooth
+from research.natural.matchings import MatchCoarseToFine, MatchSmoothNear
 from research.training.autoencoder import make_autoencoder
 from research.training.photographs import SIZES
-from tokentrim.tokentrim_policies.matching import MatchNear
+from tokentrim.tokentrim_policies.matching import MatchNear, MatchShift, smooth
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def pairs():
 
 @pytest.fixture(scope="module")
 def table(pairs):
-    names = ("mean", "near", "near on 7 x 7", "common shift")
+    names = ("mean", "near", "near on 7 x 7", "shift")
     return make_table({name: CANDIDATES[name] for name in names}, pairs)
 
 
@@ -91,8 +91,8 @@ def test_averaging_texture_out_lets_near_remove_more(table):
     assert table.loc["near on 7 x 7", "offset 0.3"] > table.loc["near", "offset 0.3"] + 0.2
 
 
-def test_common_shift_removes_offsets_with_little_change(table):
-    row = table.loc["common shift"]
+def test_shift_removes_offsets_with_little_change(table):
+    row = table.loc["shift"]
     assert row["offset 0.1"] > 0.9 and row["offset 0.3"] > 0.75
     assert row["change"] < 0.06
 
@@ -112,7 +112,7 @@ def test_smooth_near_of_size_1_is_near(pairs):
     )
 
 
-@pytest.mark.parametrize("make", [MatchSmoothNear, MatchCoarseToFine, MatchCommonShift])
+@pytest.mark.parametrize("make", [MatchSmoothNear, MatchCoarseToFine, MatchShift])
 def test_a_matching_leaves_its_reference_alone_and_is_continuous(pairs, make):
     pair = pairs[0]
     matching = make(pair.reference)
@@ -122,7 +122,7 @@ def test_a_matching_leaves_its_reference_alone_and_is_continuous(pairs, make):
     assert change.abs().max() < 20 * noise.abs().max()
 
 
-@pytest.mark.parametrize("make", [MatchSmoothNear, MatchCoarseToFine, MatchCommonShift])
+@pytest.mark.parametrize("make", [MatchSmoothNear, MatchCoarseToFine, MatchShift])
 def test_a_batch_equals_single_chunks(pairs, make):
     references = torch.stack([pair.reference for pair in pairs])
     chunks = torch.stack([pair.moved for pair in pairs])
@@ -130,19 +130,19 @@ def test_a_batch_equals_single_chunks(pairs, make):
     assert torch.allclose(make(references)(chunks), single, atol=1e-4)
 
 
-def test_common_shift_ignores_content_that_the_reference_lacks():
+def test_shift_ignores_content_that_the_reference_lacks():
     generator = torch.Generator().manual_seed(0)
     reference = 0.02 * torch.randn(4, 3, 12, 12, generator=generator)
     chunk = reference + 0.1
     chunk[..., 6:] += 3  # new
-    moved = MatchCommonShift(reference, size=1)(chunk) - chunk
+    moved = MatchShift(reference, size=1)(chunk) - chunk
     assert torch.allclose(moved, torch.full_like(moved, -0.1), atol=0.03)
 
 
-def test_common_shift_of_nothing_known_is_zero():
+def test_shift_of_nothing_known_is_zero():
     reference = torch.zeros(4, 3, 12, 12)
     chunk = torch.full_like(reference, 5.0)
-    assert torch.allclose(MatchCommonShift(reference)(chunk), chunk, atol=1e-3)
+    assert torch.allclose(MatchShift(reference)(chunk), chunk, atol=1e-3)
 
 
 def test_every_candidate_gives_finite_numbers(pairs):

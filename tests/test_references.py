@@ -180,7 +180,13 @@ def test_the_chunk_itself_loses_them_too():
             return ()
 
     pipe = latent_pipeline()
-    plan = pipe.plan(latents=noise(4), prompt_embeds=embeds(), output_type="latent", num_inference_steps=2, method=[Leave(1), Look()])
+    plan = pipe.plan(
+        latents=noise(4),
+        prompt_embeds=embeds(),
+        output_type="latent",
+        num_inference_steps=2,
+        method=[Leave(1), Look()],
+    )
     run = pipe.begin(plan)
 
     def cache():

@@ -123,6 +123,39 @@ class MatchCovariance:
         return mean, (values - mean) @ (values - mean).mT / values.shape[-1]
 
 
+def as_tokens(latents: torch.Tensor) -> torch.Tensor:
+    """The values of each place in all channels, (..., C, T, H, W) -> (..., T * H * W, C)."""
+    return latents.flatten(-3).mT
+
+
+def draw_tokens(tokens: torch.Tensor, count: int = MAX_NEIGHBORS) -> torch.Tensor:
+    """At most `count` of the tokens, (..., any, C), evenly spaced: enough to estimate a density."""
+    return tokens[..., :: -(-tokens.shape[-2] // count), :]
+
+
+def nearness(tokens: torch.Tensor, others: torch.Tensor, width: float) -> torch.Tensor:
+    """Logarithm of a Gaussian of each distance, (..., tokens, others). `width` is its standard deviation, root mean square
+    over channels."""
+    return torch.cdist(tokens, others).square_().mul_(-0.5 / (tokens.shape[-1] * width**2))
+
+
+def neighborhoods(
+    tokens: torch.Tensor, some: torch.Tensor, reference: torch.Tensor, width: float, rare: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two mean shifts of tokens, (..., tokens, C): to `some` of themselves and to a reference.
+
+    Returns:
+        `tuple`: the mean of each neighborhood in the reference, times its share; the same of that among the tokens; and the
+        share, (..., tokens, 1): near 0 where the reference has no neighbors, and a half for `rare` of its tokens.
+    """
+    ours = nearness(tokens, some, width).softmax(dim=-1) @ some
+    # A constant "no neighbor" entry keeps isolated tokens in place.
+    none = math.log(rare * reference.shape[-2])
+    weights = F.pad(nearness(tokens, reference, width), (0, 1), value=none).softmax(dim=-1)
+    share = 1 - weights[..., -1:]
+    return weights[..., :-1] @ reference, share * ours, share
+
+
 class MatchNear:
     """Moves values that resemble the reference back to it; values without a counterpart stay.
 
@@ -143,31 +176,67 @@ class MatchNear:
         self.width = width
         self.num_steps = num_steps
         self.rare = rare
-        self.reference = self._some(self._tokens(reference))
+        self.reference = draw_tokens(as_tokens(reference))
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        tokens, none = self._tokens(latents), math.log(self.rare * self.reference.shape[-2])
+        tokens = as_tokens(latents)
         for _ in range(self.num_steps):
-            some = self._some(tokens)
-            ours = self._nearness(tokens, some).softmax(dim=-1) @ some
-            # A constant "no neighbor" entry keeps isolated tokens in place.
-            weights = F.pad(self._nearness(tokens, self.reference), (0, 1), value=none).softmax(dim=-1)
-            tokens = tokens + weights[..., :-1] @ self.reference - (1 - weights[..., -1:]) * ours
+            theirs, ours, _ = neighborhoods(tokens, draw_tokens(tokens), self.reference, self.width, self.rare)
+            tokens = tokens + theirs - ours
         return tokens.mT.reshape(latents.shape)
 
-    def _nearness(self, tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """Logarithm of the Gaussian of each distance, (..., tokens, others)."""
-        return torch.cdist(tokens, others).square_().mul_(-0.5 / (tokens.shape[-1] * self.width**2))
 
-    @staticmethod
-    def _tokens(latents: torch.Tensor) -> torch.Tensor:
-        """(..., C, T, H, W) -> (..., T * H * W, C)."""
-        return latents.flatten(-3).mT
+def smooth(latents: torch.Tensor, size: int) -> torch.Tensor:
+    """Averages over `size` by `size` places, (..., C, T, H, W); at the borders over those that exist."""
+    flat = latents.flatten(0, -3)[None]
+    return F.avg_pool2d(flat, size, 1, size // 2, count_include_pad=False).view_as(latents)
 
-    @staticmethod
-    def _some(tokens: torch.Tensor) -> torch.Tensor:
-        """Enough tokens to estimate a density, evenly spaced."""
-        return tokens[..., :: -(-tokens.shape[-2] // MAX_NEIGHBORS), :]
+
+class MatchShift:
+    """Moves the whole chunk by one offset of each channel, the one that its averages need, and then as [`MatchNear`].
+
+    Drift is smooth over the picture and texture is not: averages over `size` by `size` places keep the drift and lose the
+    texture, in which single places have no neighbors. Each average moves from its neighborhood in the chunk to its
+    neighborhood in the reference, and counts by the share of it that the reference has, so new content has no say. The
+    offset is the weighted least-squares fit to these moves. New content moves too, but only by what the rest has drifted.
+
+    Args:
+        reference (`torch.Tensor`): (..., C, T, H, W).
+        size (`int`): places along height and width that are averaged.
+        width (`float`), rare (`float`): as in [`MatchNear`].
+        doubt (`float`): weight of an offset of 0 in the fit, as a share of all averages.
+        num_steps (`int`): how often the offset is refined.
+        num_tokens (`int`): averages that are looked at.
+    """
+
+    def __init__(
+        self,
+        reference: torch.Tensor,
+        size: int = 7,
+        width: float = 0.1,
+        rare: float = 0.003,
+        doubt: float = 0.02,
+        num_steps: int = 4,
+        num_tokens: int = 512,
+    ):
+        self.size, self.width, self.rare, self.doubt = size, width, rare, doubt
+        self.num_steps, self.num_tokens = num_steps, num_tokens
+        self.reference = self._averages(reference)
+        self.near = MatchNear(reference, width, rare=rare)
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        tokens = self._averages(latents)
+        offset = torch.zeros_like(tokens[..., :1, :])  # (..., 1, C)
+        for _ in range(self.num_steps):
+            moved = tokens + offset
+            theirs, ours, share = neighborhoods(moved, moved, self.reference, self.width, self.rare)
+            weight = share.square().sum(dim=-2, keepdim=True) + self.doubt * tokens.shape[-2]
+            offset = offset + (share * (theirs - ours)).sum(dim=-2, keepdim=True) / weight
+        return self.near(latents + offset.mT[..., None, None])
+
+    def _averages(self, latents: torch.Tensor) -> torch.Tensor:
+        """(..., C, T, H, W) -> (..., tokens, C)."""
+        return draw_tokens(as_tokens(smooth(latents, self.size)), self.num_tokens)
 
 
 def symmetric_power(matrix: torch.Tensor, power: float) -> torch.Tensor:
@@ -183,4 +252,5 @@ MATCHINGS = {
     "distribution": MatchDistribution,
     "covariance": MatchCovariance,
     "near": MatchNear,
+    "shift": MatchShift,
 }

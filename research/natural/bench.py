@@ -22,10 +22,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from tokentrim.tokentrim_policies.matching import MATCHINGS, MatchNear
+from tokentrim.tokentrim_policies.matching import MATCHINGS, MatchNear, MatchShift
 
 from .latents import DRIFTS, Pair, PatchEncoder, WorldEncoder, load_photographs, make_pairs
-from .matchings import MatchCoarseToFine, MatchCommonShift, MatchSmoothNear
+from .matchings import MatchCoarseToFine, MatchSmoothNear
 
 
 CANDIDATES = {
@@ -34,9 +34,8 @@ CANDIDATES = {
     "near on 7 x 7": MatchSmoothNear,
     "near on 9 x 9": partial(MatchSmoothNear, size=9),
     "coarse to fine": MatchCoarseToFine,
-    "common shift": MatchCommonShift,
-    "common shift, near": partial(MatchCommonShift, near_width=0.1),
-    "common shift, near 0.07": partial(MatchCommonShift, near_width=0.07),
+    "shift on 5 x 5": partial(MatchShift, size=5),
+    "shift on 9 x 9": partial(MatchShift, size=9),
 }
 
 
