@@ -10,7 +10,7 @@ from tokentrim.tokentrim_policies.chain import ContextPolicies
 from tokentrim.tokentrim_policies.matching import MATCHINGS, MatchMoments
 
 
-WHOLE = sorted(set(MATCHINGS) - {"near"})  # those that hold all that is in a chunk
+WHOLE = sorted(set(MATCHINGS) - {"near", "shift"})  # those that hold all that is in a chunk
 
 
 def video(seed: int, shift: float = 0.0, num_frames: int = CHUNK) -> torch.Tensor:

@@ -28,7 +28,7 @@ from tokentrim.tokentrim_policies.outliers import (
 
 
 KINDS = sorted(MATCHINGS)
-WHOLE = [kind for kind in KINDS if kind != "near"]  # those that hold all that is in a chunk
+WHOLE = [kind for kind in KINDS if kind not in ("near", "shift")]  # those that hold all that is in a chunk
 
 
 def video(seed: int, scale: float = 1.0, shift: float = 0.0, num_frames: int = CHUNK) -> torch.Tensor:

@@ -207,6 +207,7 @@ class MatchShift:
         doubt (`float`): weight of an offset of 0 in the fit, as a share of all averages.
         num_steps (`int`): how often the offset is refined.
         num_tokens (`int`): averages that are looked at.
+        near_width (`float`): width of the final [`MatchNear`], which holds what drifts differently from place to place.
     """
 
     def __init__(
@@ -218,11 +219,12 @@ class MatchShift:
         doubt: float = 0.02,
         num_steps: int = 4,
         num_tokens: int = 512,
+        near_width: float = 0.08,
     ):
         self.size, self.width, self.rare, self.doubt = size, width, rare, doubt
         self.num_steps, self.num_tokens = num_steps, num_tokens
         self.reference = self._averages(reference)
-        self.near = MatchNear(reference, width, rare=rare)
+        self.near = MatchNear(reference, near_width, rare=rare)
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         tokens = self._averages(latents)
