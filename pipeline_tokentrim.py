@@ -259,9 +259,9 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
             blend_chunks (`int`, defaults to `0`): chunks over which the embeddings move from one prompt to the next.
             method (`str`, `dict`, `list` or `ContextPolicy`, *optional*, defaults to `"tokentrim"`):
                 What is done against drift: `"plain"` (nothing), `"tokentrim"` (algorithm 1 of the paper), `"paper"`
-                (the same after FlowMo, section 4.1), or `"tokentrim_plus"` (ours: quarantine and re-anchoring); a dict
-                of policies in chain order, `{"quarantine": {"sensitivity": 6}, "reanchor": {"match": "near"}}`; a
-                `pipe.ContextPolicy`, which is copied for each video; or a list of these.
+                (after FlowMo, section 4.1), ours `"tokentrim_reference"` (against the first chunk) or `"tokentrim_plus"`
+                (quarantine and re-anchoring); a dict of policies in chain order, `{"quarantine": {"sensitivity": 6},
+                "reanchor": {"match": "near"}}`; a `pipe.ContextPolicy`, copied for each video; or a list of these.
             prune_fraction, drift_sensitivity, warmup_chunks, max_regenerations, drift_signal (*optional*):
                 Settings of [`TokenTrim`], by default 0.1, 2.0, 2, 1 and `"final"`.
             rollout (`str`, *optional*, defaults to `"self_forcing"`):

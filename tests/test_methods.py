@@ -76,6 +76,7 @@ class Log(ContextPolicy):
         ("plain", ["SeverityMonitor"]),
         ("tokentrim", ["TokenTrim"]),
         ("paper", ["TokenTrim"]),
+        ("tokentrim_reference", ["TokenTrim"]),
         ("tokentrim_plus", ["SeverityMonitor", "Quarantine", "Reanchor"]),
         ({}, ["SeverityMonitor"]),
         ([], ["SeverityMonitor"]),
@@ -92,7 +93,7 @@ def test_policies_keep_their_order_and_severity_is_always_measured(method, expec
 
 
 def test_named_methods_match_the_documentation():
-    assert list(METHODS) == ["plain", "tokentrim", "paper", "tokentrim_plus"]
+    assert list(METHODS) == ["plain", "tokentrim", "paper", "tokentrim_reference", "tokentrim_plus"]
     plus = make_method("tokentrim_plus", {}).policies
     assert (plus[1].sensitivity, plus[2].match, plus[2].tolerance) == (6.0, "near", None)
     (flowmo,) = make_method("paper", {}).hooks

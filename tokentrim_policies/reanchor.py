@@ -29,10 +29,11 @@ class Reanchor(ContextPolicy):
 
     Args:
         match (`str`, defaults to `"near"`):
-            What is held. `"near"`: tokens that resemble some of the reference, but no new content ([`MatchNear`]). The
-            whole chunk: `"mean"`, `"moments"` (mean and standard deviation) or `"histogram"`
-            (all values) of each latent channel; `"covariance"` (means, and covariance of all channels, in closed form)
-            or `"distribution"` (all values) of all channels jointly.
+            What is held. `"near"`: tokens that resemble some of the reference, but no new content ([`MatchNear`]);
+            `"shift"`: the same after one offset of the whole chunk, for fine texture ([`MatchShift`]). All of the chunk:
+            `"mean"`, `"moments"` (mean and standard deviation) or `"histogram"` (all values) of each latent channel;
+            `"covariance"` (means, and covariance of all channels, in closed form) or `"distribution"` (all values) of all
+            channels jointly.
         tolerance (`float`, *optional*):
             The largest change that holding removes, and the largest distance of a watched chunk from its reference, that
             still counts as drift: distance of the channels' means in standard deviations of the reference, root mean square

@@ -20,6 +20,7 @@ METHODS = {
     "plain": {},
     "tokentrim": {"tokentrim": {}},
     "paper": {"flowmo": {}, "tokentrim": {}},
+    "tokentrim_reference": {"tokentrim": {"reference": "first", "prune_fraction": 0.5, "warmup_chunks": 6}},
     "tokentrim_plus": {"quarantine": {"sensitivity": 6.0}, "reanchor": {"match": "near"}},
 }
 DEFAULT_METHOD = "tokentrim"  # where neither the call nor the checkpoint names one

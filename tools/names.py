@@ -7,7 +7,7 @@ from typing import Any
 
 INDEX = "model_index.json"
 FPS = 16  # frames per second where a checkpoint says nothing
-METHODS = ("plain", "tokentrim", "paper", "tokentrim_plus")
+METHODS = ("plain", "tokentrim", "paper", "tokentrim_reference", "tokentrim_plus")
 TRIM = (
     *("prune_fraction", "drift_sensitivity", "warmup_chunks", "max_regenerations", "drift_signal", "prune_weight"),
     *("reference", "criterion", "regenerate"),

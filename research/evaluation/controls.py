@@ -80,6 +80,9 @@ def _other_policy(kind: type, *hooks: Callable) -> Callable:
     def change(arguments: dict) -> dict:
         settings = {name: value for name, value in arguments.items() if name in TRIM_SETTINGS}
         rest = {name: value for name, value in arguments.items() if name not in settings}
+        method = arguments.get("method")
+        if isinstance(method, dict):  # settings of TokenTrim that are no arguments of the call
+            settings |= method["tokentrim"]
         return {**rest, "method": [*(hook() for hook in hooks), kind(**settings)]}
 
     return change

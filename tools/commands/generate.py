@@ -99,7 +99,7 @@ def add_settings(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--method",
         type=read_name,
-        help="plain, tokentrim, tokentrim_plus or paper; or JSON of policies with settings (default: the checkpoint's)",
+        help="plain, tokentrim, tokentrim_reference, tokentrim_plus or paper; or JSON of policies with settings (default: the checkpoint's)",
     )
     group.add_argument("--layout", type=read_name, help="which past frames are read: a name, or JSON with settings")
     group.add_argument(
