@@ -54,7 +54,7 @@ test-oldest: $(OLDEST_INSTALLED)
 # The page in a real browser: `apt-get install chromium`.
 test-app: $(APP_INSTALLED)
 	$(APP_PYTHON) -m pip install --quiet --disable-pip-version-check pytest playwright
-	HF_HUB_OFFLINE=1 $(APP_PYTHON) -m pytest -q -rs tests/test_app.py tests/test_compare_page.py
+	HF_HUB_OFFLINE=1 $(APP_PYTHON) -m pytest -q -rs tests/test_visits.py tests/test_app.py tests/test_compare_page.py
 
 fuzz: $(INSTALLED)
 	HF_HUB_OFFLINE=1 EXAMPLES=$(EXAMPLES) $(PYTHON) -m pytest -q --hypothesis-show-statistics tests/test_fuzz.py

@@ -99,3 +99,21 @@ def check_settings(name: str, settings: Any, known: Sequence[str]) -> None:
     valid = f"a dict of settings among {list(known)}"
     check(isinstance(settings, dict), name, settings, valid, TypeError)
     check(set(settings) <= set(known), name, settings, valid)
+
+
+def check_saved(name: str, value: Any, shape: Sequence[int | None], dtype: torch.dtype | None = None) -> None:
+    """A tensor of a saved run, of this shape (`None` stands for any size) and of this dtype (`None`: floating-point)."""
+    same_call = f"of a run of the same call, with {name}"
+    sizes = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
+    fits = isinstance(value, torch.Tensor) and len(value.shape) == len(shape)
+    fits = fits and all(wanted in (None, size) for wanted, size in zip(shape, value.shape))
+    check(fits, "state", value, f"{same_call} of shape {sizes}")
+    known = value.is_floating_point() if dtype is None else value.dtype == dtype
+    check(known, "state", value.dtype, f"{same_call} of {dtype or 'floating-point numbers'}")
+
+
+def check_saved_frames(name: str, frames: Any, end: int) -> None:
+    """Ascending latent frames of a saved run, all before `end`."""
+    whole = isinstance(frames, list) and all(type(frame) is int and 0 <= frame < end for frame in frames)
+    ascending = whole and all(before < after for before, after in zip(frames, frames[1:]))
+    check(ascending, "state", frames, f"of a run of the same call, with {name} that ascend and are below {end}")

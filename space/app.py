@@ -9,6 +9,7 @@ the limit of a run; `TOKENTRIM_FPS`; Gradio's `GRADIO_SERVER_NAME` and `GRADIO_S
 
 import logging
 import os
+import signal
 
 
 # Nothing leaves the machine. The libraries read these when they are imported.
@@ -22,8 +23,9 @@ except ImportError:
 from pathlib import Path
 
 import gradio as gr
+from line import without_folders
 from page import CSS, build
-from visits import EXAMPLE, App, Models
+from visits import THREADS, App, Models
 
 from tokentrim.tools.worlds import WORLDS
 
@@ -35,7 +37,9 @@ HERE = Path(__file__).resolve().parent
 def find_checkpoints() -> dict[str, str]:
     """The checkpoint of the environment, or the shipped worlds, in a Space and in a clone."""
     if checkpoint := os.environ.get("TOKENTRIM_CHECKPOINT"):
-        return {checkpoint: checkpoint}
+        is_path = os.path.isabs(checkpoint) or os.path.isdir(checkpoint)
+        name = os.path.basename(os.path.abspath(checkpoint)) if is_path else checkpoint  # all that visitors see
+        return {name: checkpoint}
     folders = {name: [home / "checkpoints" / name for home in (HERE, HERE.parent)] for name in WORLDS}
     found = {name: next((str(each) for each in beside if each.exists()), None) for name, beside in folders.items()}
     return {name: folder for name, folder in found.items() if folder}
@@ -53,8 +57,8 @@ def load_app() -> App:
         models.get(name)
     except Exception as error:  # the page reports the error and still measures videos
         logger.error("the checkpoint could not be loaded", exc_info=error)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return App(None, f"The checkpoint {name!r} could not be loaded: {reason}.")
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return App(None, without_folders(f"The checkpoint {name!r} could not be loaded: {reason}."))
     return App(models)
 
 
@@ -70,12 +74,14 @@ def launch(app: App) -> None:
         theme=theme,
         css=CSS,
         footer_links=[],
-        allowed_paths=[str(app.runs), str(EXAMPLE)],
+        allowed_paths=[str(app.runs), str(app.example)],
         max_file_size="200mb",
+        max_threads=THREADS,
         ssr_mode=False,
         prevent_thread_lock=True,
     )
     print(f"The page is at {address} on this machine. Ctrl-C ends it.", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the folders of visitors are deleted
     page.block_thread()
 
 

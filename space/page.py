@@ -104,7 +104,7 @@ def build_watch(app: App) -> None:
             seed = gr.Number(0, label="Seed", precision=0)
     with gr.Column(scale=9, min_width=340, elem_id="shown"):
         stage = gr.HTML(
-            finished_example(),
+            finished_example(app.example),
             html_template=(HERE / "stage.html").read_text(),
             css_template=(HERE / "stage.css").read_text(),
             js_on_load=(HERE / "stage.js").read_text(),
@@ -141,7 +141,7 @@ def build_measure(app: App) -> None:
             report = gr.Markdown(elem_id="report")
             figure = gr.HTML(elem_id="figure")
             numbers = gr.DownloadButton("drift.json", visible=False)
-    measured.click(app.measure, videos, [report, figure, numbers], concurrency_id="measure", api_name="measure")
+    measured.click(app.measure, videos, [report, figure, numbers], concurrency_limit=None, api_name="measure")
 
 
 def list_words(world: World | None) -> list[dict]:

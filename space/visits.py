@@ -7,16 +7,17 @@ import json
 import logging
 import shutil
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import gradio as gr
+from line import Line, Visitor, find_address, is_old, without_folders
 from measure import measure
 from runs import Change, Settings, Studio, ask_to_change, ask_to_stop, is_over
 
@@ -32,6 +33,11 @@ logger = logging.getLogger("tokentrim.app")
 EXAMPLE = Path(__file__).resolve().parent / "example"
 MISTAKES = (TypeError, ValueError, RuntimeError, OSError)  # errors whose messages are sentences
 POLL = 0.3  # seconds between two looks at the line
+THREADS = 40  # of the server
+PLACES = (
+    24,
+    8,
+)  # in the lines for videos and for measurements; each waits in one of the threads, and the first needs one
 
 
 @dataclass(eq=False)
@@ -56,7 +62,7 @@ class Models:
     def __init__(self, checkpoints: dict[str, str], max_chunks: int = 200, fps: float | None = None):
         self.checkpoints, self.max_chunks, self.fps = checkpoints, max_chunks, fps
         self.loaded: dict[str, Studio] = {}
-        self.lock = threading.Lock()
+        self.lock = Lock()
 
     def get(self, name: str) -> Studio:
         with self.lock:
@@ -78,12 +84,12 @@ class App:
 
     def __init__(self, models: Models | None, complaint: str = ""):
         self.models, self.complaint = models, complaint
-        self.visits: dict[str, Visit] = {}
-        self.line: list[Visit] = []  # whose turn it is, and who waits
-        self.reports: dict[str, Path] = {}  # folders of measured drift
+        self.visits: dict[str, Visit] = {}  # by session
+        self.reports: dict[str, Path] = {}  # folders of measured drift, by session
+        self.line, self.measuring = map(Line, PLACES)
         self.thread = ThreadPoolExecutor(1)
-        self.runs = Path(tempfile.mkdtemp(prefix="tokentrim-runs-")).resolve()
-        atexit.register(shutil.rmtree, self.runs, ignore_errors=True)
+        self.runs = make_folder("runs")
+        self.example = shutil.copytree(EXAMPLE, make_folder("example"), dirs_exist_ok=True)  # its URLs name no clone
 
     # Watch
 
@@ -105,42 +111,33 @@ class App:
         visit = None
         try:
             yield {"status": "notice", "message": "Looking at your request ..."}
-            visit = self.admit(
-                model, prompt, seed, left, right, layout, num_chunks, next_prompt, next_chunk, transition, request
-            )
-            yield from self.wait_for_turn(visit)
-            yield from self.make(visit)
+            visitor, studio = read_visitor(request), self.require_models().get(model)
+            numbers = [read_whole(number) for number in (seed, num_chunks)]
+            settings = Settings(studio.check_prompt(prompt), numbers[0], left, right, layout or None, numbers[1])
+            change = read_change(next_prompt, next_chunk, transition) if next_chunk else None
+            studio.check(settings, change)
+            with self.line.place(visitor):
+                visit = self.open_visit(visitor, studio, settings, change)
+                yield from self.wait_for_turn(visitor, visit)
+                yield from self.make(visit)
         except Exception as error:
             if visit is None or visit.folder.exists():  # otherwise the visitor has left
                 yield {"status": "error", "message": sentence_of(error)}
-        finally:
-            if visit in self.line:
-                self.line.remove(visit)
 
-    def admit(
-        self, model, prompt, seed, left, right, layout, num_chunks, next_prompt, next_chunk, transition, request
-    ) -> Visit:
-        """Check a request, and put the visitor at the end of the line."""
-        studio = self.require_models().get(model)
-        if not all(isinstance(number, (int, float)) and number == int(number) for number in (seed, num_chunks)):
-            raise ValueError("Seed and number of chunks must be whole numbers.")
-        prompt = studio.check_prompt(prompt)
-        settings = Settings(prompt, int(seed), left, right, layout or None, int(num_chunks))
-        change = read_change(next_prompt, next_chunk, transition) if next_chunk else None
-        studio.check(settings, change)
-        self.leave(request)
-        folder = self.runs / uuid.uuid4().hex
-        folder.mkdir()
+    def open_visit(self, visitor: Visitor, studio: Studio, settings: Settings, change: Change | None) -> Visit:
+        """A new folder for a visitor, instead of the earlier one."""
+        self.sweep()
+        self.leave(visitor.session)
+        visit = self.visits[visitor.session] = Visit(self.runs / uuid.uuid4().hex, studio, settings)
+        visit.folder.mkdir()
         if change is not None:
-            ask_to_change(folder, change)
-        visit = self.visits[request.session_hash] = Visit(folder, studio, settings)
-        self.line.append(visit)
+            ask_to_change(visit.folder, change)
         return visit
 
-    def wait_for_turn(self, visit: Visit) -> Iterator[dict]:
+    def wait_for_turn(self, visitor: Visitor, visit: Visit) -> Iterator[dict]:
         """One run at a time; meanwhile, the stage says how many visitors are before."""
         told = None
-        while visit.folder.exists() and not is_over(visit.folder) and (ahead := self.line.index(visit)) > 0:
+        while visit.folder.exists() and not is_over(visit.folder) and (ahead := self.line.num_before(visitor)) > 0:
             if ahead != told:
                 told = ahead
                 runs = "One video is" if ahead == 1 else f"{ahead} videos are"
@@ -166,9 +163,9 @@ class App:
         if visit := self.visits.get(request.session_hash):
             ask_to_stop(visit.folder)
 
-    def leave(self, request: gr.Request) -> None:
+    def leave(self, session: str) -> None:
         """A visitor starts again or has left: end the run and delete its folder."""
-        if visit := self.visits.pop(request.session_hash, None):
+        if visit := self.visits.pop(session, None):
             shutil.rmtree(visit.folder, ignore_errors=True)
 
     # Direct
@@ -177,7 +174,7 @@ class App:
         """Change the prompt of the visitor's run."""
         with sentences():
             self.require_models()
-            visit = self.visits.get(request.session_hash)
+            visit = self.visits.get(read_visitor(request).session)
             if visit is None or is_over(visit.folder) or visit.made >= visit.settings.num_chunks:
                 raise ValueError("No video of yours is running: press the button first.")
             change = read_change(prompt, chunk, transition)
@@ -197,21 +194,43 @@ class App:
                 raise ValueError("No video yet: drop one or two first.")
             if len(paths) > 2:
                 raise ValueError(f"Up to two videos are compared, but there are {len(paths)}.")
-            folder = self.reports.setdefault(request.session_hash, self.runs / uuid.uuid4().hex)
-            folder.mkdir(exist_ok=True)
-            text, figure = measure([Path(path) for path in paths], folder / "drift.json")
+            visitor = read_visitor(request)
+            with self.measuring.place(visitor):
+                self.sweep()
+                folder = self.reports.setdefault(visitor.session, self.runs / uuid.uuid4().hex)
+                folder.mkdir(exist_ok=True)
+                while self.measuring.num_before(visitor) > 0 and folder.exists():
+                    time.sleep(POLL)
+                text, figure = measure([Path(path) for path in paths], folder / "drift.json")
         return text, figure, gr.DownloadButton(value=folder / "drift.json", visible=True)
 
     def forget(self, request: gr.Request) -> None:
         """A visitor has left: end the run and delete its files."""
-        self.leave(request)
+        self.leave(request.session_hash)
         if folder := self.reports.pop(request.session_hash, None):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Delete the old files of visitors who wait for nothing: a program never says that it has left."""
+        waiting = {visitor.session for line in (self.line, self.measuring) for visitor in list(line.visitors)}
+        for session, visit in list(self.visits.items()):
+            if session not in waiting and is_old(visit.folder):
+                self.leave(session)
+        for session, folder in list(self.reports.items()):
+            if session not in waiting and is_old(folder):
+                shutil.rmtree(self.reports.pop(session), ignore_errors=True)
 
     def require_models(self) -> Models:
         if self.models is None:
             raise ValueError(self.complaint)
         return self.models
+
+
+def make_folder(name: str) -> Path:
+    """A temporary folder of this server; it is deleted when the server ends."""
+    folder = Path(tempfile.mkdtemp(prefix=f"tokentrim-{name}-")).resolve()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def publish(state: dict, folder: Path) -> dict:
@@ -225,16 +244,15 @@ def publish(state: dict, folder: Path) -> dict:
     return {**state, "run": folder.name, "sides": sides, "files": files}
 
 
-def finished_example() -> dict:
+def finished_example(folder: Path) -> dict:
     """A finished run that ships with the page, for its first screen."""
-    path = EXAMPLE / "state.json"
-    return publish(json.loads(path.read_text()), EXAMPLE) if path.exists() else {}
+    return publish(json.loads((folder / "state.json").read_text()), folder)
 
 
 def sentence_of(error: Exception) -> str:
     """What the stage says of an error; what nobody expected goes to the log with its traceback."""
     if isinstance(error, MISTAKES):
-        return str(error)
+        return without_folders(str(error))
     logger.error("unexpected", exc_info=error)
     return "Something went wrong on the server; see its log."
 
@@ -250,5 +268,16 @@ class sentences:
             raise gr.Error(sentence_of(error), print_exception=False) from error
 
 
+def read_visitor(request: gr.Request) -> Visitor:
+    client = request.client.host if request.client else ""
+    return Visitor(request.session_hash, find_address(client, request.headers.get("x-forwarded-for", "")))
+
+
+def read_whole(number: float) -> int:
+    if not (isinstance(number, int) or (isinstance(number, float) and number.is_integer())):
+        raise ValueError(f"Seed, length and chunk must be whole numbers, but one is {number!r}.")
+    return int(number)
+
+
 def read_change(prompt: str, chunk: float | None, transition: str) -> Change:
-    return Change(" ".join((prompt or "").split()), int(chunk) if chunk else None, transition)
+    return Change(" ".join((prompt or "").split()), read_whole(chunk) if chunk else None, transition)

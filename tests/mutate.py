@@ -1,12 +1,11 @@
 """`make mutate`: break the product in small ways, one at a time, and print the mutations that no test notices.
 
 `mutations.yaml` lists them: the file, the text `before`, which occurs once in it, what it becomes `after`, and the tests to
-run. Each runs in a copy of the checkout. Exits 1 if a mutation survives, if the text
-of one is not found any more, or if its tests fail on the product as it is.
+run. Each runs in a copy of the checkout. Exits 1 if a mutation survives, if the text of one is not found any more, or if its
+tests do not pass on the product as it is.
 """
 
 import argparse
-import importlib
 import os
 import shlex
 import shutil
@@ -20,7 +19,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = Path(__file__).with_name("mutations.yaml")
-COPIED = ("*.py", "*.cfg", "*.toml", "tokentrim_*", "tools", "tests", "configs", "research", "space")
+NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "build", "runs", "*.egg-info")
+FAILED = 1  # exit status of pytest; others say that no test ran
 
 
 @dataclass(frozen=True)
@@ -46,39 +46,30 @@ class Mutation:
         return text.replace(self.before, self.after) if text.count(self.before) == 1 else None
 
 
-def read_mutations() -> list[Mutation]:
-    return [Mutation(**each) for each in yaml.safe_load(LIST.read_text())]
-
-
-def copy_checkout(folder: Path) -> None:
-    for pattern in COPIED:
-        for path in ROOT.glob(pattern):
-            copy = shutil.copytree if path.is_dir() else shutil.copy2
-            copy(
-                path,
-                folder / path.name,
-                **({"ignore": shutil.ignore_patterns("__pycache__")} if path.is_dir() else {}),
-            )
-    for name in ("checkpoints", "docs", "README.md", "examples"):
-        (folder / name).symlink_to(ROOT / name)
+def read_mutations(words: list[str]) -> list[Mutation]:
+    """Those whose name or file has one of these words; without words, all."""
+    mutations = [Mutation(**each) for each in yaml.safe_load(LIST.read_text())]
+    return [each for each in mutations if not words or any(word in f"{each.name} {each.file}" for word in words)]
 
 
 def preload() -> None:
-    """Import what every test needs, once: each mutation runs in a fork."""
+    """Import what every test needs, but nothing of the product, once: the tests of each mutation run in a fork."""
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     sys.dont_write_bytecode = True
-    for name in ("torch", "diffusers", "transformers", "tokenizers", "safetensors.torch", "imageio.v3", "pytest"):
-        importlib.import_module(name)
-    for name, classes in (
-        ("diffusers", ("AnyFlowFARPipeline", "AutoencoderKLWan", "WanTransformer3DModel", "FlowMatchLCMScheduler")),
-        ("transformers", ("AutoTokenizer", "PreTrainedTokenizerFast", "UMT5EncoderModel")),
-    ):
-        for each in classes:
-            getattr(sys.modules[name], each)
+    import imageio.v3  # noqa: F401
+    import pytest  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    from diffusers import (  # noqa: F401
+        AnyFlowFARPipeline,
+        AutoencoderKLWan,
+        FlowMatchLCMScheduler,
+        WanTransformer3DModel,
+    )
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5EncoderModel  # noqa: F401
 
 
-def run_tests(tests: str, folder: Path) -> tuple[bool, str]:
-    """Whether all pass, and the last line of pytest."""
+def run_tests(tests: str, folder: Path) -> tuple[int, str]:
+    """The exit status of pytest in a copy of the checkout, and the last line of what it printed."""
     log = folder / "pytest.log"
     child = os.fork()
     if child == 0:
@@ -93,8 +84,17 @@ def run_tests(tests: str, folder: Path) -> tuple[bool, str]:
         finally:
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
-    return status == 0, lines[-1] if status in (0, 1) else f"pytest exits {status}"
+    return status, (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+
+
+def try_mutation(mutation: Mutation, folder: Path) -> tuple[str, str]:
+    """Whether the tests notice a mutation, and the last line of pytest."""
+    path = folder / mutation.file
+    original, mutated = path.read_text(), mutation.text(folder)
+    path.write_text(mutated)
+    status, line = run_tests(mutation.tests, folder)
+    path.write_text(original)
+    return {0: "SURVIVES", FAILED: "noticed"}.get(status, f"BROKEN ({status})"), line
 
 
 def main() -> int:
@@ -105,37 +105,26 @@ def main() -> int:
         "--trust-tests", action="store_true", help="do not run the tests on the product as it is first"
     )
     options = parser.parse_args()
-    mutations = [
-        each
-        for each in read_mutations()
-        if not options.words or any(word in f"{each.name} {each.file}" for word in options.words)
-    ]
+    mutations, outcomes, passing = read_mutations(options.words), [], {}
     lost = [each for each in mutations if each.text(ROOT) is None]
-    survivors, passing = [], {}  # `passing`: whether tests pass on the product as it is
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        copy_checkout(folder)
-        preload()
+        folder = Path(temporary) / "checkout"
+        if not options.list:
+            shutil.copytree(ROOT, folder, ignore=NOT_COPIED)
+            preload()
         for mutation in [] if options.list else [each for each in mutations if each not in lost]:
-            if options.trust_tests:
-                passing[mutation.tests] = True
-            if mutation.tests not in passing:
-                passing[mutation.tests], line = run_tests(mutation.tests, folder)
-                if not passing[mutation.tests]:
-                    print(f"BROKEN    {mutation.tests}: {line}", flush=True)
-            if not passing[mutation.tests]:
-                continue
-            path = folder / mutation.file
-            original, mutated = path.read_text(), mutation.text(folder)
-            path.write_text(mutated)
-            passed, line = run_tests(mutation.tests, folder)
-            path.write_text(original)
-            print(f"{'SURVIVES' if passed else 'noticed '}  {mutation.file}: {mutation.name} ({line})", flush=True)
-            survivors += [mutation] if passed else []
+            tests = mutation.tests
+            if tests not in passing:
+                passing[tests] = (0, "") if options.trust_tests else run_tests(tests, folder)
+            status, line = passing[tests]
+            outcome, line = ("BROKEN", line) if status else try_mutation(mutation, folder)
+            outcomes.append(outcome)
+            print(f"{outcome:9} {mutation.file}: {mutation.name} ({line})", flush=True)
     for mutation in lost:
         print(f"NOT FOUND {mutation.file}: {mutation.name}: {mutation.before!r}")
-    print(f"{len(mutations)} mutations, {len(survivors)} survive, {len(lost)} not found")
-    return int(bool(survivors or lost or not all(passing.values())))
+    counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
+    print(f"{len(mutations)} mutations: {counts}, {len(lost)} not found")
+    return int(bool(lost) or any(outcome != "noticed" for outcome in outcomes))
 
 
 if __name__ == "__main__":

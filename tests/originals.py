@@ -3,8 +3,6 @@
 import torch
 from builders import randn, tiny_transformer
 
-from tokentrim.tools.convert import OriginalTransformer
-
 
 TOP = {
     "patch_embedding": "patch_embedding",
@@ -71,12 +69,3 @@ def lora_weights(template_a: str, template_b: str, rename=lambda module: module)
         pairs[template_a.format(rename(module))] = down
         pairs[template_b.format(rename(module))] = up
     return pairs
-
-
-def load_original(path, **arguments):
-    """The transformer that an original file converts to; arguments as in `OriginalTransformer`."""
-    source = OriginalTransformer(path, **arguments)
-    read = source.reader()
-    source.model.load_state_dict({name: read(name) for name in source.names}, assign=True)
-    source.tell_zeros()
-    return source.model.eval()

@@ -287,7 +287,8 @@ def test_loaded_context_reads_the_same_bits(used, tmp_path):
         begin_pass(other, CHUNK)
         other.update(0, *randn(2, 4, CHUNK * NUM_TOKENS, 2, HEAD_DIM))
     torch.save(cache.state_dict(), tmp_path / "cache.pt")
-    other.load_state_dict(torch.load(tmp_path / "cache.pt", weights_only=True))
+    state = torch.load(tmp_path / "cache.pt", weights_only=True)
+    other.load_state_dict(state, num_rows=4, num_layers=1, head=(2, HEAD_DIM))
     probe = randn(2, 4, CHUNK * NUM_TOKENS, 2, HEAD_DIM, seed=9)
     for each in (cache, other):
         begin_pass(each, CHUNK)

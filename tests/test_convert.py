@@ -15,14 +15,14 @@ import torch
 from builders import full_pipeline, generators, quiet, tiny_transformer
 from conftest import ROOT
 from diffusers import FlowMatchLCMScheduler, WanTransformer3DModel
-from originals import load_original, lora_weights, original_weights
+from originals import lora_weights, original_weights
 from safetensors.torch import save_file
 
 from tokentrim import TokenTrimPipeline
 from tokentrim.tokentrim_writing import locked
 from tokentrim.tools import convert
 from tokentrim.tools.cli import main
-from tokentrim.tools.convert import convert_checkpoint
+from tokentrim.tools.convert import convert_checkpoint, load_original_transformer
 from tokentrim.tools.presets import PRESETS, SCHEDULES, SIZES
 
 
@@ -76,7 +76,7 @@ def write(tmp_path: Path, content, name: str = "original.pt") -> Path:
 
 
 def load(path: Path, **kwargs) -> WanTransformer3DModel:
-    return load_original(path, **{"attention_head_dim": HEAD_DIM, **kwargs})
+    return load_original_transformer(path, **{"attention_head_dim": HEAD_DIM, **kwargs})
 
 
 def assert_same_weights(transformer, expected):
@@ -417,7 +417,7 @@ def test_a_generator_that_is_none_names_the_way_out(tmp_path):
 
 def test_head_dim_that_does_not_divide_raises(tmp_path):
     with pytest.raises(ValueError, match="`attention_head_dim` must be a divisor of the width 24.*is 128"):
-        load_original(write(tmp_path, LAYOUTS["bare"]()))
+        load_original_transformer(write(tmp_path, LAYOUTS["bare"]()))
 
 
 # Nothing is half-written

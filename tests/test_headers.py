@@ -10,11 +10,12 @@ import pytest
 import torch
 from builders import full_pipeline, tiny_transformer
 from conftest import ROOT
-from originals import load_original, original_weights
+from originals import original_weights
 from safetensors.torch import save_file
 
 from research.benchmarks.conversion import write_sparse
 from tokentrim.tools.cli import main
+from tokentrim.tools.convert import load_original_transformer
 from tokentrim.tools.dry_run import cache_bytes, weight_bytes
 from tokentrim.tools.headers import read_header
 from tokentrim.tools.original import list_shapes
@@ -101,10 +102,10 @@ def test_sharded_files_are_one_model(tmp_path):
     index = write_sharded(tmp_path / "sharded", original_weights())
     expected = tiny_transformer().state_dict()
     for path in (index, index.parent):
-        weights = load_original(path, attention_head_dim=HEAD_DIM).state_dict()
+        weights = load_original_transformer(path, attention_head_dim=HEAD_DIM).state_dict()
         assert weights.keys() == expected.keys() and all(weights[name].equal(expected[name]) for name in expected)
     index.unlink()  # the files together
-    assert load_original(index.parent, attention_head_dim=HEAD_DIM).num_parameters() > 20_000
+    assert load_original_transformer(index.parent, attention_head_dim=HEAD_DIM).num_parameters() > 20_000
 
 
 def test_incomplete_sharded_files_raise(tmp_path):

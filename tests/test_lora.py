@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from builders import full_pipeline, randn, tiny_transformer
-from originals import LINEAR, RANK, SHAPES, load_original, lora_matrices, lora_weights, original, original_weights
+from originals import LINEAR, RANK, SHAPES, lora_matrices, lora_weights, original, original_weights
 from safetensors.torch import save_file
 
 from tokentrim.tools.cli import main
+from tokentrim.tools.convert import load_original_transformer
 from tokentrim.tools.lora import name_module
 from tokentrim.tools.original import list_shapes
 
@@ -101,7 +102,7 @@ def model(tmp_path):
 
 
 def load(path, **kwargs):
-    return load_original(path, attention_head_dim=HEAD_DIM, **kwargs)
+    return load_original_transformer(path, attention_head_dim=HEAD_DIM, **kwargs)
 
 
 # What comes out

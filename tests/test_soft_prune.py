@@ -61,7 +61,8 @@ def test_weights_follow_their_tokens_through_other_changes():
     weights[1, 2] = weights[4, 2] = torch.tensor(0.5).log().item()
     assert dict(zip(held_tokens(cache), cache.book.log_weight[0].tolist())) == pytest.approx(weights)
     state = RollingKVCache(GRID, ROPE_DIMS, 1)
-    state.load_state_dict(cache.state_dict())
+    num_rows, _, *head = cache.layer(0).key.shape
+    state.load_state_dict(cache.state_dict(), num_rows, 1, tuple(head))
     assert torch.equal(state.book.log_weight, cache.book.log_weight)
     again = cache.book.of_same([1, 4], NUM_TOKENS)  # as a recache carries them
     assert again.held[0].tolist() == [token > 0 for _ in (1, 4) for token in range(NUM_TOKENS)]

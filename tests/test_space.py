@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from tokentrim.tools.verdict import ROWS
 
 sys.path.insert(0, str(ROOT / "space"))
 
+import line  # noqa: E402
 import measure  # noqa: E402
 import runs  # noqa: E402
 
@@ -245,3 +247,93 @@ def test_nothing_in_a_dark_figure_is_dark():
     figure = measure.darkened(plot_drift([measure_video(name, iter(each)) for name, each in zip("ab", frames)]))
     drawn = [*figure.findobj(Text), *(line for axes in figure.axes for line in axes.lines)]
     assert len(drawn) > 20 and all(max(to_rgb(each.get_color())) > 0.3 for each in drawn)
+
+
+# Places in a line, and what visitors are told of files
+
+
+def visitor(session="one", address="10.0.0.1"):
+    return line.Visitor(session, address)
+
+
+def test_visitors_are_served_in_the_order_of_their_arrival():
+    queue, visitors = line.Line(5), [visitor(str(number)) for number in range(4)]
+    with contextlib.ExitStack() as served_last:
+        with queue.place(visitors[0]):
+            for each in visitors[1:]:
+                served_last.enter_context(queue.place(each))
+            assert [queue.num_before(each) for each in visitors] == [0, 1, 2, 3]
+        assert [queue.num_before(each) for each in visitors[1:]] == [0, 1, 2]
+    assert queue.visitors == []
+
+
+@pytest.mark.parametrize(
+    "size, held, sentence",
+    [
+        (99, [visitor("one", str(number)) for number in range(line.OF_SESSION)], "Your earlier requests are still"),
+        (99, [visitor(str(number)) for number in range(line.OF_ADDRESS)], "of your network"),
+        (3, [visitor(str(number), str(number)) for number in range(3)], "All 3 places in the line are taken"),
+    ],
+)
+def test_visitor_without_a_free_place_is_refused(size, held, sentence):
+    queue = line.Line(size)
+    with contextlib.ExitStack() as places:
+        *others, newest = held
+        for each in others:
+            places.enter_context(queue.place(each))
+        with pytest.raises(KeyError), queue.place(newest):
+            with pytest.raises(ValueError, match=sentence), queue.place(visitor()):
+                pass
+            raise KeyError  # a place is free again, whatever ended its visit
+        with queue.place(visitor()):
+            assert queue.visitors[:-1] == others
+
+
+@pytest.mark.parametrize("session", [None, ""])
+def test_visitor_without_a_session_is_refused(session):
+    with pytest.raises(ValueError, match="no session"):
+        line.Visitor(session, "10.0.0.1")
+
+
+def test_folder_is_old_an_hour_after_its_last_new_file(tmp_path):
+    assert not line.is_old(tmp_path) and not line.is_old(tmp_path / "none")
+    for age, expected in ((line.KEPT - 5, False), (line.KEPT + 5, True)):
+        os.utime(tmp_path, (time.time() - age, time.time() - age))
+        assert line.is_old(tmp_path) is expected
+    (tmp_path / "x").touch()
+    assert not line.is_old(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("no file /srv/secret/model/index.json", "no file index.json"),
+        ("no file '/srv/secret/model' here", "no file 'model' here"),
+        ("no folder /srv/secret/model/, so", "no folder model, so"),
+        ("[Errno 28] No space left on device: '/tmp/x/left.mp4'", "[Errno 28] No space left on device: 'left.mp4'"),
+        (r"no file C:\Users\secret\x.json", "no file x.json"),
+        ("(/srv/secret/a and /srv/secret/b)", "(a and b)"),
+        ("docs/drift.md says 16/9 and https://huggingface.co/org/model", None),
+        ("the model you/tiny, 3 of 4 / 5", None),
+    ],
+)
+def test_messages_have_no_absolute_paths(text, told):
+    assert line.without_folders(text) == (text if told is None else told)
+
+
+@pytest.mark.parametrize(
+    "client, forwarded, address",
+    [
+        ("9.9.9.9", "", "9.9.9.9"),
+        ("9.9.9.9", "8.8.8.8", "9.9.9.9"),  # no proxy wrote it
+        ("10.0.0.1", "8.8.8.8", "8.8.8.8"),
+        ("10.0.0.1", "1.1.1.1, 8.8.8.8", "8.8.8.8"),  # the visitor wrote the first
+        ("10.0.0.1", "8.8.8.8, 10.2.3.4", "8.8.8.8"),
+        ("10.0.0.1", "x, ", "10.0.0.1"),
+        ("127.0.0.1", "", "127.0.0.1"),
+        ("::1", "2606:4700::1111", "2606:4700::1111"),
+        ("", "", ""),
+    ],
+)
+def test_address_of_a_visitor_is_the_nearest_public_one(client, forwarded, address):
+    assert line.find_address(client, forwarded) == address

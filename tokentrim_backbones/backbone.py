@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from diffusers import ModelMixin
 
+from ..tokentrim_checks import check_saved
 from ..tokentrim_kv.cache import RollingKVCache
 from ..tokentrim_views.layout import Layout, Pass
 
@@ -186,9 +187,22 @@ class Backbone(Protocol):
         """The past between two chunks, as plain values and tensors."""
         ...
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from the past that `state_dict` returned."""
-        ...
+    def load_state_dict(self, state: dict, num_rows: int) -> None:
+        """
+        Continue from the past that `state_dict` returned; forwards have `num_rows`.
+
+        Raises:
+            `ValueError`: the tensors of the state are not those of this model and batch.
+        """
+        config = self.transformer.config
+        head = (config.num_attention_heads, config.attention_head_dim)
+        self.cache.load_state_dict(state["cache"], num_rows, len(self.transformer.blocks), head)
+
+    def _check_latents(self, name: str, latents: torch.Tensor, num_rows: int, num_frames: int | None = None) -> None:
+        """Refuse latents of a saved run that are not (num_rows, C, num_frames, H, W)."""
+        channels, patch = self.transformer.config.in_channels, self.transformer.config.patch_size[1:]
+        size = [tokens * side for tokens, side in zip(self.cache.grid, patch)]
+        check_saved(name, latents, (num_rows, channels, num_frames, *size))
 
     def _tokens_of_rejected(self, entered: Sequence[bool]) -> dict[int, range]:
         """All grid tokens of the videos whose chunk does not enter."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AnyFlowFARTransformer3DModel, ModelMixin
 
-from ..tokentrim_checks import check
+from ..tokentrim_checks import check, check_saved, check_saved_frames
 from ..tokentrim_kv.book import TokenBook
 from ..tokentrim_kv.cache import RollingKVCache
 from ..tokentrim_views.layout import Layout, Pass
@@ -176,10 +176,20 @@ class FARBackbone(Backbone):
             "evicted": [[frame, tokens.clone()] for frame, tokens in self.evicted.items()],
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        self.cache.load_state_dict(state["cache"])
+    def load_state_dict(self, state: dict, num_rows: int) -> None:
+        super().load_state_dict(state, num_rows)
         self.full_chunks, self.recent = list(state["full_chunks"]), list(state["recent"])
         self.evicted = {frame: tokens.clone() for frame, tokens in state["evicted"]}
+        full = sum(self.full_chunks, [])
+        check_saved_frames("frames in full resolution", full, self.cache.next_frame)
+        valid = "of a run of the same call, with all evictions, and latents for all chunks in full resolution"
+        check({*self.cache.frames, *full} <= set(self.evicted), "state", list(self.evicted), valid)
+        check(len(self.recent) >= len(self.full_chunks), "state", len(self.recent), valid)
+        sizes = [None] * (len(self.recent) - len(self.full_chunks)) + list(map(len, self.full_chunks))
+        for size, latents in zip(sizes, self.recent):
+            self._check_latents("recent latents", latents, num_rows, size)
+        for tokens in self.evicted.values():
+            check_saved("evictions", tokens, (self.cache.num_videos, self.cache.tokens_per_frame), torch.bool)
 
     def _lost(self, book: TokenBook, frames: list[int]) -> torch.Tensor:
         """Which tokens of a book of some ascending frames go with the full ones evicted, (B, tokens)."""

@@ -102,9 +102,13 @@ class WanBackbone(Backbone):
     def state_dict(self) -> dict:
         return {"cache": self.cache.state_dict(), "context": [[*each] for each in self.context.items()]}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.cache.load_state_dict(state["cache"])
+    def load_state_dict(self, state: dict, num_rows: int) -> None:
+        super().load_state_dict(state, num_rows)
         self.context = dict(state["context"])
+        valid = "of a run of the same call, with the latents of its context's frames"
+        check(set(self.cache.frames) <= set(self.context), "state", list(self.context), valid)
+        for latents in self.context.values():
+            self._check_latents("latents of the context", latents, self.cache.num_videos, 1)
 
     def _forward(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         self.cache.prepare(len(latents), latents.device)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -79,8 +80,13 @@ def save_state(folder: str | os.PathLike, number: int, state: dict, keep: int = 
 
 
 def load_state(folder: str | os.PathLike, number: int | None = None) -> dict:
+    """The newest whole state of a folder, or the newest with a number. See [`find_state`]."""
+    return find_state(folder, number)[1]
+
+
+def find_state(folder: str | os.PathLike, number: int | None = None) -> tuple[Path, dict]:
     """
-    The newest whole state of a folder, or the newest with a number.
+    The newest whole state of a folder, or the newest with a number, behind its own folder.
 
     Raises:
         `ValueError`: there is none, all are damaged, or it has another format. What other code wrote in this format is
@@ -107,7 +113,7 @@ def load_state(folder: str | os.PathLike, number: int | None = None) -> dict:
                     message = "%s was written by %s, and goes on with %s: bits may differ."
                     state_logger.warning(message, path, code, ours)
                 state = unpack_state(plain, load_file(path / TENSORS))
-                return {**{}, **state}  # a dict, or a `TypeError`
+                return path, {**state}  # a dict, or a `TypeError`
             damaged.append(path.name)
         except UNREADABLE as error:
             damaged.append(f"{path.name} ({brief_reason(error)})")
@@ -116,19 +122,20 @@ def load_state(folder: str | os.PathLike, number: int | None = None) -> dict:
 
 
 @contextmanager
-def whole_state(folder: str | os.PathLike) -> Iterator[None]:
-    """What goes wrong inside, where a state is put into a run, is a `ValueError` that names the folder: a state may be whole
-    and yet hold what no run saved."""
+def whole_state(path: Path, saved: Iterable[str] = ()) -> Iterator[None]:
+    """What goes wrong inside, where the state of `path` is put into a run, is a `ValueError` that names it: a state may be
+    whole and yet hold what no run saved. Errors about arguments pass, but for those that are `saved` in the state."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except UNREADABLE as error:
-        if str(error).startswith("`"):  # says which argument
+        told = str(error)
+        argument = re.match(r"`(\w+)", told)
+        if argument and argument[1] not in ("state", *saved):
             raise
-        reason = brief_reason(error)
-        valid = "a folder with a state that a stream saved"
-        raise ValueError(f"`state_dir` must be {valid}, but that of {str(folder)!r} is not: {reason}") from error
+        valid = f"a folder with a state that this pipeline can continue, but {path} is none"
+        raise ValueError(f"`state_dir` must be {valid}: {told if argument else brief_reason(error)}") from error
 
 
 def brief_reason(error: Exception) -> str:

@@ -6,7 +6,7 @@ A decoder holds the temporal cache of one video (or batch) and leaves nothing on
 
 import inspect
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,6 +77,16 @@ class FrameDecoder:
         """Continue from the state of another decoder of the same VAE."""
         self.shape = None if state["shape"] is None else list(state["shape"])
         self.features = None if state["features"] is None else list(state["features"])
+
+    def try_out(self, frame_shape: Sequence[int], device: torch.device) -> None:
+        """Decode a latent frame of zeros, (B, C, H, W), behind a loaded state, so that a state that does not fit the VAE
+        raises before a run continues. Changes nothing."""
+        valid = f"of a run of the same call, with frames of shape {tuple(frame_shape)}"
+        check(self.shape in (None, list(frame_shape)), "state", self.shape, valid)
+        before = self.state_dict()
+        if self.features is not None:
+            self.decode(torch.zeros(frame_shape, device=device)[:, :, None])
+            self.load_state_dict(before)
 
     def refuse_tiling(self) -> None:
         if getattr(self.vae, "use_tiling", False):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..tokentrim_checks import check, check_saved
+
 
 def take_tokens(by_token: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Tokens of (rows, tokens, ...) by `columns`, (rows, taken)."""
@@ -35,6 +37,19 @@ class TokenBook:
         frame = torch.tensor(frames, dtype=torch.long).repeat_interleave(num_tokens).expand(num_videos, -1)
         token = torch.arange(num_tokens).repeat(len(frames)).expand(num_videos, -1)
         return cls(frame, token, torch.ones_like(frame, dtype=torch.bool))
+
+    def check(self, num_videos: int, num_places: int, frames: Sequence[int]) -> None:
+        """Refuse tables of a saved run that do not fit each other, the grid, or the latent `frames` of its context."""
+        check_saved("the frame of each token", self.frame, (num_videos, None), torch.long)
+        shape = self.frame.shape
+        check_saved("the place of each token", self.token, shape, torch.long)
+        check_saved("whether each token is held", self.held, shape, torch.bool)
+        if self.log_weight is not None:
+            check_saved("the weight of each token", self.log_weight, shape)
+        on_grid = bool(((self.token >= 0) & (self.token < num_places)).all())
+        in_context = bool(torch.isin(self.frame[self.held], torch.tensor(frames, dtype=torch.long)).all())
+        valid = f"of a run of the same call, with tokens of {num_places} places in the frames of its context"
+        check(on_grid and in_context, "state", "tokens elsewhere", valid)
 
     # 1. Other books
 

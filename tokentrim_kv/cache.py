@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from ..tokentrim_checks import check, check_saved_frames
 from ..tokentrim_views.layout import Layout, Pass, View, check_frames, check_view
 from ..tokentrim_views.rope import RotaryGrid, grid_places, rotate
 from .book import Compaction, TokenBook
@@ -184,13 +185,26 @@ class RollingKVCache:
             "devices": [str(layer.key.device) for layer in layers],
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        self.frames, self.next_frame = list(state["frames"]), state["next_frame"]
+    def load_state_dict(self, state: dict, num_rows: int, num_layers: int, head: tuple[int, int]) -> None:
+        """Continue from a saved context, of layers with (heads, head_dim) and forwards of `num_rows`.
+
+        Raises:
+            `ValueError`: its tables are not those of such a model.
+        """
+        frames, tables = state["frames"], state["layers_at_home"]
+        book = TokenBook(*state["book"])
+        check_saved_frames("frames of the context", frames, state["next_frame"])
+        book.check(self.num_videos, len(self.rope.places), frames)
+        num_saved, num_tokens = len(tables), book.held.shape[1]
+        valid = f"of a run of the same call, with a context of {num_layers} layers"
+        check(num_saved == len(state["devices"]) == (num_layers if frames or tables else 0), "state", num_saved, valid)
+        layers = [LayerContext(*each) for each in tables]
+        for layer in layers:
+            layer.check(num_rows, num_tokens, head)
+        self.frames, self.next_frame, self.book, self._layers = list(frames), state["next_frame"], book, {}
         self._is_cut = False
-        self.book = TokenBook(*state["book"])
-        self._layers = {}
-        for index, (tables, device) in enumerate(zip(state["layers_at_home"], state["devices"])):
-            self.layer(index).put(LayerContext(*(None if each is None else each.to(device) for each in tables)))
+        for index, (layer, device) in enumerate(zip(layers, state["devices"])):
+            self.layer(index).put(layer.to(device))
         self._changed()
 
     # 2. What attention reads

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..tokentrim_checks import check_saved
 from ..tokentrim_views.memory import Memory
 from ..tokentrim_views.rope import Pair, RotaryGrid, rotate
 from .book import TokenBook
@@ -19,6 +20,19 @@ class LayerContext:
     value: torch.Tensor
     tag: torch.Tensor | None = None  # (rows, tokens, 3): see `Memory`
     note: torch.Tensor | None = None  # (rows, ...)
+
+    def to(self, device: str | torch.device) -> "LayerContext":
+        tables = (self.key, self.value, self.tag, self.note)
+        return LayerContext(*(None if each is None else each.to(device) for each in tables))
+
+    def check(self, num_rows: int, num_tokens: int, head: tuple[int, int]) -> None:
+        """Refuse tables of a saved run that are not of this many rows and tokens, with (heads, head_dim)."""
+        check_saved("keys of the context", self.key, (num_rows, num_tokens, *head))
+        check_saved("values of the context", self.value, (num_rows, num_tokens, *head), self.key.dtype)
+        if self.tag is not None:
+            check_saved("tags of the context", self.tag, (num_rows, num_tokens, 3), torch.long)
+        if self.note is not None:
+            check_saved("notes of the context", self.note, (num_rows, *[None] * (self.note.dim() - 1)))
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,15 @@ class ContextPolicies:
                 vars(state_holder(policy)).update(copy.deepcopy(attributes))
         self._open_chunk(state["index"])
 
+    def try_out(self, chunk: torch.Tensor, known: Iterable[type]) -> None:
+        """Let copies of the policies of `known` classes see a chunk, (B, C, T, H, W), so that a loaded state that does not
+        fit its shape raises before a run continues. A user's policies are left alone: calls may have effects elsewhere."""
+        for policies, latents in zip(self.chains, chunk):
+            for policy in [copy.deepcopy(each) for each in policies if type(each) in known]:
+                policy.review(latents)
+                policy.commit(latents)
+                policy.close(True)
+
     def _new_chains(self, num_videos: int) -> list[list[ContextPolicy]]:
         chains = [copy.deepcopy(self._chain) for _ in range(num_videos)]
         for video, policies in enumerate(chains):

@@ -23,6 +23,7 @@ METHODS = {
     "tokentrim_reference": {"tokentrim": {"reference": "first", "prune_fraction": 0.5, "warmup_chunks": 6}},
     "tokentrim_plus": {"quarantine": {"sensitivity": 6.0}, "reanchor": {"match": "near"}},
 }
+BUILT_IN = {SeverityMonitor, *POLICIES.values()}  # classes that a state is tried out on
 DEFAULT_METHOD = "tokentrim"  # where neither the call nor the checkpoint names one
 
 

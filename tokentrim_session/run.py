@@ -10,8 +10,9 @@ import torch
 from ..tokentrim_backbones.backbone import Backbone
 from ..tokentrim_backbones.hooks import adapters, check_hooks
 from ..tokentrim_backbones.registry import backbone_of
-from ..tokentrim_checks import check, check_tensor
+from ..tokentrim_checks import check, check_int, check_number, check_saved, check_tensor
 from ..tokentrim_policies.chain import ContextPolicies
+from ..tokentrim_policies.registry import BUILT_IN
 from ..tokentrim_policies.stability import token_grid
 from .denoise import Denoiser
 from .draft import InFlight
@@ -200,7 +201,9 @@ class Rollout:
         num_saved, num_known = len(state["generators"]), len(self._generators())
         check(num_saved == num_known, "state", num_saved, f"{same_call}, with {num_known} generators")
         self._check_place(state)
+        self._check_prompts(state)
         self.policies.load_state_dict(state["policies"])
+        self.policies.try_out(torch.ones(self.sizes.frame_shape, device=self.device)[:, :, None], BUILT_IN)
         self.index = state["index"]
         self.in_flight = tuple(InFlight(latents, step) for latents, step in state["in_flight"])
         self.noise.chunks, self.noise.num_drawn = dict(state["noise"]), state["num_drawn"]
@@ -211,24 +214,49 @@ class Rollout:
         self.guidance_scale = state["guidance_scale"]
         for generator, generator_state in zip(self._generators(), state["generators"]):
             generator.set_state(generator_state)
-        self.backbone.load_state_dict(state["backbone"])
+        num_rows = self.sizes.num_videos * len(self.denoiser.prompt.branches())
+        self.backbone.load_state_dict(state["backbone"], num_rows)
 
     def _check_place(self, state: dict) -> None:
-        """Refuse a chunk that the call does not have, and tensors that are not of its shapes."""
+        """Refuse a chunk that the call does not have, and values that are not of its kinds."""
         same_call, index, sizes = "of a run of the same call", state["index"], self.sizes
-        num_videos, channels, *size = sizes.frame_shape
         known = type(index) is int and index >= 0 and (index == 0 or sizes.has_chunk(index - 1))
         check(known, "state", index, f"{same_call}, with the index of one of its chunks")
-        drawn = dict(state["noise"])
-        all_drawn = all(chunk in drawn for chunk in range(index, state["num_drawn"]))
+        all_drawn = all(chunk in dict(state["noise"]) for chunk in range(index, state["num_drawn"]))
         check(all_drawn, "state", state["num_drawn"], f"{same_call}, with the noise of each chunk that was drawn")
-        chunks = [*drawn.items(), *enumerate((latents for latents, _ in state["in_flight"]), index)]
-        for chunk, latents in chunks:
-            shape = (num_videos, channels, sizes.chunk_size(chunk), *size)
-            check(latents.shape == shape, "state", latents, f"{same_call}, with chunks of shape {shape}")
-        for saved, ours in zip(state["prompt"], (self.denoiser.prompt.embeds, self.denoiser.prompt.negative_embeds)):
-            fits = getattr(saved, "shape", None) == getattr(ours, "shape", None)
-            check(fits, "state", saved, f"{same_call}, with prompts of the same shape")
+        num_given, num_in_flight = len(self.given[index:]), self.plan.schedule.num_in_flight
+        check(
+            len(state["given"]) == num_given,
+            "state",
+            len(state["given"]),
+            f"{same_call}, with {num_given} given chunks",
+        )
+        for offset, (latents, step) in enumerate(state["in_flight"]):
+            check_int("state", step, 0, ", the step of a chunk in flight", maximum=num_in_flight)
+            self.check_chunk("a chunk in flight", index + offset, latents)
+        for name, chunks in (("noise", state["noise"]), ("a given chunk", enumerate(state["given"], index))):
+            for chunk, latents in chunks:
+                self.check_chunk(name, chunk, latents)
+        for chunk, _, noise in state["renoise"]:
+            self.check_chunk("noise between steps", chunk, noise)
+        check_number("state", state["guidance_scale"], lambda _: True, f"{same_call}, with a finite guidance scale")
+
+    def check_chunk(self, name: str, index: int, latents: torch.Tensor) -> None:
+        """Refuse latents of a saved run that are not of chunk `index`."""
+        num_videos, channels, *size = self.sizes.frame_shape
+        check_saved(name, latents, (num_videos, channels, self.sizes.chunk_size(index), *size))
+
+    def _check_prompts(self, state: dict) -> None:
+        """Refuse embeddings of a saved run that are not like those of the call."""
+        embeds, negative_embeds = self.denoiser.prompt.embeds, self.denoiser.prompt.negative_embeds
+        for saved in (state["prompt"][0], *(each for _, each, _ in state["changes"])):
+            check_saved("a prompt", saved, embeds.shape)
+        if negative_embeds is None:
+            check(
+                state["prompt"][1] is None, "state", state["prompt"][1], "of a run of the same call, without guidance"
+            )
+        else:
+            check_saved("a negative prompt", state["prompt"][1], negative_embeds.shape)
 
     def _shape(self) -> list:
         """What all runs of a call have in common."""

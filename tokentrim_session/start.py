@@ -13,10 +13,10 @@ from ..tokentrim_files.checkpoint import SETTINGS
 from ..tokentrim_files.run_state import (
     check_same,
     check_weights,
+    find_state,
     fingerprint,
     has_state,
     keep_method,
-    load_state,
     lock_state,
     recall,
     record_call,
@@ -93,21 +93,25 @@ def resume_stream(pipe: Pipeline, state_dir: str | os.PathLike, preview_vae: Any
     """
     with ExitStack() as held:
         held.enter_context(lock_state(state_dir))
-        state = load_state(state_dir)
-        with whole_state(state_dir):
+        path, state = find_state(state_dir)
+        with whole_state(path):
             keep_method(state, DEFAULT_METHOD)
             call = recall(state["call"], objects)
             given = [name for name in SETTINGS if call.get(name) is not None]
             check_same(state["settings"], settings_of(pipe), given)
             models = {"transformer": pipe.transformer, "vae": pipe.vae, "preview_vae": preview_vae}
             check_weights(state["weights"], models)
+        with whole_state(path, set(call) - set(objects)):
             plan = plan_rollout(pipe, call, may_be_endless=True)
         run = pipe.begin(plan)
-        with whole_state(state_dir):
+        with whole_state(path):
             run.load_state_dict(state["run"])
             decoder = _make_decoder(pipe, plan, preview_vae)
             if decoder is not None:
                 decoder.load_state_dict(state["decoder"])
+                decoder.try_out(run.sizes.frame_shape, run.device)
+            if state["undecoded"] is not None:
+                run.check_chunk("the chunk that is not decoded", *state["undecoded"][:2])
             keep_states = state.get("keep_states", 0)  # older states do not say it
             origin = _origin(pipe, state["call"], decoder)
             history = History(state_dir, state["save_every"], keep_states, origin)

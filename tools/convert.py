@@ -124,6 +124,15 @@ class OriginalTransformer:
             )
 
 
+def load_original_transformer(path: str | os.PathLike, **arguments: Any) -> WanTransformer3DModel:
+    """The transformer of an original file, in evaluation mode; arguments and errors as of [`OriginalTransformer`]."""
+    source = OriginalTransformer(path, **arguments)
+    read = source.reader()
+    source.model.load_state_dict({name: read(name) for name in source.names}, assign=True)
+    source.tell_zeros()
+    return source.model.eval()
+
+
 def convert_checkpoint(
     path: str | os.PathLike,
     base: str | os.PathLike,
