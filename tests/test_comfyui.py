@@ -167,7 +167,7 @@ def test_a_workflow_without_a_checkpoint_is_refused(server, make_prompt, others,
 
 def test_wrong_arguments_are_told_by_the_package(server, make_prompt):
     for others, message in {
-        "size": ({"height": 40}, "`height` must be a multiple of 16"),
+        "size": ({"height": 44}, "`height` must be a multiple of 8"),
         "schedule": ({"prompt_schedule": "later"}, "`prompt_schedule` must be a JSON object of prompts by chunk"),
     }.values():
         history = server.run(make_prompt(**{**SMALL, **others}))
