@@ -117,6 +117,14 @@ def latents_of(pipe, seeds=(5, 6), num_chunks=6, method="tokentrim", **settings)
     return output, collected
 
 
+def test_controls_take_the_settings_of_a_dict():
+    settings = {"reference": "first", "regenerate": False, "prune_fraction": 0.5}
+    change = OTHER_POLICIES["random_tokens"]
+    (policy,) = change({"method": {"tokentrim": settings}, "warmup_chunks": 6, "num_sink_frames": 3})["method"]
+    assert (policy.reference, policy.regenerate, policy.prune_fraction) == tuple(settings.values())
+    assert policy.warmup_chunks == 6
+
+
 @pytest.mark.parametrize("name", OTHER_POLICIES)
 def test_controls_share_the_first_trigger_and_differ_after_it(pipe, name):
     ours, _ = latents_of(pipe, **TRIM)

@@ -198,7 +198,8 @@ class MatchShift:
     Drift is smooth over the picture and texture is not: averages over `size` by `size` places keep the drift and lose the
     texture, in which single places have no neighbors. Each average moves from its neighborhood in the chunk to its
     neighborhood in the reference, and counts by the share of it that the reference has, so new content has no say. The
-    offset is the weighted least-squares fit to these moves. New content moves too, but only by what the rest has drifted.
+    offset is the weighted least-squares fit to these moves. New content moves too, but only by what the rest has drifted. On
+    small latents, averages mix sky and ground, and new ground comes in less varied than with [`MatchNear`].
 
     Args:
         reference (`torch.Tensor`): (..., C, T, H, W).
