@@ -247,6 +247,6 @@ def _remove_leftovers(target: Path) -> None:
     begins, ends = f".{_beginning(target)}.", f".{UNFINISHED}{target.suffix}"
     with suppress(OSError):
         for path in target.parent.iterdir():
-            if path.name == f"{begins}{path.name[len(begins) : -len(ends)]}{ends}" and path.is_file():
+            if path.name.startswith(begins) and path.name.removeprefix(begins).endswith(ends) and path.is_file():
                 if time.time() - path.stat().st_mtime > A_DAY:
                     path.unlink(missing_ok=True)

@@ -26,16 +26,16 @@ LIMITS = Limits(frames=20_000, seconds=60)  # for one visitor, because others wa
 PALE, DIM = "#e5e7eb", "#374151"  # text and lines on a dark page
 
 
-def measure(paths: Sequence[Path], numbers: Path) -> tuple[str, str]:
+def measure(paths: Path | Sequence[Path], numbers: Path) -> tuple[str, str]:
     """
-    Measure videos. Returns the report in Markdown and the figures in HTML; writes all numbers to a JSON file.
+    Measure a video, or several. Returns the report in Markdown and the figures in HTML; writes all numbers to a JSON file.
 
     Raises:
         `ValueError`: a file is not a video, has fewer than 21 frames, or exceeds [`LIMITS`]; or the folder of `numbers`
             was removed meanwhile. The message is a sentence for the page.
     """
     drifts = []
-    for path in paths:
+    for path in [paths] if isinstance(paths, Path) else paths:
         try:
             with closing(read_frames(path, LIMITS)) as frames:
                 drifts.append(measure_video(path.name, while_folder_exists(frames, numbers.parent), read_rate(path)))

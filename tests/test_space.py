@@ -184,7 +184,7 @@ def test_measuring_ends_at_each_limit(limit, video, tmp_path, monkeypatch):
     numbers = tmp_path / "drift.json"
     monkeypatch.setattr(measure, "LIMITS", Limits(**limit))
     with pytest.raises(ValueError, match="^x.mp4 .*the limit here"):
-        measure.measure([video], numbers)
+        measure.measure(video, numbers)
     assert not numbers.exists()
 
 
