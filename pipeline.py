@@ -26,6 +26,7 @@ from .tokentrim_frames.pictures import as_rgb
 from .tokentrim_frames.summary import tell_run
 from .tokentrim_kv.book import take_tokens
 from .tokentrim_kv.cache import RollingKVCache
+from .tokentrim_kv.hooks import LayoutHooks
 from .tokentrim_kv.reading import Reading
 from .tokentrim_kv.rewriting import LayerContext
 from .tokentrim_kv.rows import BatchRows
@@ -67,10 +68,14 @@ from .tokentrim_session.start import start_stream
 from .tokentrim_session.stream import Stream
 from .tokentrim_views.averages import MemRoPE
 from .tokentrim_views.deep_sink import DeepSink
+from .tokentrim_views.heads import ByHead
 from .tokentrim_views.layout import Layout
 from .tokentrim_views.memory import Memory
+from .tokentrim_views.recall import Shots
 from .tokentrim_views.registry import make_layout
 from .tokentrim_views.rope import rotate
 from .tokentrim_views.tether import Tether
+from .tokentrim_views.triattention import TriAttention
+from .tokentrim_views.view import View
 from .tokentrim_views.windows import InfinityRope
 from .tokentrim_writing import write_whole

@@ -17,11 +17,10 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 try:
     from diffusers import AnyFlowFARPipeline, AnyFlowFARTransformer3DModel, FlowMapEulerDiscreteScheduler
 except ImportError as error:
-    from diffusers import __version__
+    from diffusers import __version__ as found
 
-    raise ImportError(
-        f"TokenTrim needs diffusers 0.39.0 or newer, but {__version__} is here: `pip install -U diffusers`."
-    ) from error
+    needed = f"TokenTrim needs diffusers 0.39.0 or newer, but {found} is here: `pip install -U diffusers`."
+    raise ImportError(needed) from error
 
 from .tokentrim_backbones.attention import check_free
 from .tokentrim_backbones.backbone import Backbone
@@ -47,6 +46,7 @@ from .tokentrim_frames.pictures import as_rgb
 from .tokentrim_frames.summary import tell_run
 from .tokentrim_kv.book import take_tokens
 from .tokentrim_kv.cache import RollingKVCache
+from .tokentrim_kv.hooks import LayoutHooks
 from .tokentrim_kv.reading import Reading
 from .tokentrim_kv.rewriting import LayerContext
 from .tokentrim_kv.rows import BatchRows
@@ -88,11 +88,15 @@ from .tokentrim_session.start import begin_run, resume_stream, start_stream
 from .tokentrim_session.stream import Stream
 from .tokentrim_views.averages import MemRoPE
 from .tokentrim_views.deep_sink import DeepSink
-from .tokentrim_views.layout import Layout, View
+from .tokentrim_views.heads import ByHead
+from .tokentrim_views.layout import Layout
 from .tokentrim_views.memory import Memory
+from .tokentrim_views.recall import Shots
 from .tokentrim_views.registry import make_layout
 from .tokentrim_views.rope import rotate
 from .tokentrim_views.tether import Tether
+from .tokentrim_views.triattention import TriAttention
+from .tokentrim_views.view import View
 from .tokentrim_views.windows import InfinityRope
 from .tokentrim_writing import write_whole
 
@@ -110,8 +114,8 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
         transformer ([`WanTransformer3DModel`] or [`AnyFlowFARTransformer3DModel`]): chunk-causal video transformer.
         vae ([`AutoencoderKLWan`]): video VAE; `None` if `output_type` is always `"latent"`.
         scheduler ([`SchedulerMixin`]): any flow-matching scheduler; it gets [`TokenTrimSchedulerMixin`].
-        rollout, num_frames_per_chunk, window_size, num_sink_frames, relative_positions, num_inference_steps, height,
-        width, max_sequence_length, method, layout, prompt_transition (*optional*):
+        rollout, num_frames_per_chunk, window_size, num_sink_frames, relative_positions, context_noise, num_inference_steps,
+        height, width, max_sequence_length, method, layout, prompt_transition (*optional*):
             Defaults of the arguments of [`__call__`] with these names, saved in a checkpoint's `model_index.json`.
         fps (`float`, *optional*, defaults to `16`): frames per second that the model makes.
     """
@@ -136,6 +140,7 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
         window_size: int | None = None,
         num_sink_frames: int | None = None,
         relative_positions: bool | None = None,
+        context_noise: float | None = None,
         num_inference_steps: int | dict[str, int] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -206,6 +211,7 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
         renoise: Callable[[int, int], torch.Tensor] | None = None,
         on_chunk: Callable[[int, torch.Tensor, list[dict]], None] | None = None,
         image: PipelineImageInput | None = None,
+        context_noise: float | None = None,
     ) -> TokenTrimPipelineOutput | tuple:
         r"""
         Generate long videos.
@@ -230,22 +236,19 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
                 Timesteps, for Euler, LCM and flow-map schedulers; each stands for sigma = t / 1000 and is not shifted.
             guidance_scale (`float`, defaults to `1.0`): classifier-free guidance, if above 1.
             num_videos_per_prompt (`int`, defaults to `1`): videos of each prompt.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Random numbers. With a list, one for each video, a batch equals single runs.
+            generator (`torch.Generator` or a list, *optional*): with a list, one a video, a batch equals single runs.
             latents (`torch.Tensor`, *optional*): initial noise of all chunks, (B, C, T, H, W).
             prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): text embeddings, (B, text, dim).
             output_type (`str`, defaults to `"np"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): whether to return an output object instead of a tuple.
             attention_kwargs (`dict`, *optional*): passed to the transformer, such as `{"scale": 0.5}`.
             callback_on_step_end (`Callable`, *optional*):
-                `callback_on_step_end(pipe, step, timestep, tensors)`, called after each denoising step; steps count
-                from 0 in each chunk. Regenerations call it with the `latents` of the videos that are generated again.
-                Its changes last: of tensors, in place or in the dict it returns, and of `pipe._guidance_scale`.
+                `callback_on_step_end(pipe, step, timestep, tensors)`, called after each denoising step of each chunk, in
+                regenerations with the `latents` of their videos. Its changes last, in place or in the dict it returns.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 The tensors that it gets, of `"latents"`, `"prompt_embeds"` and `"negative_prompt_embeds"`.
             max_sequence_length (`int`, *optional*, defaults to `512`): tokens that a prompt is padded to.
-            use_mean_velocity (`bool`, defaults to `True`):
-                AnyFlow-FAR only: whether the model is given the timestep that a step leads to.
+            use_mean_velocity (`bool`, defaults to `True`): AnyFlow-FAR only: tell the model the timestep after the step.
             use_kv_cache (`bool`, defaults to `True`): `True`; a rollout always reads the cache.
             chunk_partition (`list[int]`, *optional*):
                 Latent frames of each chunk, instead of `num_frames_per_chunk`; AnyFlow-FAR models have a default.
@@ -255,7 +258,7 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
             prompt_transition (`str` or `dict`, *optional*, defaults to `"keep"`):
                 What happens to the context at a change, for all or by chunk. `"keep"`: only cross-attention changes.
                 `"recache"`: the window is encoded again under the new prompt (LongLive). `"flush"`: only the sink and
-                the last two frames stay (Infinity-RoPE). `"cut"`: the same, and the next chunk stands apart from them.
+                the last two frames stay (Infinity-RoPE); `"cut"`: the next chunk also stands apart. `"shot"`: see `shots`.
             blend_chunks (`int`, defaults to `0`): chunks over which the embeddings move from one prompt to the next.
             method (`str`, `dict`, `list` or `ContextPolicy`, *optional*, defaults to `"tokentrim"`):
                 What is done against drift: `"plain"` (nothing), `"tokentrim"` (algorithm 1 of the paper), `"paper"`
@@ -266,7 +269,7 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
                 Settings of [`TokenTrim`], by default 0.1, 2.0, 2, 1 and `"final"`.
             rollout (`str`, *optional*, defaults to `"self_forcing"`):
                 `"self_forcing"`: one chunk after the other. `"rolling_forcing"`: as many chunks as there are steps are
-                denoised together, each a step behind the chunk before it.
+                denoised together, each a step behind the one before; `"wave_forcing"`: each reads only those before it.
             num_frames_per_chunk (`int`, *optional*, defaults to `3`):
                 Latent frames of a chunk; with AnyFlow-FAR, of all but the first, and the model's own by default.
             layout (`str`, `dict` or `Layout`, *optional*):
@@ -274,15 +277,11 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
                 `pipe.Layout`. The default is a window, as the next four arguments describe it.
             window_size (`int` or `"all"`, *optional*, defaults to `"all"`):
                 Latent frames that attention spans, with the current chunk and the sink; `"all"` lets the cache grow.
-            num_sink_frames (`int`, *optional*):
-                First latent frames that never leave the cache; by default 0, or a chunk with `"rolling_forcing"`.
-            relative_positions (`bool`, *optional*):
-                Count positions inside the window, the sink first; by default only with `"rolling_forcing"`.
-            sink_at_commit (`bool`, *optional*):
-                Read the sink in context passes too; by default not with `"rolling_forcing"`.
+            num_sink_frames (`int`, *optional*): first frames that never leave the cache; 0, or a chunk if rolling.
+            relative_positions (`bool`, *optional*): count positions inside the window, the sink first; only if rolling.
+            sink_at_commit (`bool`, *optional*): read the sink in context passes too; by default unless rolling.
             protect_conditioning (`bool`, defaults to `True`): never evict tokens of the frames to continue.
-            pad_keys (`bool`, defaults to `True`):
-                AnyFlow-FAR only: attend to the zero keys that upstream's pipeline adds; `False`: as in training.
+            pad_keys (`bool`, defaults to `True`): AnyFlow-FAR only: attend to upstream's zero keys; `False`: as in training.
             renoise (`Callable`, *optional*):
                 `renoise(chunk, step)` returns the noise, (B, C, frames, H, W), that re-noises a chunk after a step. By
                 default it is drawn from `generator`, once for all attempts at a chunk.
@@ -291,6 +290,8 @@ class TokenTrimPipeline(CheckpointMixin, AnyFlowFARPipeline):
                 (B, C, frames, H, W), and its decisions, one for each video.
             image (`PIL.Image`, `np.ndarray`, `torch.Tensor` or a list, *optional*):
                 The first frame, instead of `video`, cropped to the video's aspect and resized.
+            context_noise (`float`, *optional*, defaults to `0.0`):
+                Timestep, 0 to 1000, that context passes tell the model; their latents are clean in any case.
 
         Examples:
 

@@ -7,7 +7,7 @@ import gradio as gr
 from visits import App, finished_example
 
 from tokentrim.tokentrim_session.prompts import TRANSITIONS
-from tokentrim.tokentrim_views.registry import LAYOUTS
+from tokentrim.tokentrim_views.registry import LAYOUTS, WITH_LABELS
 from tokentrim.tools.worlds import WORLDS, World
 
 
@@ -17,7 +17,10 @@ METHODS = [
     ("TokenTrim: the paper", "tokentrim"),
     ("tokentrim_plus: ours", "tokentrim_plus"),
 ]
-LAYOUT_CHOICES = [("as the model was trained", ""), *(name for name in LAYOUTS if name != "window")]
+LAYOUT_CHOICES = [
+    ("as the model was trained", ""),
+    *(name for name in LAYOUTS if name not in ("window", *WITH_LABELS)),
+]
 NUM_WORDS = max(len(world.words) for world in WORLDS.values())
 CSS = """
 #examples button { text-align: left; }

@@ -10,7 +10,7 @@ from conftest import ROOT
 from tokentrim.tools import cli
 
 
-COMMANDS = ("generate", "compare", "convert", "doctor", "publish", "bundle", "drift", "app")
+COMMANDS = ("generate", "compare", "convert", "doctor", "publish", "bundle", "drift", "heads", "app")
 
 
 def start(folder, *arguments):

@@ -244,7 +244,7 @@ def tokens_read(num_chunks, **settings):
     def watch(module, args, kwargs):
         if kwargs["kv_cache_flag"]["is_cache_step"]:
             backbone = pipe.transformer.blocks[0].attn1.processor.backbone
-            encoded.append(sum(backbone.pass_sizes))
+            encoded.append(sum(backbone.cache.reading.segments))
             read.append(len(held_tokens(backbone.cache)))  # full and compressed ones
 
     pipe.transformer.register_forward_pre_hook(watch, with_kwargs=True)

@@ -103,6 +103,11 @@ REFUSED = {
         "`ulysses_degree` must be a divisor of the 3 tokens of a chunk, but is 2",
     ),
     "layout": ({"ulysses_degree": 2}, {"layout": "memrope"}, "`layout` must be one that rewrites no keys"),
+    "layout by head": (
+        {"ulysses_degree": 2},
+        {"layout": {"by_head": {"labels": [[0, 0]] * 2, "layouts": ["window"]}}},
+        "`layout` must be one .* the same for all heads",
+    ),
     "gradients": ({"ulysses_degree": 2}, {"method": "paper"}, "`method` must be one without guidance by gradients"),
     "noise": ({"ulysses_degree": 2}, {"generator": None}, "`generator` must be given .*same seed on every process"),
 }

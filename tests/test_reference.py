@@ -8,9 +8,9 @@ import pytest
 import torch
 from builders import latent_pipeline
 from diffusers import WanTransformer3DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tokentrim import TokenTrimFlowMatchLCMScheduler
+from tokentrim import TokenTrimFlowMatchLCMScheduler, View
 from tokentrim.tokentrim_views.registry import make_layout
 
 
@@ -82,6 +82,19 @@ TRAINING_FREE = {
     "mr_w12": {"layout": "memrope"},
     "tc_k21": {"layout": "tether"},
     "bias_w9": {"layout": {"attention_bias": {"window_size": 9}}},
+    "cn_t200": {"layout": {"window": {"window_size": 9, "num_sink_frames": 3}}, "context_noise": 200},
+    "lr_m6": {"layout": "latent_memory"},
+    "lr_m3": {
+        "layout": {"latent_memory": {"num_sink_frames": 3, "num_memory_frames": 3, "num_excluded_frames": 0}},
+    },
+    "ta_w12": {"layout": {"triattention": {"budget": 6}}},
+    "ta_w12_b9": {"layout": "triattention"},
+    "id_sf": {"layout": "id_forcing"},
+    "id_ll": {"layout": {"id_forcing": {"re_encode": False, "num_native_chunks": 1}}},
+    "ms_shots": {"layout": "shots", "prompt_transition": "shot"},
+    "ms_clean": {"layout": {"shots": {"clean_recache": True}}, "prompt_transition": "shot"},
+    "pf_mixed": {"layout": {"pyramid": {"labels": [[-1, 1], [2, -1]]}}},
+    "pf_anchor_veil": {"layout": {"pyramid": {"labels": [[1, 2], [2, 1]]}}},
 }
 
 
@@ -94,24 +107,47 @@ class Recording:
     def __getattr__(self, name):
         return getattr(self.layout, name)
 
+    def after(self, history):
+        return self.recording(self.layout.after(history))
+
+    def sized(self, longest):
+        return self.recording(self.layout.sized(longest))
+
+    def recording(self, layout):
+        recording = Recording(layout)
+        recording.passes = self.passes
+        return recording
+
     def view(self, held, new, pass_):
         view = self.layout.view(held, new, pass_)
+        if isinstance(view, list):
+            self.passes.append((pass_.kind, new, view))
+            return view
         weights = [0.0] * len(view.frames) if view.log_weights is None else view.log_weights
-        keys = [*zip(view.frames, view.positions, weights), *((*each, 0.0) for each in zip(new, view.own_positions))]
+        frames = [each[0] if isinstance(each, list) else each for each in view.frames]
+        keys = [*zip(frames, view.positions, weights), *((*each, 0.0) for each in zip(new, view.own_positions))]
         queries = view.own_positions if view.query_positions is None else view.query_positions
         self.passes.append((pass_.kind, list(queries), [list(key) for key in keys]))
         return view
 
 
 def check_traces(passes, traces):
-    """A recache of the reference also encodes frames that no pass reads."""
+    """A recache of the reference also encodes frames that no pass reads. ID-Forcing encodes the same chunks alone and again,
+    in another order."""
     kinds = {"denoise": "denoise", "context": "commit", "recache": "recache"}
+    if any(trace["kind"] == "self_cache" for trace in traces):
+        passes = [each for each in passes if each[0] == "denoise"]
+        traces = [each for each in [*traces, {"kind": "denoise"}] if each["kind"] == "denoise"]
     assert len(passes) == len(traces) - 1  # the last chunk is not committed
     for (kind, queries, keys), trace in zip(passes, traces):
         assert kind == kinds[trace["kind"]]
         assert queries == trace["query_positions"] or kind == "recache"
+        if "reads_by_layer_query_frame_head" in trace:
+            check_reads(queries, keys, trace["reads_by_layer_query_frame_head"])
+        if isinstance(keys[0], View):
+            continue
         if "keys" not in trace:  # single tokens
-            assert 6 * len(keys) == trace["key_tokens"] and keys[0][1] == trace["sink_position"]
+            assert 6 * len(keys) == trace["key_tokens"] and keys[0][1] == trace.get("sink_position", 0)
             continue
         expected = [[*key, 0.0][:3] for key in trace["keys"]]
         if "keys_layer_1" in trace or isinstance(expected[min(3, len(expected) - 1)][0], str):
@@ -121,12 +157,34 @@ def check_traces(passes, traces):
         assert next(weights) == pytest.approx(next(weights), abs=1e-4)
 
 
+def check_reads(new, views, expected):
+    """What each head of each layer reads for each frame of queries."""
+    for view in views:
+        (query,) = view.queries
+        names = [f"block {frame // 4}" if stride > 1 else frame for frame, stride in zip(view.frames, view.strides)]
+        reads = [*zip(names, view.positions), *zip(new, view.own_positions)]
+        for layer, heads in enumerate(view.heads):
+            for head in heads:
+                found = expected[layer][new.index(query)][head]
+                assert sorted(map(str, reads)) == sorted(str(tuple(each)) for each in found)
+
+
+def with_statistics(settings, tensors, folder):
+    """The settings, with a file of the query statistics that a case has."""
+    prefix = "q_stats."
+    statistics = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+    if settings.get("layout") == "triattention":
+        save_file(statistics, folder / "queries.safetensors")
+        return {**settings, "layout": {"triattention": {"statistics": str(folder / "queries.safetensors")}}}
+    return dict(settings)
+
+
 @skip_without_vectors
 @pytest.mark.parametrize("case", TRAINING_FREE)
-def test_training_free_reference(case):
+def test_training_free_reference(case, tmp_path):
     """Final latents, and the frames, positions and weights of each pass."""
     meta, tensors, transformer, renoise = load_case(case)
-    settings = dict(TRAINING_FREE[case])
+    settings = with_statistics(TRAINING_FREE[case], tensors, tmp_path)
     layout = Recording(make_layout(settings.pop("layout")))
     prompts = {each["from_block"]: tensors[each["key"]] for each in meta["prompts"]}
     output = latent_pipeline(transformer, TokenTrimFlowMatchLCMScheduler(shift=5.0))(
@@ -191,7 +249,7 @@ def test_deep_sink_selects_the_tokens_of_the_reference():
 
 
 @skip_without_vectors
-@pytest.mark.parametrize("case", ["rf_b5", "rf_b12"])
+@pytest.mark.parametrize("case", ["rf_b5", "rf_b12", "wf_b12"])
 def test_rolling_forcing_reference(case):
     """Final latents, and the x0 predictions of every window, derived from the latents after its forward."""
     meta, tensors, transformer, renoise = load_case(case)
@@ -201,7 +259,7 @@ def test_rolling_forcing_reference(case):
         prompt_embeds=tensors["prompt_embeds"],
         latents=tensors["initial_noise"].transpose(1, 2),
         renoise=renoise,
-        rollout="rolling_forcing",
+        rollout={"wf": "wave_forcing", "rf": "rolling_forcing"}[case[:2]],
         num_inference_steps=num_steps,
         window_size=meta["max_attention_frames"],
         method="plain",
@@ -209,6 +267,8 @@ def test_rolling_forcing_reference(case):
         callback_on_step_end=lambda pipe, step, timestep, tensors: windows.append(tensors["latents"]) or {},
     )
     torch.testing.assert_close(output.frames.transpose(1, 2), tensors["final_latents"], atol=1e-4, rtol=0)
+    if "denoised_pred.w00" not in tensors:  # Wave Forcing has final latents alone
+        return
     for number, latents in enumerate(windows):
         first = max(0, number - num_steps + 1)
         predictions = tensors[f"denoised_pred.w{number:02d}"].transpose(1, 2).split(3, dim=2)

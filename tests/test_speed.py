@@ -111,3 +111,13 @@ def test_compiled_blocks_break_where_a_layout_rewrites_keys():
     )
     with pytest.raises(torch._dynamo.exc.Unsupported, match="RollingKVCache._rewrite"):
         compiled(COMPILED["blocks"], noise(3), **call)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_equal_where_heads_read_different_frames():
+    layouts = [{"window": {"window_size": 6}}, {"window": {"window_size": 9, "num_sink_frames": 3}}]
+    call = {"layout": {"by_head": {"labels": [[0, 1]] * 2, "layouts": layouts}}, "method": "plain"}
+    output, graphs = compiled(COMPILED["blocks"], noise(9), num_inference_steps=2, **call)
+    assert graphs[-1] == graphs[6]
+    expected = roll(latent_pipeline(shallow()), noise(9), num_inference_steps=2, **call)
+    torch.testing.assert_close(output.frames, expected.frames, atol=1e-5, rtol=0)

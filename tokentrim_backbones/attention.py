@@ -23,6 +23,7 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 
 from ..tokentrim_kv.cache import RollingKVCache
+from ..tokentrim_kv.reading import Reading
 from .parallel import HeadExchange
 
 
@@ -112,9 +113,37 @@ class CachedSelfAttnProcessor(CachedAttnProcessor):
         key = attn.norm_k(key.float()).unflatten(2, (attn.heads, -1))
         value = value.unflatten(2, (attn.heads, -1))
         query, key, value = map(self.exchange.split_heads, (query, key, value))
-        keys, values, mask = self.cache.update(self.layer, key, value, query)
-        attended = self.attend(self.cache.rotate_queries(query), keys, values, mask, self.cache.reading.groups)
+        if self.cache.reading is not None and self.cache.reading.parts:
+            attended = self._attend_parts(query, key, value)
+        else:
+            keys, values, mask = self.cache.update(self.layer, key, value, query)
+            attended = self._attend_chunks(self.cache.rotate_queries(query), keys, values, mask, self.cache.reading)
         return self.project(attn, self.exchange.split_tokens(attended))
+
+    def _attend_chunks(self, query, key, value, mask, reading: Reading) -> torch.Tensor:
+        """Attention to all keys; of a pass in which chunks do not read those after them, chunk by chunk."""
+        if len(reading.segments) < 2:
+            return self.attend(query, key, value, mask, reading.groups)
+        outputs, num_keys = [], key.shape[1] - query.shape[1]
+        for chunk_query in query.split(reading.segments, dim=1):
+            num_keys += chunk_query.shape[1]
+            seen = None if mask is None else mask[..., :num_keys]
+            groups = [
+                (rows, columns[:, : columns.shape[1] - key.shape[1] + num_keys]) for rows, columns in reading.groups
+            ]
+            outputs.append(self.attend(chunk_query, key[:, :num_keys], value[:, :num_keys], seen, groups))
+        return torch.cat(outputs, dim=1)
+
+    def _attend_parts(self, query, key, value) -> torch.Tensor:
+        """Attention where queries or heads read different frames, one call for each part."""
+        attended = torch.empty_like(value)
+        for part, *tensors in self.cache.update_parts(self.layer, key, value, query):
+            output = self.attend(*tensors, part.mask, part.groups)
+            if part.heads is None:
+                attended[:, part.tokens] = output
+            else:
+                attended[:, part.tokens[:, None], part.heads[self.layer.index]] = output
+        return attended
 
 
 class CachedCrossAttnProcessor(CachedAttnProcessor):

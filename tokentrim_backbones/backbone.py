@@ -20,6 +20,7 @@ class Limits:
 
     Args:
         model (`str`): name of the model family, for messages.
+        sizes (`tuple[int, int, int]`): transformer blocks, heads of each, and size of a head.
         max_in_flight (`int`, *optional*): chunks that can be denoised together; `None` for any number.
         weights (`bool`): whether cached tokens can count for less instead of leaving.
         transitions (`tuple[str, ...]`, *optional*):
@@ -27,15 +28,18 @@ class Limits:
         chunks_per_pass (`int`): chunks that the longest context pass carries.
         min_size (`tuple[int, int]`): smallest latent (height, width) of a video of more than `chunks_per_pass` chunks.
         parallel (`bool`): whether it runs under context parallelism.
+        context_noise (`bool`): whether a commit can have another timestep than 0.
     """
 
     model: str
+    sizes: tuple[int, int, int]
     max_in_flight: int | None = None
     weights: bool = True
     transitions: tuple[str, ...] | None = None
     chunks_per_pass: int = 1
     min_size: tuple[int, int] = (1, 1)
     parallel: bool = True
+    context_noise: bool = True
 
 
 @dataclass(frozen=True)
@@ -138,14 +142,17 @@ class Backbone(Protocol):
         """
         ...
 
-    def commit(self, latents: torch.Tensor, text: torch.Tensor, entered: Sequence[bool]) -> torch.Tensor:
+    def commit(
+        self, latents: torch.Tensor, text: torch.Tensor, entered: Sequence[bool], timestep: float = 0.0
+    ) -> torch.Tensor:
         """
-        Write a finished chunk into the past, in a forward at timestep 0.
+        Write a finished chunk into the past, in a forward of its clean latents.
 
         Args:
             latents (`torch.Tensor`): clean latents, (rows, C, T, H, W).
             text (`torch.Tensor`): text embeddings, (rows, text, dim).
             entered (`Sequence[bool]`): for each video, whether its chunk enters; of the others, nothing stays.
+            timestep (`float`): the timestep that the model is given.
 
         Returns:
             `torch.Tensor`: whether the outcome of the pass is finite, a boolean scalar on the model's device.
@@ -166,7 +173,7 @@ class Backbone(Protocol):
         """
         ...
 
-    def recache(self, text: torch.Tensor) -> torch.Tensor | None:
+    def recache(self, text: torch.Tensor, timestep: float = 0.0) -> torch.Tensor | None:
         """
         Encode the window again under another prompt.
 
@@ -182,6 +189,10 @@ class Backbone(Protocol):
     def flush(self, is_cut: bool) -> None:
         """Drop what the layout does not keep at a change of the prompt. After a cut, the next chunk stands apart."""
         self.cache.flush(is_cut)
+
+    def begin_shot(self) -> None:
+        """The next chunk is the first of a shot, for layouts that know shots."""
+        self.cache.begin_shot()
 
     def state_dict(self) -> dict:
         """The past between two chunks, as plain values and tensors."""

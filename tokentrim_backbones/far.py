@@ -43,22 +43,14 @@ class FARSelfAttnProcessor(CachedSelfAttnProcessor):
         self._attention_backend = vars(stock).get("_attention_backend")
 
     def attend(self, query, key, value, mask=None, groups=()) -> torch.Tensor:
-        """(rows, queries, heads, head_dim); `groups` know neither padding keys nor the chunks of a commit."""
+        """(rows, queries, heads, head_dim); `groups` do not know the padding keys."""
         if self.cache.is_writing:
-            return self._attend_by_chunk(query, key, value, mask)
+            return super().attend(query, key, value, mask)
         num_padding = -query.shape[1] % KEY_BLOCK if self.backbone.pad_keys else 0  # upstream's zero keys
         key, value = (F.pad(x, (0, 0, 0, 0, 0, num_padding)) for x in (key, value))
         if mask is not None:
             mask = F.pad(mask, (0, num_padding), value=float(not mask.is_floating_point()))
         return super().attend(query, key, value, mask)
-
-    def _attend_by_chunk(self, query, key, value, mask) -> torch.Tensor:
-        outputs, num_keys = [], key.shape[1] - query.shape[1]
-        for chunk_query in query.split(self.backbone.pass_sizes, dim=1):
-            num_keys += chunk_query.shape[1]
-            seen = None if mask is None else mask[..., :num_keys]
-            outputs.append(super().attend(chunk_query, key[:, :num_keys], value[:, :num_keys], seen))
-        return torch.cat(outputs, dim=1)
 
 
 class FARBackbone(Backbone):
@@ -91,7 +83,6 @@ class FARBackbone(Backbone):
         rope_dims = (config.attention_head_dim - 2 * side_dim, side_dim, side_dim)
         places = torch.cat([full, full[self.stands_for].mean(dim=1)])
         self.cache = RollingKVCache(grid, rope_dims, num_videos, layout, num_protected_frames, places)
-        self.pass_sizes: list[int] = []  # tokens of each chunk of a commit
         self.full_chunks: list[list[int]] = []  # latent frames of each chunk in full resolution
         self.recent: list[torch.Tensor] = []  # clean latents of the last chunks, which a commit may carry again
         # Evicted full tokens, (B, full tokens), of every latent frame that is held or in a full chunk.
@@ -102,7 +93,8 @@ class FARBackbone(Backbone):
         config = transformer.config
         check_far(config)
         limit, min_size = config.full_chunk_limit, tuple(config.compressed_patch_size[1:])
-        return Limits("AnyFlow-FAR", 1, False, ("keep",), limit, min_size, parallel=False)
+        sizes = config.num_layers, config.num_attention_heads, config.attention_head_dim
+        return Limits("AnyFlow-FAR", sizes, 1, False, ("keep",), limit, min_size, parallel=False, context_noise=False)
 
     def attached(self) -> AbstractContextManager[None]:
         make_cross = partial(CachedCrossAttnProcessor, self.cache)
@@ -127,10 +119,13 @@ class FARBackbone(Backbone):
             next_timesteps = timesteps
         return self._forward(latents, chunk_sizes, timesteps, next_timesteps, text, False).transpose(1, 2)
 
-    def commit(self, latents: torch.Tensor, text: torch.Tensor, entered: Sequence[bool]) -> torch.Tensor:
+    def commit(
+        self, latents: torch.Tensor, text: torch.Tensor, entered: Sequence[bool], timestep: float = 0.0
+    ) -> torch.Tensor:
         """While the full part has room, the pass carries the new chunk alone. Then it carries the chunk that becomes
         compressed, and all chunks that read it in full, which are encoded again."""
         limit, first = self.transformer.config.full_chunk_limit, self.cache.next_frame
+        self.cache.committed(latents[: self.cache.num_videos])
         self.recent = [*self.recent, latents][-limit:]
         chunks = [*self.full_chunks, list(range(first, first + latents.shape[2]))]
         for frame in chunks[-1]:
@@ -139,9 +134,10 @@ class FARBackbone(Backbone):
         carried = chunks if num_compressed else chunks[-1:]
         if num_compressed:
             self.cache.truncate(chunks[0][0])
-        self.cache.begin_pass(sum(map(len, carried)), Pass("commit"), self._commit_book(carried, num_compressed))
+        pass_ = Pass("commit", chunk_sizes=tuple(map(len, carried)))
+        self.cache.begin_pass(sum(map(len, carried)), pass_, self._commit_book(carried, num_compressed))
         with self.cache.writing():
-            clean = torch.zeros(len(carried), device=latents.device, dtype=torch.float32)
+            clean = torch.full((len(carried),), timestep, device=latents.device, dtype=torch.float32)
             latents = torch.cat(self.recent[-len(carried) :], dim=2)
             self._forward(latents, list(map(len, carried)), clean, clean, text, True)
         self.full_chunks = chunks[1 - limit :]
@@ -203,8 +199,6 @@ class FARBackbone(Backbone):
     def _commit_book(self, chunks: list[list[int]], num_compressed: int) -> TokenBook:
         """The tokens of a commit of some chunks, of which the first `num_compressed` are compressed."""
         num_full, num_videos = self.cache.tokens_per_frame, self.cache.num_videos
-        sizes = [len(self.stands_for)] * num_compressed + [num_full] * (len(chunks) - num_compressed)
-        self.pass_sizes = [len(chunk) * size for chunk, size in zip(chunks, sizes)]
         compressed = TokenBook.of_frames(sum(chunks[:num_compressed], []), len(self.stands_for), num_videos)
         compressed.token = compressed.token + num_full
         book = compressed.appended(TokenBook.of_frames(sum(chunks[num_compressed:], []), num_full, num_videos))

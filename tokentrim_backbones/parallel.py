@@ -85,8 +85,10 @@ def check_parallel(
         valid = f"a divisor of the {num_tokens} tokens of a chunk"
         check(num_tokens % degree == 0, "ulysses_degree", degree, valid)
     rewrites = layout.before_chunk is not None or layout.before_commit is not None
-    valid = "one that rewrites no keys under `ulysses_degree`, as each process sees its heads"
-    check(not rewrites, "layout", type(layout).__name__, valid)
+    valid = (
+        "one that rewrites no keys under `ulysses_degree`, and is the same for all heads, as each process sees its own"
+    )
+    check(not (rewrites or layout.by_head), "layout", type(layout).__name__, valid)
     names = [type(hook).__name__ for hook in hooks]
     valid = "one without guidance by gradients under `ulysses_degree`, as they end at a process's own tokens"
     check(not names, "method", names, valid)

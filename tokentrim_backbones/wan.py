@@ -9,7 +9,8 @@ from diffusers import ModelMixin, WanTransformer3DModel
 
 from ..tokentrim_checks import check
 from ..tokentrim_kv.cache import RollingKVCache
-from ..tokentrim_views.layout import Layout, Pass
+from ..tokentrim_views.layout import Layout
+from ..tokentrim_views.view import Pass, check_frames
 from .attention import cached_attention
 from .backbone import Backbone, BackboneOptions, Limits
 
@@ -43,7 +44,7 @@ class WanBackbone(Backbone):
         text_to_video = config.added_kv_proj_dim is None and config.patch_size[0] == 1
         valid = "a text-to-video WanTransformer3DModel with patches of one latent frame"
         check(text_to_video, "transformer", config.get("_class_name", type(transformer).__name__), valid)
-        return Limits("Wan")
+        return Limits("Wan", (config.num_layers, config.num_attention_heads, config.attention_head_dim))
 
     def attached(self) -> AbstractContextManager[None]:
         return cached_attention(self.transformer, self.cache)
@@ -68,36 +69,46 @@ class WanBackbone(Backbone):
             timestep = torch.cat([time.expand(num) for time, num in zip(timestep, num_tokens)])[None]
         return self._forward(latents, timestep, text)
 
-    def commit(self, latents: torch.Tensor, text: torch.Tensor, entered: Sequence[bool]) -> torch.Tensor:
-        first = self.cache.next_frame
-        new = range(first, first + latents.shape[2])
-        self.context.update(zip(new, latents[: self.cache.num_videos].split(1, dim=2)))
-        clean = torch.zeros(1, device=latents.device, dtype=torch.float32)
-        with self.cache.writing():
-            flow = self.predict_flow(latents, [len(new)], clean, clean, text, Pass("commit"))
+    def commit(
+        self, latents: torch.Tensor, text: torch.Tensor, entered: Sequence[bool], timestep: float = 0.0
+    ) -> torch.Tensor:
+        cache, first = self.cache, self.cache.next_frame
+        new = list(range(first, first + latents.shape[2]))
+        again = check_frames("recommit", cache.layout.recommit(list(cache.frames), list(new)), cache.layout)
+        finite = [self._encode_again(again, Pass("self"), text, timestep)] if again else []
+        self.context.update(zip(new, latents[: cache.num_videos].split(1, dim=2)))
+        cache.committed(latents[: cache.num_videos])
+        times = torch.full((1,), timestep, device=latents.device, dtype=torch.float32)
+        with cache.writing():
+            flow = self.predict_flow(latents, [len(new)], times, times, text, Pass("commit"))
         if not all(entered):
-            self.cache.evict(self._tokens_of_rejected(entered), since_frame=first)
-        return torch.isfinite(flow).all()
+            cache.evict(self._tokens_of_rejected(entered), since_frame=first)
+        return torch.stack([*finite, torch.isfinite(flow).all()]).all()
 
     def evict(self, tokens: Mapping[int, Iterable[int]], weight: float = 0.0) -> dict[int, list[int]]:
         return self.cache.evict(tokens, weight=weight)
 
-    def recache(self, text: torch.Tensor) -> torch.Tensor | None:
+    def recache(self, text: torch.Tensor, timestep: float = 0.0) -> torch.Tensor | None:
         """All frames of the window are encoded together, each seeing all (LongLive, arXiv 2509.22622); frames that the
         layout leaves as they are, are read."""
-        cache = self.cache
-        stay, frames = cache.layout.recache(list(cache.frames))
+        stay, frames = self.cache.layout.recache(list(self.cache.frames))
         if not frames:
             return None
+        self.cache.retain([*stay, *frames])
+        return self._encode_again(frames, Pass("recache"), text, timestep)
+
+    def _encode_again(self, frames: list[int], pass_: Pass, text: torch.Tensor, timestep: float) -> torch.Tensor:
+        """Encode the last frames of the context again, together; whether the outcome is finite."""
+        cache = self.cache
         book = cache.book.of_same(frames, cache.tokens_per_frame)  # evicted tokens stay evicted
-        cache.retain(stay)
+        cache.retain(set(cache.frames) - set(frames))
         cache.next_frame = frames[0]
-        cache.begin_pass(len(frames), Pass("recache"), book)
+        cache.begin_pass(len(frames), pass_, book)
         latents = torch.cat([self.context[frame] for frame in frames], dim=2)
         latents = latents.repeat(len(text) // len(latents), 1, 1, 1, 1)
-        clean = torch.zeros(1, device=latents.device, dtype=torch.float32)
+        times = torch.full((1,), timestep, device=latents.device, dtype=torch.float32)
         with cache.writing():
-            return torch.isfinite(self._forward(latents, clean, text)).all()
+            return torch.isfinite(self._forward(latents, times, text)).all()
 
     def state_dict(self) -> dict:
         return {"cache": self.cache.state_dict(), "context": [[*each] for each in self.context.items()]}

@@ -19,7 +19,14 @@ from .loaders import name_loaders
 INDEX, PIPELINE, PIPELINE_FILE = "model_index.json", "TokenTrimPipeline", "pipeline_tokentrim.py"
 # Arguments of the call that default to what travels with a checkpoint.
 SCHEDULE_SETTINGS = ("num_inference_steps", "height", "width", "max_sequence_length")
-ROLLOUT_SETTINGS = ("rollout", "num_frames_per_chunk", "window_size", "num_sink_frames", "relative_positions")
+ROLLOUT_SETTINGS = (
+    "rollout",
+    "num_frames_per_chunk",
+    "window_size",
+    "num_sink_frames",
+    "relative_positions",
+    "context_noise",
+)
 # The largest that are believed: a stranger's checkpoint says how much a call allocates.
 SETTINGS_LIMITS = {
     "num_inference_steps": 1000,

@@ -10,9 +10,10 @@ import torch
 from ..tokentrim_checks import check, check_saved
 
 
-def take_tokens(by_token: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Tokens of (rows, tokens, ...) by `columns`, (rows, taken)."""
-    return by_token[torch.arange(len(columns), device=columns.device)[:, None], columns]
+def take_tokens(by_token: torch.Tensor, columns: torch.Tensor, heads: torch.Tensor | None = None) -> torch.Tensor:
+    """Tokens of (rows, tokens, ...) by `columns`, (rows, taken); of (rows, tokens, heads, head_dim), only some `heads`."""
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    return by_token[rows, columns] if heads is None else by_token[rows[..., None], columns[..., None], heads]
 
 
 @dataclass
@@ -57,6 +58,12 @@ class TokenBook:
         """The tokens at `columns`, (B, taken); `held`, (B, tokens), says which of all tokens are held."""
         log_weight = None if self.log_weight is None else self.log_weight.gather(1, columns)
         return TokenBook(*(table.gather(1, columns) for table in (self.frame, self.token, held)), log_weight)
+
+    def of_video(self, video: int) -> "TokenBook":
+        """The row of one video."""
+        rows = slice(video, video + 1)
+        log_weight = None if self.log_weight is None else self.log_weight[rows]
+        return TokenBook(self.frame[rows], self.token[rows], self.held[rows], log_weight)
 
     def since(self, column: int) -> "TokenBook":
         """The tokens from `column` on."""

@@ -9,12 +9,13 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from ..tokentrim_checks import check, check_saved_frames
-from ..tokentrim_views.layout import Layout, Pass, View, check_frames, check_view
+from ..tokentrim_views.layout import Layout
 from ..tokentrim_views.rope import RotaryGrid, grid_places, rotate
+from ..tokentrim_views.view import Pass, RunHistory, View, check_frames, check_views
 from .book import Compaction, TokenBook
-from .reading import PassTokens, Reading, book_angles, read_pass
-from .rewriting import LayerContext, Rewriter
+from .hooks import LayoutHooks
+from .reading import PassTokens, Reading, read_pass
+from .rewriting import read_context
 from .rows import BatchRows
 from .store import LayerStore
 
@@ -24,9 +25,8 @@ class RollingKVCache:
 
     Grows by the frames of each `writing` pass; `make_room` drops what the layout does not keep. Keys are held once,
     rotated at their latent frames. Attention depends on distances alone, so that only keys whose distance from the present
-    changes, such as a sink's, are rotated again, and no video is too long for a table of angles. The tokens of a pass are
-    put directly behind the past, so that attention reads both in one piece. Evicted tokens leave memory; rows that hold
-    fewer tokens than the longest are padded, and the padding is masked.
+    changes, such as a sink's, are rotated again. The tokens of a pass are put directly behind the past, so that attention
+    reads both in one piece. Evicted tokens leave memory; shorter rows are padded, and the padding is masked.
 
     Args:
         grid (`tuple[int, int]`): tokens of a latent frame, (height, width).
@@ -42,7 +42,7 @@ class RollingKVCache:
         version (`int`): changes whenever what attention reads of the past changes.
         is_writing (`bool`): whether the current pass is a commit.
         rows ([`BatchRows`]): of the batch, that the current forwards carry.
-        reading ([`Reading`], *optional*): what the current pass reads; `None` when it has to be determined anew.
+        reading ([`Reading`], *optional*): what the current pass reads; `None` once the book or the rows have changed.
     """
 
     def __init__(
@@ -57,10 +57,11 @@ class RollingKVCache:
         self.grid = grid
         self.rope = RotaryGrid(grid_places(grid) if places is None else places, rope_dims)
         self.num_videos = num_videos
-        self.layout = Layout() if layout is None else layout
+        self._given = Layout() if layout is None else layout
+        self.history = RunHistory()
+        self.layout = self._given.after(self.history)
         self.num_protected_frames = max(num_protected_frames, self.layout.num_sink_frames)
-        window_size = self.layout.window_size
-        self._limit = None if window_size is None else window_size * self.tokens_per_frame
+        self._limit = (self.layout.window_size or 0) * self.tokens_per_frame or None
         self.version = 0
         self.is_writing = False
         self.frames: list[int] = []
@@ -68,11 +69,10 @@ class RollingKVCache:
         self.book = TokenBook.of_frames([], self.tokens_per_frame, num_videos)
         self._layers: dict[int, LayerStore] = {}
         self._is_cut = False  # whether the next chunk follows a cut
-        self._pass = PassTokens([], self.book, View([], [], []))
+        self._pass = PassTokens([], self.book, [View([], [], [])])
+        self._surveys: list[list[torch.Tensor]] = []  # by row and layer, of the current chunk
         self.rows = BatchRows(num_videos)
-        self.reading: Reading | None = (
-            None  # by the pass, of the book and the rows; `None` once one of them has changed
-        )
+        self.reading: Reading | None = None
 
     @property
     def tokens_per_frame(self) -> int:
@@ -80,12 +80,11 @@ class RollingKVCache:
 
     def layer(self, index: int) -> LayerStore:
         """The keys and values of a layer."""
-        return self._layers.setdefault(index, LayerStore(self._limit))
+        return self._layers.setdefault(index, LayerStore(self._limit, index))
 
     def newest_values(self) -> torch.Tensor:
         """The last layer's values of all held tokens, (rows, tokens, heads, head_dim)."""
-        layer = self._layers[max(self._layers)]
-        return layer.value[:, : layer.length]
+        return (layer := self._layers[max(self._layers)]).value[:, : layer.length]
 
     # 1. What is held, leaves and enters
 
@@ -93,6 +92,10 @@ class RollingKVCache:
         """Before a chunk of `num_frames` latent frames: drop the frames that the layout does not keep."""
         new = list(range(self.next_frame, self.next_frame + num_frames))
         self.retain(check_frames("keep", self.layout.keep(list(self.frames), new), self.layout))
+        if self.history.notes:
+            notes = {frame: note for frame, note in self.history.notes.items() if frame in self.frames}
+            self._remember(self.history.shots, notes)
+        self._surveys = []
         for layer in self._layers.values():
             layer.is_begun = False
 
@@ -107,13 +110,12 @@ class RollingKVCache:
     def evict(
         self, tokens: Mapping[int, Iterable[int]], since_frame: int = 0, weight: float = 0.0
     ) -> dict[int, list[int]]:
-        """Hard pruning (eq. 9, 10): remove grid tokens from all unprotected frames; with a `weight`, soft pruning: they
-        stay, and their weight is multiplied by it.
+        """Hard pruning (eq. 9, 10): remove grid tokens from all unprotected frames.
 
         Args:
             tokens (`dict`): grid indices for each video.
             since_frame (`int`): the first latent frame that loses them.
-            weight (`float`): 0 removes them.
+            weight (`float`): above 0, they stay, and their weight is multiplied by it (soft pruning).
 
         Returns:
             `dict[int, list[int]]`: the evicted grid tokens of each video; videos that lost none are left out.
@@ -147,10 +149,21 @@ class RollingKVCache:
         self.frames, self.next_frame = [each for each in self.frames if each < frame], frame
 
     def flush(self, is_cut: bool = False) -> None:
-        """After a change of prompt: drop what the layout does not keep through it. With `is_cut`, the next chunk is placed
-        apart from the past."""
+        """After a change of prompt: drop what the layout does not keep. With `is_cut`, the next chunk stands apart."""
         self.retain(check_frames("flush", self.layout.flush(list(self.frames)), self.layout))
         self._is_cut = is_cut
+
+    def begin_shot(self) -> None:
+        """After a change of prompt: the next chunk is the first of a shot."""
+        self._remember([*self.history.shots, self.next_frame], self.history.notes)
+
+    def committed(self, latents: torch.Tensor) -> None:
+        """Let the layout remember something of the clean latents, (B, C, frames, H, W), of the chunk that enters next."""
+        frames = list(range(self.next_frame, self.next_frame + latents.shape[2]))
+        notes = self.layout.committed(frames, latents)
+        if notes is not None:
+            new = dict(zip(frames, notes.to("cpu", copy=True).unbind(dim=1)))
+            self._remember(self.history.shots, {**self.history.notes, **new})
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -180,45 +193,36 @@ class RollingKVCache:
         return {
             "frames": list(self.frames),
             "next_frame": self.next_frame,
+            "shots": list(self.history.shots),
+            "notes": [[frame, note] for frame, note in self.history.notes.items()],
             "book": [self.book.frame, self.book.token, self.book.held, self.book.log_weight],
             "layers_at_home": [layer.saved() for layer in layers],  # the name that saved runs have
             "devices": [str(layer.key.device) for layer in layers],
         }
 
     def load_state_dict(self, state: dict, num_rows: int, num_layers: int, head: tuple[int, int]) -> None:
-        """Continue from a saved context, of layers with (heads, head_dim) and forwards of `num_rows`.
-
-        Raises:
-            `ValueError`: its tables are not those of such a model.
-        """
-        frames, tables = state["frames"], state["layers_at_home"]
-        book = TokenBook(*state["book"])
-        check_saved_frames("frames of the context", frames, state["next_frame"])
-        book.check(self.num_videos, len(self.rope.places), frames)
-        num_saved, num_tokens = len(tables), book.held.shape[1]
-        valid = f"of a run of the same call, with a context of {num_layers} layers"
-        check(num_saved == len(state["devices"]) == (num_layers if frames or tables else 0), "state", num_saved, valid)
-        layers = [LayerContext(*each) for each in tables]
-        for layer in layers:
-            layer.check(num_rows, num_tokens, head)
-        self.frames, self.next_frame, self.book, self._layers = list(frames), state["next_frame"], book, {}
-        self._is_cut = False
-        for index, (layer, device) in enumerate(zip(layers, state["devices"])):
-            self.layer(index).put(layer.to(device))
+        """Continue from a saved context, of layers with (heads, head_dim) and forwards of `num_rows`; refuse others."""
+        num_places = len(self.rope.places)
+        self.book, layers, history = read_context(state, self.num_videos, num_places, num_rows, num_layers, head)
+        self.frames, self.next_frame = list(state["frames"]), state["next_frame"]
+        self._layers, self._is_cut = {}, False
+        self._remember(*history)
+        for index, layer in enumerate(layers):
+            self.layer(index).put(layer)
         self._changed()
 
     # 2. What attention reads
 
     def begin_pass(self, num_frames: int, pass_: Pass, book: TokenBook | None = None) -> None:
-        """The next forwards carry the `num_frames` latent frames after the context, all their tokens or those of
-        `book`."""
+        """The next forwards carry the `num_frames` frames after the context, all their tokens or those of `book`."""
         frames = list(range(self.next_frame, self.next_frame + num_frames))
-        view = self.layout.view(list(self.frames), list(frames), replace(pass_, is_cut=self._is_cut))
-        if book is None and (frames, view) == (self._pass.frames, self._pass.view):
+        views = self.layout.view(list(self.frames), list(frames), replace(pass_, is_cut=self._is_cut))
+        views = views if isinstance(views, list) else [views]
+        if book is None and self._pass.is_same(frames, views, pass_.chunk_sizes):
             return
-        check_view(view, self.layout, self.frames, frames)
+        check_views(views, self.layout, self.frames, frames, self.num_videos)
         book = TokenBook.of_frames(frames, self.tokens_per_frame, self.num_videos) if book is None else book
-        self._pass, self.reading = PassTokens(frames, book, view), None
+        self._pass, self.reading = PassTokens(frames, book, views, pass_.chunk_sizes), None
 
     @contextmanager
     def only(self, videos: Iterable[int]) -> Iterator[None]:
@@ -245,13 +249,11 @@ class RollingKVCache:
 
         Args:
             layer (`int` or [`LayerStore`]): index of the transformer block, or what `layer` gives for it.
-            key (`torch.Tensor`), value (`torch.Tensor`): of the pass, not rotated, (rows, seq, heads, head_dim).
-            query (`torch.Tensor`, *optional*): the same, for layouts whose hooks look at queries.
+            key, value, query (`torch.Tensor`): of the pass, not rotated, (rows, seq, heads, head_dim); queries for hooks.
 
         Returns:
-            `tuple`: rotated keys and values, (rows, read + seq, heads, head_dim), and a mask, (rows, 1, 1, read + seq):
-            `None` if every row reads all of them alike, boolean if some are padding, and what is added to the scores if
-            the view weights its frames.
+            `tuple`: rotated keys and values, (rows, read + seq, heads, head_dim), and a mask, (rows, 1, 1, read + seq),
+            boolean or added to the scores; `None` if every row reads all of them alike.
         """
         layer = self.layer(layer) if isinstance(layer, int) else layer
         if self.reading is None or self.reading.num_rows != len(key):
@@ -259,6 +261,14 @@ class RollingKVCache:
         if self.layout.before_chunk is not None or self.layout.before_commit is not None:
             self._rewrite(layer, query)
         return *layer.join(key, value, self.reading, self.is_writing), self.reading.mask
+
+    def update_parts(
+        self, layer: LayerStore, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor
+    ) -> list[tuple[Reading, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """As `update`, where queries or heads read different frames: for each part its reading, queries, keys, values."""
+        if self.layout.before_chunk is not None or self.layout.before_commit is not None:
+            self._rewrite(layer, query)
+        return layer.join_parts(key, value, query, self.reading, self.is_writing)
 
     def rotate_queries(self, query: torch.Tensor) -> torch.Tensor:
         """Queries of the current pass, (rows, seq, heads, head_dim), rotated at their positions, in fp32."""
@@ -273,20 +283,18 @@ class RollingKVCache:
 
     # 3. Inside
 
+    def _remember(self, shots: list[int], notes: Mapping[int, torch.Tensor]) -> None:
+        self.history = RunHistory(shots, notes)
+        self.layout = self._given.after(self.history)
+
     def _changed(self) -> None:
         self.version += 1
         self.reading = None
 
     @torch.compiler.disable
     def _rewrite(self, layer: LayerStore, query: torch.Tensor | None) -> None:
-        """Let the layout rewrite what a layer holds before the first pass of a chunk, and before its commit, read it."""
-        layout = self.layout
-        due = [None if layer.is_begun else layout.before_chunk, layout.before_commit if self.is_writing else None]
-        layer.is_begun = True
-        for hook in due if layer.key is not None else ():
-            if hook is not None:
-                past, new = layer.context(), list(self._pass.frames)
-                angles = book_angles(self.book, layer.num_rows, self.rope, past.key.device)
-                Rewriter(self.book, list(self.frames), new, self.rope, angles).rewrite(hook, past, query)
-                layer.put(past)
-                layer.arrange(self.reading)
+        """Let the layout rewrite what a layer holds, where one of its hooks is due."""
+        past, new = list(self.frames), list(self._pass.frames)
+        hooks = LayoutHooks(self.layout, self.book, past, new, self.rope, self._surveys)
+        if hooks.run(layer, list(self._layers.values()), query, self.is_writing):
+            layer.arrange(self.reading)

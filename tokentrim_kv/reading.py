@@ -1,14 +1,15 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """From the book of tokens and a view to what a pass reads: columns of memory, rotary angles, a mask. Pure functions."""
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 
-from ..tokentrim_views.layout import View
 from ..tokentrim_views.rope import Pair, RotaryGrid
+from ..tokentrim_views.view import View
 from .book import TokenBook
 from .rows import BatchRows
 
@@ -20,12 +21,29 @@ class PassTokens:
     Args:
         frames (`list[int]`): its latent frames.
         book ([`TokenBook`]): its tokens.
-        view ([`View`]): what it reads, and at which positions.
+        views (`list[View]`): what it reads, and at which positions; several where queries or heads differ.
+        chunk_sizes (`tuple[int, ...]`): see [`Pass`].
     """
 
     frames: list[int]
     book: TokenBook
-    view: View
+    views: list[View]
+    chunk_sizes: tuple[int, ...] = ()
+
+    def is_same(self, *others: Sequence) -> bool:
+        """Whether frames, views and chunks are those of another pass."""
+        return (self.frames, self.views, self.chunk_sizes) == others
+
+    @property
+    def is_split(self) -> bool:
+        """Whether queries or heads read different frames."""
+        return len(self.views) > 1 or self.views[0].queries is not None or self.views[0].heads is not None
+
+    def segments(self) -> list[int]:
+        """Tokens of each chunk, where a chunk does not read those after it; otherwise empty."""
+        ends = [self.frames[0] + end for end in itertools.accumulate(self.chunk_sizes)]
+        counts = [0, *(int((self.book.frame[0] < end).sum()) for end in ends)]
+        return [after - before for before, after in itertools.pairwise(counts)]
 
 
 @dataclass
@@ -43,6 +61,11 @@ class Reading:
         start (`int`), columns (`torch.Tensor`, *optional*): of the past, see [`Selection`].
         offset (`tuple`, *optional*): for keys that are not read where they are held: how many of the first ones that are
             read, and the cosine and sine of their offsets, (B or 1, moved, 1, time channels / 2).
+        segments (`list[int]`): tokens of each chunk, where a chunk does not read those after it; otherwise empty.
+        parts (`list[Reading]`): where queries or heads read different frames, each of their readings; the other fields are
+            then those of the first.
+        tokens (`torch.Tensor`, *optional*): of a part, which queries read it, (queries,).
+        heads (`list[torch.Tensor]`, *optional*): of a part, which heads of each layer read it; `None`: all.
     """
 
     rows: BatchRows
@@ -56,6 +79,10 @@ class Reading:
     start: int
     columns: torch.Tensor | None
     offset: tuple[int, torch.Tensor, torch.Tensor] | None
+    segments: list[int] = field(default_factory=list)
+    parts: list["Reading"] = field(default_factory=list)
+    tokens: torch.Tensor | None = None
+    heads: list[torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,13 +106,35 @@ def read_pass(
     past: TokenBook, tokens: PassTokens, rope: RotaryGrid, rows: BatchRows, num_rows: int, device: torch.device
 ) -> Reading:
     """What forwards of `num_rows` rows read of the past and of their own tokens."""
-    view = moved_to_pass(tokens.view, tokens.frames[0])
+    of_views = [replace(tokens, views=[view]) for view in tokens.views]
+    parts = [_read_view(past, each, rope, rows, num_rows, device) for each in of_views]
+    if not tokens.is_split:
+        return parts[0]
+    return replace(parts[0], parts=[_part(part, each, device) for part, each in zip(parts, of_views)])
+
+
+def _part(reading: Reading, tokens: PassTokens, device: torch.device) -> Reading:
+    """The reading of some queries and heads of a pass."""
+    (view,) = tokens.views
+    queries = tokens.frames if view.queries is None else view.queries
+    (columns,) = torch.isin(tokens.book.frame[0], torch.tensor(queries, dtype=torch.long)).nonzero(as_tuple=True)
+    angles = tuple(each[:, columns.to(device)] for each in reading.query_angles)
+    heads = None
+    if view.heads is not None:
+        heads = [torch.tensor(each, dtype=torch.long, device=device) for each in view.heads]
+    return replace(reading, query_angles=angles, tokens=columns.to(device), heads=heads)
+
+
+def _read_view(
+    past: TokenBook, tokens: PassTokens, rope: RotaryGrid, rows: BatchRows, num_rows: int, device: torch.device
+) -> Reading:
+    view = moved_to_pass(tokens.views[0], tokens.frames[0])
     key_angles = query_angles = pass_angles(tokens, view.own_positions, rope, device)
     if view.query_positions is not None:
         query_angles = pass_angles(tokens, view.query_positions, rope, device)
     is_moved = view.own_positions != tokens.frames
     held_angles = pass_angles(tokens, tokens.frames, rope, device) if is_moved else None
-    selection = select_tokens(past, view.frames)
+    selection = select_tokens(past, view, rope.places)
     offset = key_offsets(view, selection)
     offset = None if offset is None else (offset.shape[1], *rope.offset_angles(offset, device))
     mask, groups = attention_mask(view, selection, tokens.book), []
@@ -94,18 +143,25 @@ def read_pass(
         groups = [] if mask.is_floating_point() else group_by_length(mask[:, 0, 0], device)
         mask = mask.to(device)
     num_own, angles = tokens.book.held.shape[1], (key_angles, query_angles, held_angles)
-    return Reading(rows, num_rows, *angles, mask, groups, num_own, selection.start, selection.columns, offset)
+    return Reading(
+        rows, num_rows, *angles, mask, groups, num_own, selection.start, selection.columns, offset, tokens.segments()
+    )
 
 
 # 1. Columns
 
 
-def select_tokens(book: TokenBook, frames: Sequence[int]) -> Selection:
-    """The tokens of `frames`, a view's, in a book. Without a copy if they are all tokens from some column on, in any
-    order."""
+def select_tokens(book: TokenBook, view: View, places: torch.Tensor) -> Selection:
+    """The tokens of a view's frames in a book; `places` are row and column of each grid token. Without a copy if they are
+    all tokens from some column on, in any order."""
     num_held = book.held.shape[1]
-    index = torch.cat([_frame_index(book, places, len(frames)) for places in _places(frames)], dim=1)
-    read = index < len(frames)
+    index = _view_index(book, view.frames)
+    if view.strides is not None:
+        stride = torch.tensor([*view.strides, 1])[index]
+        rounds = index.shape[1] // max(num_held, 1)
+        on_stride = (places[book.token.repeat(1, rounds)] % stride[..., None] == 0).all(dim=-1)
+        index = index.where(on_stride, len(view.frames))
+    read = index < len(view.frames)
     start = int(read.any(dim=0).byte().argmax()) if read.any() else num_held
     if index.shape[1] == num_held and torch.equal(read[:, start:], book.held[:, start:]):
         return Selection(book.since(start), index[:, start:], None, start)
@@ -113,6 +169,20 @@ def select_tokens(book: TokenBook, frames: Sequence[int]) -> Selection:
     columns = taken % num_held
     selected = replace(book.taken(columns, book.held), held=read.gather(1, taken))
     return Selection(selected, index.gather(1, taken), columns, 0)
+
+
+def _view_index(book: TokenBook, frames: Sequence[int | Sequence[int]]) -> torch.Tensor:
+    """The index of each token's frame in a view, (B, rounds x tokens); the number of frames for all others."""
+    if not any(isinstance(entry, (list, tuple)) for entry in frames):
+        return torch.cat([_frame_index(book, places, len(frames)) for places in _places(frames)], dim=1)
+    by_video = [
+        _view_index(
+            book.of_video(video), [each[video] if isinstance(each, (list, tuple)) else each for each in frames]
+        )
+        for video in range(len(book.held))
+    ]
+    longest = max(index.shape[1] for index in by_video)  # where a frame is read twice
+    return torch.cat([F.pad(index, (0, longest - index.shape[1]), value=len(frames)) for index in by_video])
 
 
 def _places(frames: Sequence[int]) -> list[dict[int, int]]:

@@ -21,16 +21,19 @@ class LayerStore:
 
     Args:
         limit (`int`, *optional*): tokens up to which memory grows by doubling; `None`: without bound.
+        index (`int`): of the transformer block.
 
     Attributes:
         keys, values: what a pass reads, its own tokens last, in one piece of memory; `None` if it is not in one piece.
         past: if it is not in one piece, what a pass reads of the past.
+        parts: where queries or heads read different frames, what each of them reads of the past.
         new: tokens that a commit has to add and that are not behind the past already.
         prompt: cross-attention keys and values.
     """
 
-    def __init__(self, limit: int | None = None):
+    def __init__(self, limit: int | None = None, index: int = 0):
         self.limit = limit
+        self.index = index
         self.key: torch.Tensor | None = None
         self.value: torch.Tensor | None = None
         self.length = 0
@@ -41,6 +44,7 @@ class LayerStore:
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.past: Pair | None = None
+        self.parts: list[Pair] = []
         self.new: Pair | None = None
         self.prompt: Pair | None = None
         self.is_begun = False  # whether a pass of the current chunk has read it
@@ -56,6 +60,8 @@ class LayerStore:
         needed, capacity = self.length + num_tokens, self.key.shape[1]
         if needed > capacity:
             doubled = 2 * capacity if self.limit is None else min(2 * capacity, self.limit)
+            if self.limit is not None and needed > 2 * self.limit:  # a layout that keeps more than it reads
+                doubled = needed * 5 // 4
             self.key, self.value = (self._allocated(old, max(needed, doubled)) for old in (self.key, self.value))
 
     def append(self, num_tokens: int) -> None:
@@ -93,7 +99,7 @@ class LayerStore:
         key = self.key[:, : self.length].clone()
         if self.original is not None:
             key[:, self.start : self.start + self.original.shape[1], :, : self.original.shape[3]] = self.original
-        return LayerContext(key, self.value[:, : self.length], self.tag, self.note)
+        return LayerContext(key, self.value[:, : self.length], self.tag, self.note, self.index)
 
     def saved(self) -> list[torch.Tensor | None]:
         """The tables of the past, copied to the CPU."""
@@ -118,17 +124,12 @@ class LayerStore:
         self.release()
         if self.key is None:
             return
-        start, columns, offset = reading.start, reading.columns, reading.offset
-        if offset is not None:
-            num_moved, *angles = offset
-            if len(angles[0]) > 1:
-                offset = num_moved, *(reading.rows.repeated(table, self.num_rows) for table in angles)
-        if columns is not None:
-            columns = reading.rows.repeated(columns, self.num_rows).to(self.key.device)
-            key, value = (take_tokens(table, columns) for table in (self.key, self.value))
-            if offset is not None:
-                rotate_in_place(key, *offset)
-            self.past = key, value
+        if reading.parts:
+            self.parts = [self._copied(part) for part in reading.parts]
+            return
+        start, offset = reading.start, self._offset(reading)
+        if reading.columns is not None:
+            self.past = self._copied(reading)
             return
         rows = reading.rows.as_slice(self.num_rows, reading.num_rows)
         if rows is not None:
@@ -150,8 +151,7 @@ class LayerStore:
         """Put the keys of a pass, not rotated, and its values behind the past; what its queries attend to, rotated."""
         apart = self.keys is None or key.requires_grad  # not in one piece of memory, which no gradient goes through
         if (apart or reading.held_angles is not None) and is_writing:
-            held = reading.key_angles if reading.held_angles is None else reading.held_angles
-            self.new = rotate(key, *held).to(value.dtype), value
+            self.new = held_keys(key, reading).to(value.dtype), value
         key = rotate(key, *reading.key_angles).to(value.dtype)
         if not apart:
             num_past = self.keys.shape[1] - key.shape[1]
@@ -163,6 +163,25 @@ class LayerStore:
         if self.keys is None:
             past = [reading.rows.of_forward(each, reading.num_rows) for each in past]
         return tuple(torch.cat([old, new], dim=1) for old, new in zip(past, (key, value)))
+
+    def join_parts(
+        self, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor, reading: Reading, is_writing: bool
+    ) -> list[tuple[Reading, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """As `join`, where queries or heads read different frames: for each part that this layer has, its reading, and
+        queries, keys and values."""
+        if is_writing:
+            self.new = held_keys(key, reading).to(value.dtype), value
+        joined = []
+        for place, part in enumerate(reading.parts):
+            queries, *own = (of_heads(each, part, self.index) for each in (query[:, part.tokens], key, value))
+            if not queries.shape[2]:
+                continue
+            own[0] = rotate(own[0], *part.key_angles).to(value.dtype)
+            if self.parts:
+                past = [part.rows.of_forward(each, part.num_rows) for each in self.parts[place]]
+                own = [torch.cat(pair, dim=1) for pair in zip(past, own)]
+            joined.append((part, rotate(queries, *part.query_angles), *own))
+        return joined
 
     def prompt_of(self, rows: BatchRows, num_rows: int, project: Callable[[], Pair]) -> Pair:
         """Cross-attention keys and values of the rows of a forward, (rows, text, heads, head_dim), projected once for a
@@ -180,15 +199,52 @@ class LayerStore:
     def release(self) -> None:
         """Undo the rotation by offsets; no pass reads the layer after that."""
         self.keys = self.values = self.past = None
+        self.parts = []
         if self.original is not None:
             self.key[:, self.start : self.start + self.original.shape[1], :, : self.original.shape[3]] = self.original
             self.original = None
+
+    def _offset(self, reading: Reading) -> tuple[int, torch.Tensor, torch.Tensor] | None:
+        """The offset of a reading, for all rows."""
+        if reading.offset is None:
+            return None
+        num_moved, *angles = reading.offset
+        if len(angles[0]) > 1:
+            angles = [reading.rows.repeated(table, self.num_rows) for table in angles]
+        return num_moved, *angles
+
+    def _copied(self, reading: Reading) -> Pair:
+        """A copy of the tokens that a reading reads of the past, keys where it reads them."""
+        tables = [table[:, reading.start : self.length] for table in (self.key, self.value)]
+        heads = None if reading.heads is None else reading.heads[self.index]
+        if reading.columns is not None:
+            columns = reading.rows.repeated(reading.columns, self.num_rows).to(self.key.device)
+            tables = [take_tokens(table, columns, heads) for table in tables]
+        elif heads is not None:
+            tables = [table[:, :, heads] for table in tables]
+        key, value = tables
+        offset = self._offset(reading)
+        if offset is not None:
+            key = key.clone() if reading.columns is None and heads is None else key
+            rotate_in_place(key, *offset)
+        return key, value
 
     def _allocated(self, old: torch.Tensor, size: int) -> torch.Tensor:
         with torch.inference_mode(False):  # written later, in whatever mode
             new = torch.empty(old.shape[0], size, *old.shape[2:], dtype=old.dtype, device=old.device)
         new[:, : self.length] = old[:, : self.length]
         return new
+
+
+def held_keys(key: torch.Tensor, reading: Reading) -> torch.Tensor:
+    """Keys of a pass, not rotated, as memory holds them: at their latent frames."""
+    held = reading.key_angles if reading.held_angles is None else reading.held_angles
+    return rotate(key, *held)
+
+
+def of_heads(table: torch.Tensor, reading: Reading, layer: int) -> torch.Tensor:
+    """Of (rows, tokens, heads, head_dim), the heads that a reading serves in a layer."""
+    return table if reading.heads is None else table[:, :, reading.heads[layer]]
 
 
 def rotate_in_place(key: torch.Tensor, num_tokens: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

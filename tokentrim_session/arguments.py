@@ -53,7 +53,7 @@ from .prompts import (
 from .schedule import Scheduler, check_schedule, check_scheduler, split_steps
 
 
-ROLLOUTS = ("self_forcing", "rolling_forcing")
+ROLLOUTS = ("self_forcing", "rolling_forcing", "wave_forcing")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 TRIM_SETTINGS = ("prune_fraction", "drift_sensitivity", "warmup_chunks", "max_regenerations", "drift_signal")
 WINDOW_SETTINGS = ("window_size", "num_sink_frames", "relative_positions", "sink_at_commit")
@@ -67,6 +67,7 @@ DEFAULTS = {  # of what neither the call nor the checkpoint says
     "max_sequence_length": 512,
     "method": DEFAULT_METHOD,
     "prompt_transition": "keep",
+    "context_noise": 0.0,
 }
 REPEATED_CHUNKS = 64  # of a video without an end: as many as checks look ahead
 
@@ -173,7 +174,8 @@ def _complete(pipe: Pipeline, call: dict, may_be_endless: bool) -> None:
 
 def _setting(pipe: Pipeline, call: dict, name: str, default: Any = None) -> Any:
     """An argument of the call, else the checkpoint's setting, else ours."""
-    value = pipe.config.get(name) if call[name] is None else call[name]
+    value = call.get(name)  # a call that an older version recorded lacks what is new
+    value = pipe.config.get(name) if value is None else value
     return default if value is None else value
 
 
@@ -232,18 +234,20 @@ def _count_given_frames(pipe: Pipeline, call: dict, frame_shape: Sequence[int]) 
 
 
 def _plan_schedule(scheduler: Scheduler, call: dict, drift_signal: str, limits: Limits) -> Schedule:
-    rollout, sigmas, timesteps = (call[name] for name in ("rollout", "sigmas", "timesteps"))
+    rollout, sigmas, timesteps, noise = map(call.get, ("rollout", "sigmas", "timesteps", "context_noise"))
     num_steps, first_steps = split_steps(call["num_inference_steps"], rollout, sigmas or timesteps)
     check_scheduler(scheduler)
     check_schedule(scheduler, sigmas, timesteps, call["renoise"])
     num_in_flight = 1
-    if rollout == "rolling_forcing":  # chunks meet a new context at each step, and become final one by one
+    if rollout != "self_forcing":  # chunks meet a new context at each step, and become final one by one
         check(limits.max_in_flight is None, "rollout", rollout, f"'self_forcing' for {limits.model}")
-        valid = "one without a history of steps (Euler or LCM) for rollout='rolling_forcing'"
+        valid = f"one without a history of steps (Euler or LCM) for rollout={rollout!r}"
         check(scheduler.single_step, "scheduler", type(scheduler).__name__, valid)
-        check(drift_signal == "final", "drift_signal", drift_signal, "'final' for rollout='rolling_forcing'")
+        check(drift_signal == "final", "drift_signal", drift_signal, f"'final' for rollout={rollout!r}")
         num_in_flight = len(sigmas or timesteps or range(num_steps))
-    return Schedule(rollout, num_in_flight, num_steps, sigmas, timesteps, call["guidance_scale"], first_steps)
+    check_number("context_noise", noise, lambda value: 0 <= value <= 1000, "a timestep from 0 to 1000")
+    check(limits.context_noise or noise == 0, "context_noise", noise, f"0 for {limits.model}")
+    return Schedule(rollout, num_in_flight, num_steps, sigmas, timesteps, call["guidance_scale"], first_steps, noise)
 
 
 def _plan_inputs(call: dict, prompts: Prompts, sizes: Sizes, layout: Layout, limits: Limits, text_dim: int) -> Inputs:
@@ -286,7 +290,7 @@ def _plan_options(call: dict) -> BackboneOptions:
 
 def _plan_layout(pipe: Pipeline, call: dict, first_chunk: int) -> Layout:
     """The layout of the call or of the checkpoint; by default the window that their settings describe."""
-    layout, rolling = _setting(pipe, call, "layout"), call["rollout"] == "rolling_forcing"
+    layout, rolling = _setting(pipe, call, "layout"), call["rollout"] != "self_forcing"
     if layout is not None:
         source = "" if call["layout"] is not None else f", here by the checkpoint: {layout}"
         for name in WINDOW_SETTINGS:

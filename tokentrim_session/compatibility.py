@@ -35,6 +35,7 @@ def fit_layout(layout: Layout, limits: Limits, num_in_flight: int, chunk_sizes: 
     valid = f"another for passes of {num_carried} chunks (Rolling Forcing, AnyFlow-FAR): it needs passes of one chunk"
     check(num_carried == 1 or not layout.one_chunk_a_pass, "layout", type(layout).__name__, valid)
     layout = layout.sized(longest)
+    layout.check_model(*limits.sizes)
     layout.check(longest, "a chunk" if num_carried == 1 else f"{num_carried} chunks in one pass")
     if isinstance(layout, WindowLayout) and layout.num_sink_frames and not layout.relative_positions:
         if layout.window_size is not None and sum(chunk_sizes) > SINK_COLLAPSE:

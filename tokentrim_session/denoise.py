@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..tokentrim_backbones.backbone import Backbone
 from ..tokentrim_checks import check
-from ..tokentrim_views.layout import Pass
+from ..tokentrim_views.view import Pass
 from .draft import Draft, InFlight, Rows
 from .host import Pipeline
 from .noise import Noise, Renoise
@@ -105,12 +105,15 @@ class Denoiser:
 
     def commit(self, index: int, context: torch.Tensor, entered: Sequence[bool]) -> None:
         """Write a chunk's latents, (B, C, frames, H, W), into the past of the videos that have `entered`."""
-        finite = self.backbone.commit(*self._branches(context), entered)
+        is_given = index < self.plan.sizes.num_given_chunks  # those are clean
+        timestep = 0.0 if is_given else self.plan.schedule.context_noise
+        finite = self.backbone.commit(*self._branches(context), entered, timestep)
         self._finite.append((f"chunk {index}, the context pass", finite))
 
     def recache(self, index: int) -> None:
         """Before chunk `index`: encode the window again under the prompt at hand."""
-        finite = self.backbone.recache(torch.cat(self.prompt.branches()))
+        text, timestep = torch.cat(self.prompt.branches()), self.plan.schedule.context_noise
+        finite = self.backbone.recache(text, timestep)
         if finite is not None:
             self._finite.append((f"chunk {index}, the pass that encodes the context again", finite))
 
@@ -212,13 +215,14 @@ class Denoiser:
         levels = F.pad(self.scheduler.timesteps, (0, 1))
         guided = self._is_guided()
         latents, text = self._branches(torch.cat([chunk.latents for chunk in chunks], dim=2), guided)
+        sizes = tuple(chunk.num_frames for chunk in chunks)
         flow = self.backbone.predict_flow(
             latents,
-            [chunk.num_frames for chunk in chunks],
+            sizes,
             torch.stack([levels[chunk.step] for chunk in chunks]),
             torch.stack([levels[chunk.step + 1] for chunk in chunks]),
             text,
-            Pass("denoise", chunks[0].step),
+            Pass("denoise", chunks[0].step, chunk_sizes=sizes if self.plan.schedule.is_one_way else ()),
         ).float()
         self._finite.append((f"chunk {index}, step {chunks[0].step}", torch.isfinite(flow).all()))
         if not guided:

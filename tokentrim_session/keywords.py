@@ -61,3 +61,4 @@ class CallArguments(TypedDict, total=False):
     renoise: Callable[[int, int], torch.Tensor] | None
     on_chunk: Callable[[int, torch.Tensor, list[dict]], None] | None
     image: PipelineImageInput | None
+    context_noise: float | None

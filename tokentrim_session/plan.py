@@ -86,11 +86,12 @@ class Schedule:
     """How a chunk is denoised.
 
     Args:
-        rollout (`str`): `"self_forcing"` or `"rolling_forcing"`.
+        rollout (`str`): one of `ROLLOUTS`.
         num_in_flight (`int`): chunks denoised together.
         num_inference_steps (`int`), sigmas, timesteps: see `set_rollout_timesteps` of a scheduler.
         guidance_scale (`float`): of classifier-free guidance; at most 1 is none.
         first_steps (`int`, *optional*): steps of the first generated chunk, where they differ.
+        context_noise (`float`): timestep of the context pass, 0 to 1000.
     """
 
     rollout: str
@@ -100,6 +101,12 @@ class Schedule:
     timesteps: Sequence[float] | None
     guidance_scale: float
     first_steps: int | None = None
+    context_noise: float = 0.0
+
+    @property
+    def is_one_way(self) -> bool:
+        """Whether chunks in flight read only themselves and the cleaner ones before them."""
+        return self.rollout == "wave_forcing"
 
     @property
     def is_guided(self) -> bool:

@@ -13,7 +13,7 @@ from ..tokentrim_checks import check, check_choice, check_int, check_tensor
 from ..tokentrim_views.layout import Layout
 
 
-TRANSITIONS = ("keep", "recache", "flush", "cut")
+TRANSITIONS = ("keep", "recache", "flush", "cut", "shot")
 MAX_TOKENS = 100_000  # of a prompt
 
 

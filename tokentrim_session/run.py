@@ -164,9 +164,13 @@ class Rollout:
         if index not in self.changes:
             return
         embeds, transition = self.changes.pop(index)
-        self.set_prompt(EncodedPrompt(embeds, self.denoiser.prompt.negative_embeds), is_cut=transition == "cut")
+        self.set_prompt(
+            EncodedPrompt(embeds, self.denoiser.prompt.negative_embeds), is_cut=transition in ("cut", "shot")
+        )
         if transition == "recache":
             self.denoiser.recache(index)
+        elif transition == "shot":
+            self.backbone.begin_shot()
         elif transition != "keep":
             self.backbone.flush(is_cut=transition == "cut")
 

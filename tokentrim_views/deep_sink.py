@@ -42,6 +42,7 @@ class CompressedSink(MemoryLayout):
     """
 
     max_selections = 7  # a token that was selected this often is no longer a candidate
+    moves_sink = True  # to where a compression leaves it
 
     def __init__(self, window_size: int, num_sink_frames: int, budget: int, num_recent_frames: int):
         check_int("budget", budget, 1)
@@ -76,7 +77,7 @@ class CompressedSink(MemoryLayout):
     def view(self, held: list[int], new: list[int], pass_: Pass) -> View:
         start, oldest = self.compressed_at(new), self.oldest(new)
         frames = [frame for frame in held if frame < self.num_kept or frame >= oldest]
-        moved = 0 if start is None else start - self.budget
+        moved = start - self.budget if self.moves_sink and start is not None else 0
         return View(frames, [frame + moved if frame < self.num_sink_frames else frame for frame in frames], new)
 
     def before_chunk(self, memory: Memory, new: list[int], query: torch.Tensor) -> None:

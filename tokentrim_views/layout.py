@@ -1,53 +1,16 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """Which latent frames of the past a pass reads, and at which positions: pure functions of frame numbers."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from numbers import Integral
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from ..tokentrim_checks import check, check_bool, check_int
 from .memory import Memory
+from .view import Pass, RunHistory, View
 
 
 CUT_JUMP = 45  # position of the chunk after a cut (Infinity-RoPE, arXiv 2511.20649)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A forward of the transformer: one of the denoising steps of a chunk, or the commit that writes it.
-
-    Args:
-        kind (`str`): `"denoise"`, `"commit"`, or `"recache"`: the window is encoded again under another prompt.
-        step (`int`): index of the denoising step; of the first chunk, where several are in flight.
-        is_cut (`bool`): whether the chunk follows a cut, so that its positions are far from those of the past.
-    """
-
-    kind: str = "denoise"
-    step: int = 0
-    is_cut: bool = False
-
-
-@dataclass(frozen=True)
-class View:
-    """What a pass reads of the past, and the temporal positions of all frames in the rotary embedding.
-
-    Args:
-        frames (`Sequence[int]`): latent frames of the past that are read, in the order in which attention sees them; a
-            frame may be read twice, at two positions.
-        positions (`Sequence[int]`): of each of these frames.
-        own_positions (`Sequence[int]`): of the keys of each frame that the pass carries.
-        query_positions (`Sequence[int]`, *optional*): of its queries; by default those of its keys.
-        log_weights (`Sequence[float]`, *optional*): added to the attention scores of each frame of the past.
-    """
-
-    frames: Sequence[int]
-    positions: Sequence[int]
-    own_positions: Sequence[int]
-    query_positions: Sequence[int] | None = None
-    log_weights: Sequence[float] | None = None
 
 
 Hook = Callable[[Memory, list[int], torch.Tensor], None]
@@ -61,10 +24,11 @@ class Layout:
     always give the same result. Frames are numbered from the start of the video. A *pass* is a forward of the transformer
     over the frames `new`; `held` are the frames in memory, ascending.
 
-    A layout that also rewrites keys and values defines one hook or both; they take `(memory, new, query)` and return
-    nothing. `before_chunk` runs before the first pass over the frames `new` reads a layer, `before_commit` before their
-    commit does. `memory` is the [`Memory`] of one video in one layer, which the hook changes in place; `query` holds the
-    queries of the pass, (seq, heads, head_dim), not rotated.
+    A layout that also rewrites keys and values defines hooks; they take `(memory, new, query)` and return nothing.
+    `before_chunk` runs before the first pass over the frames `new` reads a layer, `before_commit` before their commit does.
+    `memory` is the [`Memory`] of one video in one layer, which the hook changes in place; `query` holds the queries of the
+    pass, (seq, heads, head_dim), not rotated. `survey(memory, new)` sees every layer before the first one is rewritten;
+    what it returns is in `memory.surveys`.
 
     Attributes:
         window_size (`int`, *optional*): latent frames that attention spans at most; `None`: without bound.
@@ -72,13 +36,18 @@ class Layout:
         one_chunk_a_pass (`bool`): whether it assumes that a pass carries one chunk, which excludes Rolling Forcing and
             AnyFlow-FAR.
         transitions (`tuple[str, ...]`): the prompt transitions that it supports.
-        before_chunk (`Callable`, *optional*), before_commit (`Callable`, *optional*): the hooks.
+        for_heads (`bool`): whether [`ByHead`] may give it to some of the heads.
+        by_head (`bool`): whether heads read different frames.
+        survey, before_chunk, before_commit (`Callable`, *optional*): the hooks.
     """
 
     window_size: int | None = None
     num_sink_frames: int = 0
     one_chunk_a_pass: bool = False
     transitions: tuple[str, ...] = ("keep", "recache", "flush", "cut")
+    for_heads: bool = True
+    by_head: bool = False
+    survey: Callable[[Memory, list[int]], torch.Tensor] | None = None
     before_chunk: Hook | None = None
     before_commit: Hook | None = None
 
@@ -94,7 +63,7 @@ class Layout:
         """
         return held
 
-    def view(self, held: list[int], new: list[int], pass_: Pass) -> View:
+    def view(self, held: list[int], new: list[int], pass_: Pass) -> View | list[View]:
         """What a pass reads, and where it places what it reads and what it carries.
 
         Args:
@@ -103,7 +72,7 @@ class Layout:
             pass_ ([`Pass`]): which kind of pass it is.
 
         Returns:
-            [`View`]: of frames of `held`.
+            [`View`] or `list`: of frames of `held`; several where queries or heads differ.
         """
         return View(held, held, new)
 
@@ -137,11 +106,45 @@ class Layout:
             held (`list[int]`): latent frames in memory.
 
         Returns:
-            `tuple[list[int], list[int]]`: frames of `held` that stay as they are, and consecutive frames of `held` that
-            are encoded again.
+            `tuple[list[int], list[int]]`: frames of `held` that stay, and consecutive ones that are encoded again.
         """
         sink = [] if held == list(range(len(held))) else self.sink(held)
         return sink, held[len(sink) :]
+
+    def recommit(self, held: list[int], new: list[int]) -> list[int]:
+        """Which frames are encoded again before the commit of a chunk, in a pass of kind `"self"`. By default none.
+
+        Args:
+            held (`list[int]`): latent frames in memory.
+            new (`list[int]`): latent frames of the chunk.
+
+        Returns:
+            `list[int]`: the last frames of `held`, consecutive.
+        """
+        return []
+
+    def committed(self, frames: list[int], latents: torch.Tensor) -> torch.Tensor | None:
+        """What to remember of the clean latents of a chunk; [`RunHistory`] has it as long as the frames are held.
+
+        Args:
+            frames (`list[int]`): latent frames of the chunk.
+            latents (`torch.Tensor`): their latents, (B, C, frames, H, W).
+
+        Returns:
+            `torch.Tensor` or `None`: (B, frames, ...).
+        """
+        return None
+
+    def after(self, history: RunHistory) -> "Layout":
+        """The layout that is asked from now on. By default the layout itself.
+
+        Args:
+            history ([`RunHistory`]): what has happened in the run.
+
+        Returns:
+            [`Layout`]: a copy that knows what it needs; the layout itself never changes.
+        """
+        return self
 
     def sized(self, longest: int) -> "Layout":
         """The layout for a rollout. By default the layout itself.
@@ -163,6 +166,17 @@ class Layout:
 
         Raises:
             `ValueError`: a setting does not fit; the message names it, its value and what is valid.
+        """
+
+    def check_model(self, num_layers: int, num_heads: int, head_dim: int) -> None:
+        """Refuse a transformer that the settings do not fit. By default they fit all.
+
+        Args:
+            num_layers (`int`): transformer blocks.
+            num_heads (`int`), head_dim (`int`): attention heads of a block, and the size of each.
+
+        Raises:
+            `ValueError`: as in `check`.
         """
 
 
@@ -226,27 +240,3 @@ class WindowLayout(Layout):
         valid = f"None or >= {shortest}: {self.num_sink_frames} sink frames and {carried} of {longest} latent frames"
         fits = self.window_size is None or self.window_size >= shortest
         check(fits, "window_size", self.window_size, valid)
-
-
-def check_frames(verb: str, frames: Any, layout: Layout) -> list[int]:
-    """The frames that a verb of a layout returned, as a list; raises if they are no numbers of latent frames."""
-    is_list = isinstance(frames, Iterable) and not isinstance(frames, (str, dict))
-    frames = list(frames) if is_list else frames
-    whole = is_list and all(isinstance(frame, Integral) and not isinstance(frame, bool) for frame in frames)
-    check(
-        whole, f"{type(layout).__name__}.{verb}", frames, "a list of latent frames, numbers of those held", TypeError
-    )
-    return frames
-
-
-def check_view(view: Any, layout: Layout, held: Sequence[int], new: Sequence[int]) -> None:
-    """Refuse a view that does not fit the frames in memory and those of the pass."""
-    name = f"{type(layout).__name__}.view"
-    valid = f"a View for the latent frames {new[0]} to {new[-1]}: frames of {list(held)}, a position for each"
-    fits = all(hasattr(view, field) for field in View.__dataclass_fields__)
-    check(fits, name, view, valid, TypeError)
-    known = set(view.frames) <= set(held)
-    own = (view.own_positions, view.own_positions if view.query_positions is None else view.query_positions)
-    weights = view.positions if view.log_weights is None else view.log_weights
-    lengths = len(view.frames) == len(view.positions) == len(weights) and all(len(each) == len(new) for each in own)
-    check(known and lengths, name, view, valid)

@@ -1,6 +1,7 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
 """The past of one video in one layer, as the hook of a layout may rewrite it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ class Memory:
         note (`torch.Tensor`, *optional*): a tensor that a hook leaves for the next call of a hook.
         places (`torch.Tensor`): row and column of each grid token, (N, 2).
         rope_dims (`tuple[int, int, int]`): rotary dimensions of a head for (frame, height, width).
+        layer (`int`): index of the transformer block.
+        surveys (`Sequence[torch.Tensor]`): what the hook `survey` returned in every layer.
     """
 
     frames: list[int]
@@ -32,8 +35,18 @@ class Memory:
     note: torch.Tensor | None
     places: torch.Tensor
     rope_dims: tuple[int, int, int]
+    layer: int = 0
+    surveys: Sequence[torch.Tensor] = ()
 
     def rotated(self, hidden_states: torch.Tensor, time: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """(tokens, heads, head_dim) with the rotary embedding of `time`, (tokens,), and `place`, (tokens, 2), in fp32."""
         angles = rotary_angles(time[None], place[None], self.rope_dims, hidden_states.device)
         return rotate(hidden_states[None], *angles)[0]
+
+    def between(self, start: int, end: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
+        """The held tokens of the latent frames from `start` on and before `end`: their index (f, n), and on the CPU their
+        latent frames and places."""
+        time = torch.tensor(self.frames)
+        inside = ((time >= start) & (time < end)).to(self.held.device)
+        index = (self.held & inside[:, None]).nonzero(as_tuple=True)
+        return index, time[index[0].cpu()], self.places[index[1].cpu()]

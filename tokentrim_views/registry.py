@@ -2,15 +2,25 @@
 """The layouts that a user can name; turns a name, a dict or an object into a layout."""
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from ..tokentrim_checks import check, check_choice, check_int, check_list, check_settings
 from .averages import EmaSink, MemRoPE
 from .deep_sink import deep_sink
+from .heads import ByHead, Labels, Pyramid
 from .layout import Layout, WindowLayout
+from .recall import IdForcing, LatentMemory, Shots
 from .tether import Tame, Tether
-from .windows import AttentionBias, CommitForcing, InfinityRope, LongLive, RollingSink
+from .triattention import TriAttention
+from .windows import AttentionBias, CommitForcing, InfinityRope, LongLive, Pinned, RollingSink, Strided
+
+
+def by_head(labels: Labels | str | None = None, layouts: list | None = None) -> ByHead:
+    """[`ByHead`], with layouts as in [`make_layout`]."""
+    check(isinstance(layouts, (list, tuple)) and len(layouts) > 0, "layouts", layouts, "a list of layouts", TypeError)
+    return ByHead(labels, [make_layout(layout) for layout in layouts])
 
 
 LAYOUTS = {
@@ -26,12 +36,23 @@ LAYOUTS = {
     "tether": Tether,
     "tame": Tame,
     "attention_bias": AttentionBias,
+    "latent_memory": LatentMemory,
+    "id_forcing": IdForcing,
+    "shots": Shots,
+    "triattention": TriAttention,
+    "pyramid": Pyramid,
+    "by_head": by_head,
+    "strided": Strided,
+    "pinned": Pinned,
 }
+
+WITH_LABELS = ("pyramid", "by_head")  # that a model's heads need
 
 
 REQUIRED = ("keep", "view")
-OPTIONAL = ("sink", "flush", "recache", "sized", "check", "before_chunk", "before_commit")
-ATTRIBUTES = ("window_size", "num_sink_frames", "one_chunk_a_pass", "transitions")
+OPTIONAL = ("sink", "flush", "recache", "recommit", "committed", "after", "sized", "check", "check_model")
+ATTRIBUTES = ("window_size", "num_sink_frames", "one_chunk_a_pass", "for_heads", "by_head", "transitions")
+HOOKS_OF_LAYOUTS = ("survey", "before_chunk", "before_commit")
 
 
 class CompletedLayout(Layout):
@@ -44,8 +65,15 @@ class CompletedLayout(Layout):
     transitions = ("keep",)  # the others would change a context of which only the object knows how it is made
 
     def __init__(self, layout: Any):
-        known = {name: getattr(layout, name, None) for name in (*REQUIRED, *OPTIONAL, *ATTRIBUTES)}
+        known = {name: getattr(layout, name, None) for name in (*REQUIRED, *OPTIONAL, *HOOKS_OF_LAYOUTS, *ATTRIBUTES)}
         vars(self).update({name: value for name, value in known.items() if value is not None})
+        for verb in ("sized", "after"):  # they return another object
+            if known[verb] is not None:
+                setattr(self, verb, partial(_completed, known[verb]))
+
+
+def _completed(verb: Callable[[Any], Any], argument: Any) -> Layout:
+    return as_layout(verb(argument))
 
 
 def as_layout(layout: Any) -> Layout:

@@ -5,9 +5,10 @@ Each names its source. Sizes count latent frames, including the current chunk an
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
-from ..tokentrim_checks import check, check_bool, check_int, check_number
+from ..tokentrim_checks import check, check_bool, check_int, check_list, check_number
 from .layout import Layout, Pass, View, WindowLayout, sink_and_newest
 
 
@@ -193,3 +194,88 @@ class AttentionBias(WindowLayout):
         return replace(
             view, log_weights=[0.0 if place == 0 else math.log(self.weight) for place in range(len(view.frames))]
         )
+
+
+class Strided(WindowLayout):
+    """A sink, every n-th frame of the past, and the newest frames.
+
+    Args:
+        window_size (`int`), num_sink_frames (`int`), relative_positions (`bool`): as in [`WindowLayout`].
+        stride (`int`): distance of the frames between the sink and the newest ones.
+        num_strided_frames (`int`): how many of these there are at most.
+    """
+
+    one_chunk_a_pass = True
+    transitions = ("keep", "flush", "cut")  # its frames do not follow each other, as a recache needs
+
+    def __init__(
+        self,
+        window_size: int = 21,
+        num_sink_frames: int = 3,
+        stride: int = 6,
+        num_strided_frames: int = 6,
+        relative_positions: bool = True,
+    ):
+        check_int("window_size", window_size, 1)
+        check_int("stride", stride, 2)
+        check_int("num_strided_frames", num_strided_frames, 1)
+        super().__init__(window_size, num_sink_frames, relative_positions)
+        self.stride = stride
+        self.num_strided_frames = num_strided_frames
+
+    def keep(self, held: list[int], new: list[int]) -> list[int]:
+        oldest = new[0] - self.window_size - self.stride * self.num_strided_frames
+        read = self._read(held, new, self.num_sink_frames)
+        return [frame for frame in held if frame in read or (frame % self.stride == 0 and frame >= oldest)]
+
+    def _read(self, held: list[int], new: list[int], num_sink: int) -> list[int]:
+        newest = sink_and_newest(held, new, self.window_size - self.num_strided_frames, num_sink)
+        strided = [frame for frame in held if frame % self.stride == 0 and frame not in newest]
+        strided = strided[-self.num_strided_frames :]
+        return [frame for frame in held if frame in newest or frame in strided]
+
+    def check(self, longest: int, carried: str) -> None:
+        shortest = self.num_sink_frames + self.num_strided_frames + longest
+        valid = (
+            f">= {shortest}: {self.num_sink_frames} sink frames, {self.num_strided_frames} strided ones and {carried}"
+        )
+        check(self.window_size >= shortest, "window_size", self.window_size, valid)
+
+
+class Pinned(WindowLayout):
+    """A window, and frames that never leave once they are generated, wherever they are in the video.
+
+    Args:
+        frames (`list[int]`): the pinned latent frames; the window includes those that were generated.
+        window_size (`int`), num_sink_frames (`int`), relative_positions (`bool`): as in [`WindowLayout`].
+    """
+
+    one_chunk_a_pass = True
+    transitions = ("keep", "flush", "cut")  # its frames do not follow each other, as a recache needs
+
+    def __init__(
+        self,
+        frames: Sequence[int] = (),
+        window_size: int = 21,
+        num_sink_frames: int = 3,
+        relative_positions: bool = True,
+    ):
+        check_int("window_size", window_size, 1)
+        check_list("frames", frames, int, "a list of latent frames >= 0")
+        check(min(frames, default=0) >= 0, "frames", frames, "a list of latent frames >= 0")
+        super().__init__(window_size, num_sink_frames, relative_positions)
+        self.frames = sorted(set(frames))
+
+    def sink(self, held: list[int]) -> list[int]:
+        return [frame for frame in held if frame < self.num_sink_frames or frame in self.frames]
+
+    def _read(self, held: list[int], new: list[int], num_sink: int) -> list[int]:
+        pinned = [frame for frame in held if frame < num_sink or frame in self.frames]
+        free = [frame for frame in held if frame not in pinned]
+        newest = free[max(len(pinned) + len(free) + len(new) - self.window_size, 0) :]
+        return [frame for frame in held if frame in pinned or frame in newest]
+
+    def check(self, longest: int, carried: str) -> None:
+        shortest = len({*self.frames, *range(self.num_sink_frames)}) + longest
+        valid = f">= {shortest}: {self.num_sink_frames} sink frames, pinned ones and {carried}"
+        check(self.window_size >= shortest, "window_size", self.window_size, valid)

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from .commands import app, bundle, compare, convert, doctor, drift, generate, modular, publish
+from .commands import app, bundle, compare, convert, doctor, drift, generate, heads, modular, publish
 
 
-COMMANDS = (generate, compare, drift, convert, doctor, publish, bundle, modular, app)
+COMMANDS = (generate, compare, drift, convert, doctor, heads, publish, bundle, modular, app)
 
 
 class Parser(argparse.ArgumentParser):

@@ -107,7 +107,7 @@ def describe_context(settings: Mapping[str, Any]) -> str:
     sink = layout.get("num_sink_frames", 0)
     words = [f"layout `{name}`: " * bool(name) + f"window {layout['window_size']}"] + [f"sink {sink}"] * bool(sink)
     words += [f"past weighs {layout['weight']}"] if "weight" in layout else []
-    if settings["rollout"] == "rolling_forcing":
+    if settings["rollout"] != "self_forcing":
         words.append(f"{settings['num_inference_steps']} chunks in flight")
     return ", ".join(words)
 

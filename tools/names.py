@@ -34,12 +34,20 @@ LAYOUTS = {
     "tether": (*SINK, "num_recent_frames", "diversity", "align", "temperature"),
     "tame": (*SINK, "relative_positions", "align"),
     "attention_bias": (*SINK, "weight"),
+    "latent_memory": (*SINK, "num_memory_frames", "num_excluded_frames"),
+    "id_forcing": (*SINK, "re_encode", "num_native_chunks"),
+    "shots": (*SINK, "shot_offset", "clean_recache"),
+    "triattention": (*SINK, "num_recent_frames", "budget", "compress_every", "per_layer", "statistics"),
+    "pyramid": ("labels", "num_recent_frames", "period", "num_cyclic", "interval", "num_strided", "num_merged"),
+    "by_head": ("labels", "layouts"),
+    "strided": (*SINK, "stride", "num_strided_frames", "relative_positions"),
+    "pinned": ("frames", *SINK, "relative_positions"),
 }
-ROLLOUTS = ("self_forcing", "rolling_forcing")
-TRANSITIONS = ("keep", "recache", "flush", "cut")
+ROLLOUTS = ("self_forcing", "rolling_forcing", "wave_forcing")
+TRANSITIONS = ("keep", "recache", "flush", "cut", "shot")
 # Arguments of the call that a JSON file can hold, but for the prompt, which has its own place.
 ARGUMENTS = tuple(
-    """attention_kwargs blend_chunks chunk_partition drift_sensitivity drift_signal guidance_scale height layout
+    """attention_kwargs blend_chunks chunk_partition context_noise drift_sensitivity drift_signal guidance_scale height layout
     max_regenerations max_sequence_length method negative_prompt num_frames num_frames_per_chunk num_inference_steps
     num_sink_frames num_videos_per_prompt output_type pad_keys prompt_schedule prompt_transition protect_conditioning
     prune_fraction relative_positions rollout sigmas sink_at_commit timesteps use_kv_cache use_mean_velocity warmup_chunks

@@ -58,6 +58,7 @@ NUMBERS = {  # arguments of the call
     "num_sink_frames": whole(0),
     "max_sequence_length": whole(1),
     "blend_chunks": whole(0),
+    "context_noise": Number(False, "a timestep from 0 to 1000", lambda value: 0 <= value <= 1000),
     "prune_fraction": Number(False, "a number between 0 and 1", lambda value: 0 < value < 1),
     "drift_sensitivity": Number(False, "a finite number >= 0", lambda value: value >= 0),
     "warmup_chunks": whole(0),
