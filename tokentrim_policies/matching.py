@@ -198,12 +198,13 @@ class MatchShift:
     Drift is smooth over the picture and texture is not: averages over `size` by `size` places keep the drift and lose the
     texture, in which single places have no neighbors. Each average moves from its neighborhood in the chunk to its
     neighborhood in the reference, and counts by the share of it that the reference has, so new content has no say. The
-    offset is the weighted least-squares fit to these moves. New content moves too, but only by what the rest has drifted. On
-    small latents, averages mix sky and ground, and new ground comes in less varied than with [`MatchNear`].
+    offset is the weighted least-squares fit to these moves. New content moves too, but only by what the rest has drifted.
 
     Args:
         reference (`torch.Tensor`): (..., C, T, H, W).
-        size (`int`): places along height and width that are averaged.
+        size (`int`, *optional*):
+            Places along height and width that are averaged; by default about a fourth of the height, 3 of 16 and 13 of 60. Larger
+            averages mix sky and ground.
         width (`float`), rare (`float`): as in [`MatchNear`].
         doubt (`float`): weight of an offset of 0 in the fit, as a share of all averages.
         num_steps (`int`): how often the offset is refined.
@@ -214,7 +215,7 @@ class MatchShift:
     def __init__(
         self,
         reference: torch.Tensor,
-        size: int = 7,
+        size: int | None = None,
         width: float = 0.1,
         rare: float = 0.003,
         doubt: float = 0.02,
@@ -222,7 +223,8 @@ class MatchShift:
         num_tokens: int = 512,
         near_width: float = 0.08,
     ):
-        self.size, self.width, self.rare, self.doubt = size, width, rare, doubt
+        self.size = max(2 * (reference.shape[-2] // 8) - 1, 1) if size is None else size
+        self.width, self.rare, self.doubt = width, rare, doubt
         self.num_steps, self.num_tokens = num_steps, num_tokens
         self.reference = self._averages(reference)
         self.near = MatchNear(reference, near_width, rare=rare)

@@ -34,7 +34,7 @@ CANDIDATES = {
     "near on 7 x 7": MatchSmoothNear,
     "near on 9 x 9": partial(MatchSmoothNear, size=9),
     "coarse to fine": MatchCoarseToFine,
-    "shift on 5 x 5": partial(MatchShift, size=5),
+    "shift on 7 x 7": partial(MatchShift, size=7),
     "shift on 9 x 9": partial(MatchShift, size=9),
 }
 
