@@ -456,6 +456,14 @@ def test_states_are_saved_every_few_chunks_and_only_the_last_is_kept(tmp_path):
     assert resumed.index == 5 and list(resumed) == []
 
 
+def test_newest_whole_state_is_loaded_or_that_of_a_number(tmp_path):
+    for number in (1, 2, 3):
+        save_state(tmp_path / str(number), number, {"value": number})
+        shutil.move(next((tmp_path / str(number)).iterdir()), tmp_path)
+    assert load_state(tmp_path) == {"value": 3}
+    assert [load_state(tmp_path, number) for number in (1, 2)] == [{"value": 1}, {"value": 2}]
+
+
 def test_old_state_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     save_state(tmp_path, 3, {"value": 1})
     with monkeypatch.context() as patch:

@@ -37,7 +37,7 @@ def test_given_frames_that_are_left_are_those_of_the_state():
 
 
 @pytest.mark.parametrize("transition", ["keep", "recache", "flush", "cut"])
-@pytest.mark.parametrize("num_more", [0, 1, 2])
+@pytest.mark.parametrize("num_more", [0, 1, 2, 3])
 def test_prompt_that_is_due_and_its_transition_are_restored(num_more, transition):
     """Set in a run after two chunks, blended over two; saved before, in and behind the change."""
     ours, other = begun(), begun()
