@@ -220,11 +220,23 @@ def test_bad_files_raise(case, model, tmp_path):
         load(model, lora=tmp_path / "lora.pt")
 
 
-def test_unsupported_lora_settings_raise(model, tmp_path):
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("use_dora", True),
+        ("use_rslora", True),
+        ("alpha_pattern", {"blocks.0.attn1.to_q": 4}),
+        ("rank_pattern", {"blocks.0.attn1.to_q": 2}),
+    ],
+)
+def test_unsupported_lora_settings_raise(setting, value, model, tmp_path):
     folder = write_peft(tmp_path, True)
-    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "use_dora": True}))
-    with pytest.raises(ValueError, match="`lora` must be a LoRA with one alpha and one rank, .* have use_dora"):
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, setting: value}))
+    with pytest.raises(ValueError, match=f"`lora` must be a LoRA with one alpha and one rank, .* have {setting}"):
         load(model, lora=folder)
+
+
+def test_missing_lora_raises(model, tmp_path):
     with pytest.raises(ValueError, match="`lora` must be .*none.pt does not exist"):
         load(model, lora=tmp_path / "none.pt")
 
