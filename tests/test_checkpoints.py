@@ -10,6 +10,7 @@ from research.evaluation.rollouts import PROMPTS, load_pipeline
 from research.training.train import generate
 
 
+STEPS = {"tiny-world": 8, "travelling-world": 8, "tiny-world-self-forced": 4, "photographs": 8}
 CHECKPOINTS = sorted(path for path in (ROOT / "checkpoints").iterdir() if path.is_dir())
 
 
@@ -30,11 +31,11 @@ def test_checkpoint_rolls_out_past_its_window(folder):
     pipe = load_pipeline(folder)
     num_frames = pipe.config.window_size + 2 * pipe.config.num_frames_per_chunk
     frames = generate(pipe, [PROMPTS[folder.name]], num_frames)
-    assert frames.shape == (1, num_frames, 3, 64, 64) and torch.isfinite(frames).all()
+    assert frames.shape == (1, num_frames, 3, pipe.config.height, pipe.config.width) and torch.isfinite(frames).all()
     assert frames.std() > 0.05 and frames.diff(dim=1).abs().mean() > 1e-3  # a picture, and it moves
 
 
-@pytest.mark.parametrize("world, steps", {"tiny-world": 8, "travelling-world": 8, "tiny-world-self-forced": 4}.items())
+@pytest.mark.parametrize("world, steps", STEPS.items())
 def test_worlds_keep_their_number_of_steps(world, steps):
     index = json.loads((ROOT / "checkpoints" / world / "model_index.json").read_text())
     assert index["num_inference_steps"] == steps and index["method"] == "tokentrim_plus" and index["fps"] == 12

@@ -16,7 +16,7 @@ from conftest import ROOT
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from research.training import travelling
+from research.training import photographs, travelling
 from research.training.world import COLORS, DIRECTIONS, SHAPES, Scene, parse
 from tokentrim.tokentrim_frames.mp4 import save_video
 from tokentrim.tools import worlds
@@ -157,6 +157,7 @@ def test_words_are_those_of_the_worlds():
     assert worlds.COLORS == tuple(COLORS) and worlds.SHAPES == SHAPES and worlds.DIRECTIONS == tuple(DIRECTIONS)
     assert (worlds.PACES, worlds.SIDES) == (tuple(travelling.PACES), tuple(travelling.DIRECTIONS))
     assert (worlds.GROUNDS, worlds.LIGHTS) == (tuple(travelling.GROUNDS), tuple(travelling.LIGHTS))
+    assert worlds.PLACES == tuple(photographs.PLACES)
     of_tiny = worlds.WORLDS["tiny-world"].make_sentence("orange ring", "up", "white")
     assert of_tiny == Scene("orange", "ring", "up", "white").prompt
     assert set(worlds.WORLDS) <= {path.name for path in (ROOT / "checkpoints").iterdir()}
@@ -164,7 +165,8 @@ def test_words_are_those_of_the_worlds():
 
 @pytest.mark.parametrize("name", worlds.WORLDS)
 def test_words_and_examples_of_a_world_are_prompts_that_it_knows(name):
-    shown, parse_prompt = worlds.WORLDS[name], travelling.parse if name == "travelling-world" else parse
+    shown = worlds.WORLDS[name]
+    parse_prompt = {"travelling-world": travelling.parse, "photographs": photographs.parse}.get(name, parse)
     assert shown.make_sentence(*shown.chosen) == shown.examples[0]
     assert all(word in words for word, words in zip(shown.chosen, shown.words.values(), strict=True))
     assert all(parse_prompt(example) for example in shown.examples)

@@ -11,6 +11,7 @@ DIRECTIONS = ("left", "right", "up", "down", "diagonally")
 OBJECTS = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)
 PACES, SIDES = ("slow", "fast"), ("left", "right")
 GROUNDS, LIGHTS = ("plains", "hills", "mountains"), ("dawn", "noon", "dusk", "night")
+PLACES = ("a mountain meadow", "rocky peaks", "a dandelion field", "a sunset", "paint brushes")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,20 @@ WORLDS = {  # by folder of checkpoints/; the first is shown
         ("fast", "right", "hills", "noon"),
         0.3,
         100,
+    ),
+    "photographs": World(
+        "A camera over photographs",
+        {"Pace": PACES, "to the": SIDES, "over": PLACES},
+        (
+            "a slow pan right over a mountain meadow",
+            "a fast pan left over rocky peaks",
+            "a slow pan left over a dandelion field",
+            "a slow pan right over a sunset",
+        ),
+        "a {} pan {} over {}",
+        ("slow", "right", "a mountain meadow"),
+        1.0,
+        60,
     ),
     "tiny-world": World("One shape over one color", CIRCLES, OF_CIRCLES, OVER_BACKGROUND, RED_CIRCLE, 1.0, 60),
     "tiny-world-self-forced": World(

@@ -20,9 +20,7 @@ from tokentrim.tools.worlds import WORLDS
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "checkpoints" / "tiny-world"
 PROMPTS = {name: world.examples[0] for name, world in WORLDS.items()}  # for each shipped checkpoint
-STAYS = {
-    name: world.top for name, world in WORLDS.items()
-}  # share of the picture, from the top, that is meant to stay
+STAYS = {name: world.top for name, world in WORLDS.items()}  # share of the picture, from the top, that should stay
 CONFIGS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "configs").glob("*.json")}
 WORLD = CONFIGS["tiny_world"]
 # Without FlowMo, a trimmed rollout equals the plain one up to the first trigger.

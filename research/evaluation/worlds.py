@@ -6,13 +6,14 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from research.training import travelling, world
+from research.training import photographs, travelling, world
 
 
 WORLDS = {  # by folder of checkpoints/
     "tiny-world": world,
     "tiny-world-self-forced": world,
     "travelling-world": travelling,
+    "photographs": photographs,
 }
 
 
