@@ -54,13 +54,15 @@ def serve(folder, *command):
     with log.open("w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=folder)
     try:
-        for _ in range(240):
+        for _ in range(1200):
             assert process.poll() is None, log.read_text()
             try:
                 urllib.request.urlopen(address, timeout=5).read()
                 break
             except OSError:
                 time.sleep(0.5)
+        else:
+            raise AssertionError(f"the server does not answer: {log.read_text()}")
         yield address, log
     finally:
         process.terminate()
