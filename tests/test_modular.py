@@ -52,7 +52,9 @@ print(type(pipe).__name__, pipe.config.window_size, list(pipe.blocks.sub_blocks)
     given = {"generator": torch.Generator().manual_seed(0), **call}
     expected = pipe(PROMPT, output_type="latent", **given)
     assert latents.equal(expected.frames) and decisions == expected.decisions
-    without = pipe(PROMPT, output_type="latent", **{**given, "prompt_schedule": None, "generator": torch.manual_seed(0)})
+    without = pipe(
+        PROMPT, output_type="latent", **{**given, "prompt_schedule": None, "generator": torch.manual_seed(0)}
+    )
     assert not latents[:, :, 6:9].equal(without.frames[:, :, 6:9])  # the change shows
     frames = pipe.decode_latents(latents, "np")
     np.testing.assert_allclose(videos.numpy(), frames, atol=1e-5)  # stock decoding multiplies in another order

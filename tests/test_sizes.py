@@ -51,12 +51,19 @@ def test_far_equals_upstream(size):
     compare(height=size[0], width=size[1])
 
 
+LABELS = [[0, 1], [1, 0]]  # of each layer's heads
+BY_HEAD = {
+    "pyramid": {"pyramid": {"labels": LABELS}},
+    "by_head": {"by_head": {"labels": LABELS, "layouts": ["longlive", "strided"]}},
+}
+
+
 @every_shape
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_a_batch_in_every_layout_equals_single_videos(layout, shape):
     latents = torch.cat([jumping_noise(shape, 6, jump) for jump in (3, 4)])
     prompts = embeds(2)
-    call = {"layout": layout, "method": "plain"}
+    call = {"layout": BY_HEAD.get(layout, layout), "method": "plain"}
     both = roll(latent_pipeline(), latents, prompt_embeds=prompts, **call).frames
     for video in range(2):
         single = roll(latent_pipeline(), latents[video][None], prompt_embeds=prompts[video][None], **call).frames
