@@ -239,6 +239,7 @@ VALUES = {
     "num_sink_frames": mostly([0, 1, 3], [-1, "x"]),
     "relative_positions": mostly([True, False], [1]),
     "sink_at_commit": mostly([True, False], [0]),
+    "context_noise": mostly([0.0, 100, 250.5], [-1, 1001, "some", float("nan")]),
     "protect_conditioning": mostly([True, False], [None]),
     "pad_keys": mostly([True, False], [None]),
     "renoise": mostly([redrawn], [3, lambda chunk, step: None]),
