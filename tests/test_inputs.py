@@ -28,7 +28,7 @@ EMBEDS = {"prompt_embeds": embeds(), "num_frames": 21}
 # (arguments, error, argument that the message names, more of the message)
 BAD = [
     # The method
-    ({"method": 1}, TypeError, "method", "'plain', 'tokentrim', 'paper', 'tokentrim_plus'.*1"),
+    ({"method": 1}, TypeError, "method", "'plain', 'tokentrim', 'paper', 'tokentrim_reference', 'tokentrim_plus'.*1"),
     ({"method": True}, TypeError, "method", "True"),
     ({"method": "token_trim"}, ValueError, "method", "'tokentrim'.*'token_trim'"),
     ({"method": "plain", "prune_fraction": 0.1}, ValueError, "prune_fraction", "without TokenTrim.*0.1"),
