@@ -108,6 +108,11 @@ def nothing(_):
 
 
 # A way to call each public method; what it returns holds all tensors that the method made.
+def empty_chunk(run: Rollout) -> torch.Tensor:
+    num_videos, channels, *size = run.sizes.frame_shape
+    return torch.zeros(num_videos, channels, run.sizes.chunk_size(0), *size)
+
+
 WAYS = {
     TokenTrimPipeline: {
         "__call__": lambda pipe, _: pipe(PROMPT, **SIZE),
@@ -152,6 +157,7 @@ WAYS = {
         "follow_schedule": lambda run, _: [changed(run).follow_schedule(0), run],
         "state_dict": lambda run, _: run.state_dict(),
         "load_state_dict": lambda run, _: loaded(run),
+        "check_chunk": lambda run, _: nothing(run.check_chunk("a chunk", 0, empty_chunk(run))),
     },
 }
 MAKE = {TokenTrimPipeline: lambda pipe: pipe, Stream: lambda pipe: streamed(pipe, keep_states=1), Rollout: begun}
