@@ -171,7 +171,7 @@ def read_schedule(text: str) -> dict[int, str]:
 
 
 def name_file(prefix: str, width: int, height: int) -> tuple[Path, dict[str, str]]:
-    """A new file in ComfyUI's output folder, and how its page is told of it."""
+    """A new file in ComfyUI's output folder, and the entry that shows it on the page."""
     output = folder_paths.get_output_directory()
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output, width, height)
     path = Path(folder) / f"{name}_{counter:05}_.mp4"

@@ -1,5 +1,5 @@
 # Copyright 2026 The TokenTrim for Diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Who asks, whose turn it is, and what a visitor is told of files. This module does not use Gradio."""
+"""Visitors: who they are, their places in the queue, and the file names in their messages. Does not use Gradio."""
 
 import re
 import threading

@@ -250,7 +250,7 @@ def finished_example(folder: Path) -> dict:
 
 
 def sentence_of(error: Exception) -> str:
-    """What the stage says of an error; what nobody expected goes to the log with its traceback."""
+    """What the stage says about an error; an unexpected error is logged with its traceback."""
     if isinstance(error, MISTAKES):
         return without_folders(str(error))
     logger.error("unexpected", exc_info=error)

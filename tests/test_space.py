@@ -286,7 +286,7 @@ def test_visitor_without_a_free_place_is_refused(size, held, sentence):
         with pytest.raises(KeyError), queue.place(newest):
             with pytest.raises(ValueError, match=sentence), queue.place(visitor()):
                 pass
-            raise KeyError  # a place is free again, whatever ended its visit
+            raise KeyError  # a place is free again, however its visit ended
         with queue.place(visitor()):
             assert queue.visitors[:-1] == others
 

@@ -27,7 +27,7 @@ def unpack_state(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The same, with references in the place of tensors, which go to `tensors`."""
+    """The same, with a reference where each tensor was; the tensors go to `tensors`."""
     if isinstance(value, torch.Tensor):
         name = f"{len(tensors):06}"
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()

@@ -37,7 +37,7 @@ class Standing:
         name (`str`): of the method.
         videos (`int`): finished ones.
         pairs (`int`): of these, those whose reference is finished too.
-        means (`dict`): mean of each measure over the pairs; over all videos where there is no pair.
+        means (`dict`): mean of each measure over the pairs; over all videos if there are no pairs.
         reference (`float`, *optional*): mean drift of the reference in the pairs.
         difference (`float`, *optional*): mean difference of the drift in pairs; negative is less.
         low, high (`float`, *optional*): its 95% interval.
